@@ -1,0 +1,294 @@
+"""The configuration: every key with its type, default and meaning, and `validate`, which refuses what cannot work.
+
+Key names are those of the LGDLM research code where it has one. A key nothing reads is refused like an unknown one:
+fields carry the condition under which they are read (`read_if`), and `validate` names a key that was changed without effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from job.errors import UserError
+
+LOSS_TYPES = ("cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential")
+MODES = ("unconditional", "l2t", "t2l")  # what one step of `random` and `sequential` can be, in the order of mode_weights
+
+
+def key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None, above: float | None = None,
+        high: float | None = None, read_if: tuple[str, Any] | None = None) -> Any:
+    """A configuration key: its default, its meaning, what it may be (`low` <= value, `above` < value, value <= `high`),
+    and the (dotted key, value or values) without which nothing reads it."""
+    metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high, "read_if": read_if}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    source: str = key("shards", "where samples come from: prepared shards, or random ones that need no data", choices=("shards", "synthetic"))
+    dir: str | None = key(None, "directory of prepared shards (dataset.json inside)", read_if=("data.source", "shards"))
+    num_workers: int = key(0, "loader processes per rank; 0 loads in the training process", low=0)
+    standardize_latents: bool = key(True, "subtract the stored mean of the latents and divide by their standard deviation")
+    length_bucketing: bool = key(False, "batch samples of similar length together (same samples per epoch, another order)")
+    pad_to_max: bool = key(False, "pad every batch to model.max_seq_len instead of its own longest row")
+    verify_hashes: bool = key(False, "check the SHA-256 of every shard before the first step", read_if=("data.source", "shards"))
+    synthetic_samples: int = key(512, "number of random training samples", above=0, read_if=("data.source", "synthetic"))
+    synthetic_vocab_size: int = key(256, "vocabulary of the random samples", low=8, read_if=("data.source", "synthetic"))
+    synthetic_latent_dim: int = key(16, "latent dimension of the random samples", above=0, read_if=("data.source", "synthetic"))
+
+
+@dataclass
+class ModelConfig:
+    hidden_size: int = key(512, "width of both streams", above=0)
+    n_blocks: int = key(8, "number of MMDiT blocks", above=0)
+    n_heads: int = key(8, "attention heads", above=0)
+    head_dim: int = key(64, "width of one attention head", above=0)
+    cond_dim: int = key(512, "width of the timestep conditioning", above=0)
+    max_seq_len: int = key(128, "longest text in tokens; longer rows are refused", above=0)
+    dropout: float = key(0.0, "dropout in the feed-forwards and the latent head", low=0, high=0.9)
+    num_residual_streams: int = key(2, "residual streams (1: plain residuals; more: hyper-connections)", above=0)
+    qk_rmsnorm: bool = key(True, "RMS norm of queries and keys")
+    latent_dim: int | None = key(None, "latent dimension; null takes the data's", above=0)
+    vocab_size: int | None = key(None, "vocabulary; null takes the data's, rounded up to vocab_multiple", above=0)
+    vocab_multiple: int = key(64, "round a vocabulary taken from the data up to a multiple of this", above=0)
+    cluster_size: int = key(0, "LGDLM's cluster vocabulary; only 0 is supported", choices=(0,))
+    time_scale: float = key(1000.0, "timesteps in [0, 1] are multiplied by this before the sinusoidal embedding (LGDLM: 1)", above=0)
+    latent_timesteps: int = key(1000, "length of the latent noise schedule", low=2)
+    latent_beta_schedule: str = key("cosine", "latent noise schedule", choices=("linear", "cosine", "sigmoid"))
+    latent_beta_min: float = key(1e-4, "first beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid")))
+    latent_beta_max: float = key(0.02, "last beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid")))
+    latent_parameterization: str = key("v_param", "what the latent head predicts", choices=("epsilon", "x0", "v_param"))
+    interpolate_schedule: bool = key(True, "read the schedule between its entries (LGDLM reads entry floor(t * 999))")
+    t_eps: float = key(1e-4, "text keeps at least this fraction unmasked at t=1 in unconditional mode", low=0, high=0.5)
+
+
+@dataclass
+class LossConfig:
+    loss_type: str = key("cycle_vae", "the objective", choices=LOSS_TYPES)
+    latent_loss_weight: float = key(0.1, "weight of the T2L latent loss", low=0)
+    cycle_text_weight: float = key(0.1, "weight of the T2L2T cross-entropy", low=0, read_if=("loss.loss_type", "cycle_vae"))
+    cycle_text_warmup_steps: int = key(0, "steps before cycle_text sets in", low=0, read_if=("loss.loss_type", "cycle_vae"))
+    cycle_text_ramp_steps: int = key(0, "steps over which cycle_text grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae"))
+    cycle_latent_weight: float = key(0.1, "weight of the L2T2L latent loss", low=0, read_if=("loss.loss_type", "cycle_vae"))
+    cycle_latent_warmup_steps: int = key(0, "steps before cycle_latent sets in", low=0, read_if=("loss.loss_type", "cycle_vae"))
+    cycle_latent_ramp_steps: int = key(0, "steps over which cycle_latent grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae"))
+    cycle_latent_sampling: str = key("argmax", "how pseudo-tokens are taken from the L2T logits", choices=("argmax", "categorical"),
+                                     read_if=("loss.loss_type", "cycle_vae"))
+    latent_t_mode: str = key("full", "latent timestep of T2L: full (t = 1) or random in [cycle_latent_t_min, cycle_latent_t_max]",
+                             choices=("full", "random"),
+                             read_if=("loss.loss_type", ("cycle_vae", "t2l", "random", "sequential")))
+    cycle_latent_t_min: float = key(0.0, "smallest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random"))
+    cycle_latent_t_max: float = key(0.98, "largest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random"))
+    cycle_stop_grad_latent: bool = key(True, "no gradient from cycle_text into the predicted latent", read_if=("loss.loss_type", "cycle_vae"))
+    allow_degenerate_epsilon: bool = key(False, "allow epsilon prediction at t > 0.98, where the latent cannot be recovered from it")
+    ce_over_padding: bool = key(False, "cross-entropy over padding too, as LGDLM does")
+    normalize_latent_loss: bool = key(False, "MSE between unit vectors, as LGDLM does: trains the direction only")
+
+
+@dataclass
+class ModeSteps:
+    type: str = MISSING
+    steps: int = MISSING
+
+
+@dataclass
+class TrainingConfig:
+    seed: int = key(42, "seed of initialization, sample order, noise and dropout", low=0)
+    device: str = key("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = key("auto", "auto: bf16 autocast on GPUs that have it, else fp32; weights are always fp32", choices=("auto", "bf16", "fp32"))
+    train_batch_size: int = key(8, "samples per rank and forward pass", above=0)
+    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step", above=0)
+    global_batch_size: int | None = key(None, "samples per optimizer step over all ranks; sets gradient_accumulation_steps by itself, "
+                                        "so that a run can change its number of ranks", above=0)
+    eval_batch_size: int = key(64, "samples per rank and evaluation pass", above=0)
+    num_train_steps: int = key(10000, "optimizer steps of the whole run", above=0)
+    lr_schedule: str = key("cosine", "learning rate after warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = key(100, "steps of linear learning-rate warm-up", low=0)
+    ema_decay: float = key(0.0, "decay of the moving average of the weights; 0 keeps none", low=0, high=0.999999)
+    compile_model: bool = key(False, "torch.compile the blocks")
+    init_from: str | None = key(None, "weights to start from: a file written by `python -m job.convert`")
+    resume: str = key("auto", "auto: the run directory's newest valid checkpoint; never; or a checkpoint directory")
+    allow_changed: list[str] = key([], "keys that may differ from the checkpoint's configuration on resume")
+    max_minutes: float | None = key(None, "stop, resumable, after this many minutes", above=0)
+    max_nonfinite_steps: int = key(10, "give up after this many skipped steps in a row", above=0)
+    sick_rank_timeout_seconds: float = key(300.0, "a rank that answers nothing for this long ends the run", above=0)
+    mode_weights: list[float] = key([1.0, 1.0, 1.0], "chance of a step being unconditional, l2t, t2l", read_if=("loss.loss_type", "random"))
+    sequential_schedule: list[ModeSteps] = key([], "modes with their steps, repeated", read_if=("loss.loss_type", "sequential"))
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = key("adamw", "the optimizer", choices=("adamw",))
+    lr: float = key(3e-4, "peak learning rate", above=0)
+    weight_decay: float = key(0.01, "decay of matrices (never of norms, biases and embeddings)", low=0)
+    beta1: float = key(0.9, "decay of the first moment", low=0, high=0.9999)
+    beta2: float = key(0.95, "decay of the second moment", low=0, high=0.99999)
+    eps: float = key(1e-8, "added to the root of the second moment", above=0)
+    grad_clip_norm: float = key(1.0, "largest gradient norm; 0 does not clip", low=0)
+    use_fused: bool = key(True, "fused AdamW where the device has it")
+
+
+@dataclass
+class LoggingConfig:
+    run_name: str = key("mmdit-cycle-vae", "name of the run; its directory is save_dir/run_name")
+    save_dir: str = key("runs", "parent of run directories")
+    log_freq: int = key(50, "steps between lines of training_log.jsonl", above=0)
+    eval_freq: int = key(1000, "steps between evaluations; 0: only at the end", low=0)
+    num_eval_batches: int = key(4, "evaluation batches of eval_batch_size from the validation split", above=0)
+    num_samples: int = key(8, "round trips written to samples.txt", low=0)
+    save_freq: int = key(1000, "steps between checkpoints; 0: only at the end and when stopped", low=0)
+    save_minutes: float | None = key(None, "minutes between checkpoints, besides save_freq", above=0)
+    keep_last: int = key(2, "newest checkpoints kept", above=0)
+    keep_every: int = key(0, "also keep checkpoints whose step is a multiple of this; 0: none", low=0)
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+# Keys of LGDLM's configurations that mean nothing here, and what to use instead.
+LGDLM_KEYS = {
+    "data.token_dir": "convert the directories once with `python -m job.convert data TOKEN_DIR LATENT_DIR OUT` and set data.dir=OUT",
+    "data.latent_dir": "convert the directories once with `python -m job.convert data TOKEN_DIR LATENT_DIR OUT` and set data.dir=OUT",
+    "data.data_dir": "set data.dir to a directory written by `python -m job.prepare` or `python -m job.convert data`",
+    "data.max_samples": "choose the samples when preparing the data (`python -m job.prepare --max-samples N`)",
+    "training.num_epochs": "the length of a run is training.num_train_steps",
+    "training.world_size": "the number of processes comes from torchrun or SLURM",
+    "loss.text_loss_weight": "the text loss has weight 1; scale the others",
+    "loss.reduction": "the text loss is a mean over tokens",
+    "loss.loss_scale": "not needed: weights are float32",
+    "logging.log_dir": "logging.save_dir",
+    "logging.log_every": "logging.log_freq",
+    "logging.save_every": "logging.save_freq",
+    "logging.wandb_project": "metrics go to training_log.jsonl and Prometheus",
+    "tokenizer.path": "the tokenizer is chosen when preparing the data (`python -m job.prepare --tokenizer PATH`)",
+    "tokenizer": "the tokenizer is chosen when preparing the data (`python -m job.prepare --tokenizer PATH`)",
+    "model.type": "there is one model",
+    "model.diffusion_process": "text diffusion is masked diffusion (mdlm)",
+    "model.p_uniform": "text diffusion is masked diffusion (mdlm)",
+}
+
+
+def config_dir() -> Path:
+    """Directory of the Hydra configurations: inside the installed package, or beside it in a checkout."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+
+
+def get(config: Config, dotted: str) -> Any:
+    """Value of a dotted key, `get(config, "loss.loss_type")`."""
+    value: Any = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def keys() -> dict[str, dataclasses.Field[Any]]:
+    """Every configuration key by its dotted name."""
+    return {f"{section.name}.{f.name}": f for section in dataclasses.fields(Config) for f in dataclasses.fields(section.default_factory)}  # type: ignore[arg-type]
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """Default of a key."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def _refuse_value(dotted: str, value: Any, metadata: Any) -> None:
+    if value is None:
+        return
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise UserError(f"{dotted}={value}: choose one of {', '.join(map(str, metadata['choices']))}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{dotted}={value}: give a finite number")
+    for bound, wrong, words in (("low", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "more than"),
+                                ("high", lambda v, b: v > b, "at most")):
+        if metadata[bound] is not None and wrong(value, metadata[bound]):
+            raise UserError(f"{dotted}={value}: give a value of {words} {metadata[bound]}")
+
+
+def _refuse_unread(config: Config, dotted: str, value: Any, f: dataclasses.Field[Any]) -> None:
+    if f.metadata["read_if"] is None or value == default_of(f):
+        return
+    other, wanted = f.metadata["read_if"]
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    if get(config, other) not in wanted:
+        raise UserError(f"{dotted}={value} has no effect while {other}={get(config, other)}; leave it out or set {other}={' or '.join(wanted)}")
+
+
+def _refuse_combinations(config: Config) -> None:
+    data, model, loss, training = config.data, config.model, config.loss, config.training
+    if data.source == "shards" and data.dir is None:
+        raise UserError("data.dir is not set: give a directory written by `python -m job.prepare` (data.dir=DIR), or data=synthetic for a run without data")
+    if loss.latent_t_mode == "random" and loss.cycle_latent_t_min >= loss.cycle_latent_t_max:
+        raise UserError(f"loss.cycle_latent_t_min={loss.cycle_latent_t_min} is not below loss.cycle_latent_t_max={loss.cycle_latent_t_max}")
+    if model.latent_beta_min > model.latent_beta_max:
+        raise UserError(f"model.latent_beta_min={model.latent_beta_min} is above model.latent_beta_max={model.latent_beta_max}")
+    if loss.loss_type == "random" and (len(training.mode_weights) != len(MODES) or min(training.mode_weights) < 0 or sum(training.mode_weights) <= 0):
+        raise UserError(f"training.mode_weights={list(training.mode_weights)}: give {len(MODES)} weights for {', '.join(MODES)}, none negative, one above 0")
+    if loss.loss_type == "sequential":
+        if not training.sequential_schedule:
+            raise UserError("training.sequential_schedule is empty: give it, for instance [{type: l2t, steps: 1000}, {type: t2l, steps: 1000}]")
+        for item in training.sequential_schedule:
+            if item.type not in MODES or item.steps < 1:
+                raise UserError(f"training.sequential_schedule: {{type: {item.type}, steps: {item.steps}}} needs a type of {', '.join(MODES)} and steps of at least 1")
+    if training.global_batch_size is not None and training.gradient_accumulation_steps != 1:
+        raise UserError("training.gradient_accumulation_steps follows from training.global_batch_size; set one of the two")
+
+
+def largest_latent_t(config: Config) -> float:
+    """Largest latent timestep that T2L can draw."""
+    return config.loss.cycle_latent_t_max if config.loss.latent_t_mode == "random" else 1.0
+
+
+def _refuse_degenerate_epsilon(config: Config) -> str | None:
+    if config.model.latent_parameterization != "epsilon" or config.loss.loss_type in ("l2t", "unconditional") or largest_latent_t(config) <= 0.98:
+        return None
+    reason = ("model.latent_parameterization=epsilon with latent timesteps above 0.98 is degenerate: the noisy latent is the noise itself, "
+              "copying the input solves the task and the text is ignored")
+    remedy = "use model.latent_parameterization=v_param or x0, or loss.latent_t_mode=random with loss.cycle_latent_t_max at most 0.98"
+    if not config.loss.allow_degenerate_epsilon:
+        raise UserError(f"{reason}; {remedy} (loss.allow_degenerate_epsilon=true runs it all the same)")
+    return f"{reason}; {remedy}"
+
+
+def validate(config: Config) -> list[str]:
+    """Refuse impossible values, keys without effect and impossible combinations, before anything is built.
+
+    Returns warnings. Raises UserError naming the key and the remedy.
+    """
+    for dotted, f in keys().items():
+        value = get(config, dotted)
+        _refuse_value(dotted, value, f.metadata)
+        _refuse_unread(config, dotted, value, f)
+    _refuse_combinations(config)
+    warning = _refuse_degenerate_epsilon(config)
+    return [warning] if warning else []
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Configuration from nested plain values, such as a run directory's config.yaml; unknown keys raise UserError."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
+    except Exception as error:
+        raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values."""
+    return dataclasses.asdict(config)
