@@ -1,0 +1,41 @@
+"""Randomness as a function of (seed, step): the draws of a step are made for the global batch, each rank takes its rows.
+
+So a checkpoint needs no generator state, and another number of ranks with the same global batch sees the same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def seed_for(*key: int | str) -> int:
+    """A 63-bit seed that depends on every part of the key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class StepNoise:
+    """Named, independent draws of one optimizer step.
+
+    `position` [B] is the place of this rank's rows in the global batch of `global_size` samples.
+    """
+
+    def __init__(self, seed: int, step: int, position: Tensor, global_size: int) -> None:
+        self.seed, self.step, self.position, self.global_size = seed, step, position, global_size
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator(self.position.device).manual_seed(seed_for(name, self.seed, self.step))
+
+    def uniform_of_all(self, name: str, *shape: int) -> Tensor:
+        """Uniform draws in [0, 1) for the global batch, [global_size, *shape] float32."""
+        return torch.rand(self.global_size, *shape, generator=self._generator(name), device=self.position.device)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        """This rank's rows of `uniform_of_all`, [B, *shape]."""
+        return self.uniform_of_all(name, *shape)[self.position]
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """Standard normal draws for this rank's rows, [B, *shape] float32."""
+        return torch.randn(self.global_size, *shape, generator=self._generator(name), device=self.position.device)[self.position]
