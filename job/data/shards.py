@@ -1,0 +1,178 @@
+"""The prepared dataset: memory-mapped shards described by `dataset.json`, which is written last.
+
+    DIR/dataset.json                  DatasetInfo
+    DIR/tokenizer.json                absent when the tokens came without a tokenizer
+    DIR/train-00000.tokens.npy        all rows after each other, smallest sufficient unsigned type
+    DIR/train-00000.offsets.npy       int64 [rows + 1], row i is tokens[offsets[i]:offsets[i + 1]]
+    DIR/train-00000.latents.npy       float32 [rows, latent_dim]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, get_args
+
+import numpy as np
+
+from job.data.files import file_entry, write_whole
+from job.errors import UserError
+
+FORMAT_VERSION = 1
+INFO_FILE = "dataset.json"
+PARTS = ("tokens", "offsets", "latents")
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass
+class DatasetInfo:
+    """Content of dataset.json; the synthetic dataset has one too."""
+
+    vocab_size: int
+    latent_dim: int
+    max_length: int  # tokens of the longest row
+    mask_token_id: int
+    pad_token_id: int
+    counts: dict[str, int]  # rows of each split
+    shards: dict[str, list[int]]  # rows of each shard of each split
+    latent_mean: list[float]  # of the training split, like the next two
+    latent_std: list[float]  # 1 where a dimension is constant, so that dividing by it is safe
+    token_counts: list[int]  # how often each token id occurs
+    encoder: dict[str, Any]
+    tokenizer: str | None  # file name; its hash is in `files`
+    files: dict[str, dict[str, Any]]  # name -> {sha256, bytes}
+    options: dict[str, Any]  # of the command that made it
+    generated_by: str
+    format_version: int = FORMAT_VERSION
+
+
+class Dataset(Protocol):
+    """One split: what sampler and loader need of it."""
+
+    info: DatasetInfo
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def shard_file(split: str, number: int, part: str) -> str:
+    """Name of one of the three files of a shard."""
+    return f"{split}-{number:05d}.{part}.npy"
+
+
+def _save(array: np.ndarray, file: BinaryIO) -> None:
+    np.save(file, array, allow_pickle=False)
+
+
+def write_shard(directory: Path, split: str, number: int, tokens: list[np.ndarray], latents: np.ndarray, vocab_size: int) -> dict[str, dict[str, Any]]:
+    """Write the rows of one shard (tokens: int [L] each, latents: [rows, D]); returns the `files` entries of dataset.json."""
+    offsets = np.zeros(len(tokens) + 1, np.int64)
+    np.cumsum([len(row) for row in tokens], out=offsets[1:])
+    flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
+    arrays = {"tokens": flat.astype(np.min_scalar_type(vocab_size - 1)), "offsets": offsets, "latents": latents.astype(np.float32)}
+    entries = {}
+    for part, array in arrays.items():
+        path = directory / shard_file(split, number, part)
+        write_whole(path, partial(_save, array))
+        entries[path.name] = file_entry(path)
+    return entries
+
+
+def read_info(directory: Path) -> DatasetInfo:
+    """Read dataset.json; UserError if it is missing, damaged or of another format."""
+    path = Path(directory) / INFO_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        if values["format_version"] == FORMAT_VERSION:
+            return DatasetInfo(**values)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{directory}: no finished dataset here ({INFO_FILE} is missing); "
+                        f"prepare one with `python -m job.prepare --out {directory}`, the same command finishes an interrupted one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged or not a dataset description ({error!r}); prepare the data again") from error
+    raise UserError(f"{path}: format_version {values['format_version']}, this version reads {FORMAT_VERSION}; prepare the data again")
+
+
+def check_files(directory: Path, info: DatasetInfo, verify_hashes: bool) -> None:
+    """Refuse a dataset with a file that is missing, of another size, or, where asked and for the tokenizer always, of another hash."""
+    for name, entry in info.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; copy the dataset again or prepare it again")
+        if path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path}: corrupt, {path.stat().st_size} bytes instead of {entry['bytes']}; copy the dataset again or prepare it again")
+        if (verify_hashes or name == info.tokenizer) and file_entry(path)["sha256"] != entry["sha256"]:
+            what = "the tokenizer was changed after the data was prepared" if name == info.tokenizer else "corrupt"
+            raise UserError(f"{path}: {what}, its SHA-256 is not the one in {INFO_FILE}; copy the dataset again or prepare it again")
+
+
+class ShardDataset:
+    """One split of a prepared directory, memory-mapped; shards are opened when first touched.
+
+    Raises UserError for a missing, truncated or changed file; bit flips are found with `verify_hashes`.
+    """
+
+    def __init__(self, directory: Path, split: Split, verify_hashes: bool = False) -> None:
+        self.directory = Path(directory)
+        self.split = split
+        self.info = read_info(self.directory)
+        check_files(self.directory, self.info, verify_hashes)
+        self.fingerprint = hashlib.sha256((self.directory / INFO_FILE).read_bytes()).hexdigest()
+        self._starts = np.concatenate([[0], np.cumsum(self.info.shards[split], dtype=np.int64)])
+        self._open: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _shard(self, number: int) -> tuple[np.ndarray, ...]:
+        """Tokens, offsets and latents of a shard."""
+        if number not in self._open:
+            arrays = []
+            for part in PARTS:
+                path = self.directory / shard_file(self.split, number, part)
+                try:
+                    arrays.append(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
+                except (OSError, ValueError) as error:
+                    raise UserError(f"{path}: cannot be read ({error}); copy the dataset again or prepare it again") from error
+            self._open[number] = tuple(arrays)
+        return self._open[number]
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Token counts of these samples, int64, read from the offsets alone."""
+        lengths = np.empty(len(indices), np.int64)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(shards):
+            offsets = self._shard(int(number))[1]
+            chosen = shards == number
+            rows = np.asarray(indices)[chosen] - self._starts[number]
+            lengths[chosen] = offsets[rows + 1] - offsets[rows]
+        return lengths
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [L] and the raw latent float32 [D] of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        tokens, offsets, latents = self._shard(number)
+        row = index - int(self._starts[number])
+        ids = tokens[offsets[row]:offsets[row + 1]].astype(np.int64)
+        # An id outside the vocabulary would surface much later, as a device-side assertion that names nothing.
+        if not 0 < len(ids) <= self.info.max_length or ids.max() >= self.info.vocab_size:
+            raise UserError(f"{self.directory / shard_file(self.split, number, 'tokens')}: row {row} is corrupt; "
+                            "copy the dataset again or prepare it again (data.verify_hashes=true checks every file)")
+        return ids, np.array(latents[row], np.float32)
+
+
+def info_to_dict(info: DatasetInfo) -> dict[str, Any]:
+    """DatasetInfo as plain values for JSON."""
+    return dataclasses.asdict(info)
