@@ -1,0 +1,238 @@
+"""The processes of a run: how they find each other, agree, and notice that one of them is missing.
+
+This is the only module that reads the variables of torchrun and SLURM.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from job.errors import ExitCode, RetryError, UserError
+from job.runtime.heartbeat import Heartbeats
+
+START_SECONDS = 300.0  # ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is
+SAVE_SECONDS = 3600.0  # how long one rank may write longer than another; a rank that died meanwhile closes its connection
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of the run and the device it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    node: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes logs and metrics."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the launcher put this process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    address: str | None = None  # rendezvous host and port; None: the only process
+    port: int = 0
+    run_id: str = ""
+
+
+_groups: dict[str, dist.ProcessGroup] = {}
+_heartbeats: Heartbeats | None = None
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: `gpu[07-09,12],login1` gives `gpu07`."""
+    head = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head)
+
+
+def place(environ: Mapping[str, str]) -> Place:
+    """This process's place from torchrun's or srun's variables; without either, the only process.
+
+    Raises UserError for a SLURM batch script that asks for several tasks and starts the program without srun.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return Place(int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0)), int(environ["WORLD_SIZE"]), environ.get("MASTER_ADDR", "localhost"),
+                     int(environ.get("MASTER_PORT", 29500)), environ.get("TORCHELASTIC_RESTART_COUNT", ""))
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1)))
+    if "SLURM_PROCID" not in environ or tasks == 1:
+        return Place(0, 0, 1)
+    nodelist = environ.get("SLURM_STEP_NODELIST")
+    if nodelist is None and "SLURM_STEP_ID" not in environ:
+        raise UserError(f"SLURM_NTASKS={tasks}, but this process is not one of srun's tasks: start it with `srun python -m job.train ...`")
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
+    # Below the ports that Linux hands out by itself; jobs that share a node have ids less than 20,000 apart.
+    port = int(environ.get("MASTER_PORT", 10000 + (job + 2003 * step) % 20000))
+    address = environ.get("MASTER_ADDR") or first_host(nodelist or environ.get("SLURM_JOB_NODELIST", "localhost"))
+    return Place(int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", 0)), tasks, address, port, f"{job}.{step}")
+
+
+def _device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("training.device=cuda, but PyTorch sees no GPU here; check the driver and CUDA_VISIBLE_DEVICES, or set training.device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; start one process per GPU, "
+                        "with all GPUs of the node visible to each (for instance srun --gpus-per-node, not --gpus-per-task)")
+    return torch.device("cuda", local_rank)
+
+
+def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Process:
+    """Join the run: process group (NCCL on GPUs, gloo on CPUs), groups for decisions on the host, signs of life.
+
+    timeout_seconds bounds every later wait for another rank. Raises UserError for too few GPUs, RetryError when
+    the other ranks do not come.
+    """
+    global _heartbeats
+    here = place(os.environ)
+    process = Process(here.rank, here.local_rank, here.world_size, _device(device, here.local_rank), socket.gethostname())
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+    if here.address is None:
+        return process
+    os.environ.update(MASTER_ADDR=here.address, MASTER_PORT=str(here.port))
+    waiting = timedelta(seconds=max(START_SECONDS, timeout_seconds))
+    # NCCL's own watchdog aborts without naming anyone: it comes second, if ours could not act.
+    patience = timedelta(seconds=timeout_seconds if process.device.type == "cpu" else 2 * timeout_seconds)
+    try:
+        store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
+        store = dist.PrefixStore(f"job/{here.run_id}", store)
+        dist.init_process_group("gloo" if process.device.type == "cpu" else "nccl", store=store, rank=here.rank, world_size=here.world_size,
+                                timeout=patience, device_id=process.device if process.device.type == "cuda" else None)
+        _groups["control"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        _groups["saves"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds)))
+        _heartbeats = Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node)
+    except RuntimeError as error:
+        raise RetryError(f"rank {here.rank} of {here.world_size} could not join the run at {here.address}:{here.port}: {_first_line(error)}") from error
+    return process
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return bool(_groups)
+
+
+def agree_max(value: int) -> int:
+    """Largest `value` of all ranks; one small all-reduce on the host. Raises RetryError naming a missing rank."""
+    if not _groups:
+        return value
+    with peers_needed():
+        tensor = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_groups["control"])
+        return int(tensor)
+
+
+def gather(value: Any, group: Literal["control", "saves"] = "control") -> list[Any]:
+    """Every rank's (picklable) value, by rank. A group must not be used by two threads at once."""
+    if not _groups:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist_group = _groups[group]
+    if group == "control":
+        with peers_needed():
+            dist.all_gather_object(values, value, group=dist_group)
+    else:
+        dist.all_gather_object(values, value, group=dist_group)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks, no longer than the timeout. Raises RetryError naming a missing rank."""
+    agree_max(0)
+
+
+def progress(step: int, phase: str) -> None:
+    """Note in this rank's sign of life where the main loop is (the watchdog does it)."""
+    if _heartbeats is not None:
+        _heartbeats.progress(step, phase)
+
+
+def give_up(failure: str, exit_code: int) -> None:
+    """Leave word of why this rank ends: the others then end with the same message and exit code. Best effort."""
+    if _heartbeats is not None:
+        try:
+            _heartbeats.give_up(failure, exit_code)
+        except RuntimeError as error:
+            print(f"could not tell the other ranks: {_first_line(error)}", file=sys.stderr, flush=True)
+
+
+def missing() -> tuple[str | None, ExitCode]:
+    """One line on the ranks that gave up, or died or froze, or None; takes about two seconds. And the exit code they leave behind."""
+    if _heartbeats is None:
+        return None, ExitCode.RETRY
+    try:
+        others = _heartbeats.others()
+    except RuntimeError as error:
+        return f"the node of rank 0, which keeps the rendezvous store, does not answer ({_first_line(error)})", ExitCode.RETRY
+    failed = [sign for sign, _ in others if sign.failure]
+    if failed:
+        code = min(sign.exit_code for sign in failed)  # a cause that no retry mends comes before its consequences
+        return "; ".join(f"{sign} gave up: {sign.failure}" for sign in failed if sign.exit_code == code), ExitCode(code)
+    silent = [f"{sign} died or is frozen (last heard of in step {sign.step}, {sign.phase})" for sign, renewed in others if not renewed]
+    return "; ".join(silent) or None, ExitCode.RETRY
+
+
+def slowest() -> str:
+    """One line on the rank that has made no progress for longest. Takes about two seconds."""
+    if _heartbeats is None:
+        return ""
+    sign = max([sign for sign, _ in _heartbeats.others()] + [_heartbeats.sign], key=lambda sign: sign.age)
+    return f"{sign} hangs longest: {sign.age:.0f} s in step {sign.step}, {sign.phase}"
+
+
+@contextmanager
+def peers_needed() -> Iterator[None]:
+    """Around whatever waits for other ranks: the loss of one becomes RetryError naming it, after every thread's stack."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or re.search(r"gloo|Application timeout caused pair closure", str(error))):
+            raise
+        faulthandler.dump_traceback(all_threads=True)
+        reason, code = missing()
+        failure = UserError if code == ExitCode.FAILED else RetryError
+        raise failure(f"lost another rank: {reason or slowest()} [{_first_line(error)}]") from error
+
+
+def shutdown() -> None:
+    """Leave the run in good order, all ranks together."""
+    global _heartbeats
+    if not _groups:
+        return
+    barrier()
+    if _heartbeats is not None:
+        _heartbeats.stop()
+        _heartbeats = None
+    _groups.clear()
+    dist.destroy_process_group()
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End at once with `exit_code`: after a failure, destructors of process groups would wait for the lost ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

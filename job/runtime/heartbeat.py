@@ -1,0 +1,90 @@
+"""Signs of life of every rank in the rendezvous store, so that a rank that died or hangs can be called by its name."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+INTERVAL = 1.0  # seconds between two signs of life
+
+
+@dataclass
+class Sign:
+    """What a rank last said of itself."""
+
+    rank: int
+    node: str
+    count: int = 0  # grows with every sign: a count that stands still is a process that is dead or frozen
+    step: int = 0
+    phase: str = "start"
+    age: float = 0.0  # seconds since the rank last made progress, by its own clock
+    failure: str | None = None  # why the rank gave up, when it could still say so
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.node})"
+
+
+class Heartbeats:
+    """Publishes this rank's sign of life from a thread of its own and reads those of the others when asked."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, node: str) -> None:
+        self.sign = Sign(rank, node)
+        self._world_size = world_size
+        self._progress = time.monotonic()
+        # Separate connections: a store answers one request at a time, and a wait of one user would silence the others.
+        self._write, self._read = store.clone(), store.clone()  # type: ignore[attr-defined]  # missing in PyTorch's stubs
+        self._read.set_timeout(timedelta(seconds=5 * INTERVAL))
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def progress(self, step: int, phase: str) -> None:
+        """Note that the main loop came to `phase` of `step`."""
+        self.sign.step, self.sign.phase, self._progress = step, phase, time.monotonic()
+
+    def give_up(self, failure: str, exit_code: int) -> None:
+        """Tell the others why this rank ends, so that they report the cause and not its consequence."""
+        self.sign.failure, self.sign.exit_code = failure, exit_code
+        self._publish()
+
+    def stop(self) -> None:
+        """End the thread; the last sign stays in the store."""
+        self._end.set()
+        self._thread.join(timeout=INTERVAL)
+
+    def others(self) -> list[tuple[Sign, bool]]:
+        """The other ranks' signs, with whether each is still being renewed; takes about two intervals.
+
+        Raises RuntimeError when the store does not answer.
+        """
+        before = self._signs()
+        if self._end.wait(2.2 * INTERVAL):
+            return []
+        return [(sign, sign.count > before[rank].count) for rank, sign in self._signs().items() if rank != self.sign.rank]
+
+    def _signs(self) -> dict[int, Sign]:
+        signs = {}
+        for rank in range(self._world_size):
+            known = self._read.check([str(rank)])
+            signs[rank] = Sign(**json.loads(self._read.get(str(rank)))) if known else Sign(rank, "never reported", count=-1)
+        return signs
+
+    def _run(self) -> None:
+        while not self._end.wait(INTERVAL):
+            try:
+                self._publish()
+            except RuntimeError:  # the store's host is gone: whoever waits for it next says so
+                return
+
+    def _publish(self) -> None:
+        with self._lock:
+            self.sign.count += 1
+            self.sign.age = time.monotonic() - self._progress
+            self._write.set(str(self.sign.rank), json.dumps(asdict(self.sign)))
