@@ -18,6 +18,28 @@ SAME_STOP_SECONDS = 1.0  # Ctrl-C and scancel reach a worker twice: from the ter
 TIME_BUDGET = 1000  # above every signal number
 
 
+def on_signals(callback: Callable[[int], None]) -> None:
+    """Call `callback(number)` from a thread for every stop signal, at once; to be called from the main thread.
+
+    The interpreter runs signal handlers between two instructions of the main thread, which may be stuck in a collective for minutes;
+    the byte that it writes into a socket when the signal arrives wakes a thread.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while True:
+            for number in reader.recv(64):
+                if number in STOP_SIGNALS:
+                    callback(number)
+
+    threading.Thread(target=watch, name="stop-signals", daemon=True).start()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: writer.fileno())  # a handler of Python, or nothing is written; it also keeps the socket open
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a loader worker's signals are not ours
+
+
 class StopSignals:
     """Flag set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; a second SIGTERM or SIGINT ends the process at once.
 
@@ -31,16 +53,7 @@ class StopSignals:
 
     def install(self) -> StopSignals:
         """Take over the signals; from the main thread, once, before anything slow is imported."""
-        # The interpreter runs handlers between two instructions of the main thread, which may be stuck in a collective;
-        # the byte written to this socket wakes a thread at once.
-        self._socket, writer = socket.socketpair()
-        writer.setblocking(False)
-        self._writer = writer
-        threading.Thread(target=self._watch, name="stop-signals", daemon=True).start()
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a loader worker's signals are not ours
+        on_signals(self._received)
         return self
 
     @property
@@ -69,12 +82,6 @@ class StopSignals:
     def ignore_further(self) -> None:
         """Let no later signal change the exit code: the stop is saved and agreed, only the exit is left."""
         self._done = True
-
-    def _watch(self) -> None:
-        while True:
-            for number in self._socket.recv(64):
-                if number in STOP_SIGNALS:
-                    self._received(number)
 
     def _received(self, number: int) -> None:
         now = time.monotonic()

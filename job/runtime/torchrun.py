@@ -1,0 +1,72 @@
+"""torchrun with the exit codes of job.errors.ExitCode: `python -m job.runtime.torchrun --nproc-per-node 2 -m job.train ...`.
+
+torchrun itself ends with 1 whatever its workers' exit codes were, dies of SIGUSR1 and SIGUSR2 leaving the workers behind,
+and on SIGTERM and SIGINT kills workers that need more than 30 seconds to save. Here signals are passed on to the
+workers, which end the run by themselves, and the worker's exit code becomes this program's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from job.runtime.stop import on_signals
+
+
+def _children() -> list[int]:
+    """Process ids of the workers (torchrun starts them, and nothing else, from its main thread)."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def _pass_on(number: int) -> None:
+    workers = _children()
+    if not workers:
+        os.write(2, f"{signal.Signals(number).name} before the workers were started: nothing to save\n".encode())
+        os._exit(128 + signal.SIGTERM)
+    for pid in workers:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:  # ended in between
+            continue
+
+
+def exit_code(worker_codes: list[int]) -> int:
+    """The run's exit code from those of its failed workers (negative: killed by that signal): a cause that no retry mends
+    comes first, then one that a retry may mend, then a stop."""
+    codes = [128 - code if code < 0 else code for code in worker_codes]
+    stopped = 128 + signal.SIGTERM
+    return min(codes, key=lambda code: (code >= 128, code == stopped, code))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run torchrun; returns the exit code."""
+    on_signals(_pass_on)
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on above
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
+    from job.errors import ExitCode
+
+    options = parse_args(arguments)
+    if options.max_restarts:
+        print(f"--max-restarts={options.max_restarts}: torchrun would restart a run that was told to stop; leave it at 0, "
+              "restarts belong to the scheduler (README, exit codes)", file=sys.stderr)
+        return ExitCode.USAGE
+    try:
+        run(options)
+    except ChildFailedError as error:
+        code = exit_code([failure.exitcode for failure in error.failures.values()])
+        ended = ", ".join(f"rank {rank} with {failure.exitcode}" for rank, failure in sorted(error.failures.items()))
+        print(f"workers ended first: {ended}; exit code {code}", file=sys.stderr)
+        return code
+    except RendezvousError as error:
+        print(f"the nodes did not find each other: {error}", file=sys.stderr)
+        return ExitCode.RETRY
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
