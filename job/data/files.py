@@ -34,6 +34,11 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     write_whole(path, lambda file: file.write((json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """What dataset.json keeps of a file: its SHA-256 and its size in bytes."""
     with path.open("rb") as file:

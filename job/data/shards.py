@@ -9,17 +9,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from job.data.files import file_entry, write_whole
+from job.data.files import file_entry
 from job.errors import UserError
 
 FORMAT_VERSION = 1
@@ -68,24 +66,6 @@ class Dataset(Protocol):
 def shard_file(split: str, number: int, part: str) -> str:
     """Name of one of the three files of a shard."""
     return f"{split}-{number:05d}.{part}.npy"
-
-
-def _save(array: np.ndarray, file: BinaryIO) -> None:
-    np.save(file, array, allow_pickle=False)
-
-
-def write_shard(directory: Path, split: str, number: int, tokens: list[np.ndarray], latents: np.ndarray, vocab_size: int) -> dict[str, dict[str, Any]]:
-    """Write the rows of one shard (tokens: int [L] each, latents: [rows, D]); returns the `files` entries of dataset.json."""
-    offsets = np.zeros(len(tokens) + 1, np.int64)
-    np.cumsum([len(row) for row in tokens], out=offsets[1:])
-    flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
-    arrays = {"tokens": flat.astype(np.min_scalar_type(vocab_size - 1)), "offsets": offsets, "latents": latents.astype(np.float32)}
-    entries = {}
-    for part, array in arrays.items():
-        path = directory / shard_file(split, number, part)
-        write_whole(path, partial(_save, array))
-        entries[path.name] = file_entry(path)
-    return entries
 
 
 def read_info(directory: Path) -> DatasetInfo:
@@ -171,8 +151,3 @@ class ShardDataset:
             raise UserError(f"{self.directory / shard_file(self.split, number, 'tokens')}: row {row} is corrupt; "
                             "copy the dataset again or prepare it again (data.verify_hashes=true checks every file)")
         return ids, np.array(latents[row], np.float32)
-
-
-def info_to_dict(info: DatasetInfo) -> dict[str, Any]:
-    """DatasetInfo as plain values for JSON."""
-    return dataclasses.asdict(info)

@@ -1,0 +1,117 @@
+"""Tokenizers: loaded from a file, a directory or the hub, or trained; with a mask and a padding token in any case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from job.data.shards import DatasetInfo
+from job.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
+PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>", "<|endoftext|>")
+MIN_VOCAB_SIZE = 260  # every byte, mask, padding and something to learn
+
+
+class TextTokenizer:
+    """A tokenizer whose rows are neither padded nor cut, and whose special tokens cannot be written in a text."""
+
+    def __init__(self, tokenizer: Tokenizer, mask_token_id: int, pad_token_id: int) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # "[MASK]" in a text is seven characters
+        self.tokenizer, self.mask_token_id, self.pad_token_id = tokenizer, mask_token_id, pad_token_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, int64 [L]."""
+        return [np.array(encoding.ids, np.int64) for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True).strip()
+
+    def to_json(self) -> str:
+        """Content for tokenizer.json."""
+        return self.tokenizer.to_str(pretty=True)
+
+
+def _named_tokens(directory: Path) -> dict[str, str]:
+    """`mask_token` and `pad_token` as the files beside a tokenizer.json name them."""
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = directory / file
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        for name in ("mask_token", "pad_token"):
+            token = values.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                names.setdefault(name, token)
+    return names
+
+
+def _special(tokenizer: Tokenizer, source: str, what: str, candidates: Sequence[str | None]) -> int:
+    """Id of the first candidate in the vocabulary."""
+    for candidate in candidates:
+        if candidate is not None and (number := tokenizer.token_to_id(candidate)) is not None:
+            return int(number)
+    raise UserError(f"tokenizer {source}: no {what} token (looked for {', '.join(filter(None, candidates))}); "
+                    f"name one of its tokens with --{what}-token, or use another tokenizer or --tokenizer train")
+
+
+def _find(source: str, local_files_only: bool) -> Path:
+    """Path of the tokenizer.json that `source` (file, directory or hub name) means."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / TOKENIZER_FILE).is_file():
+            raise UserError(f"{path}: no {TOKENIZER_FILE} in this directory")
+        return path / TOKENIZER_FILE
+    from huggingface_hub import hf_hub_download
+    try:
+        for extra in ("special_tokens_map.json", "tokenizer_config.json"):
+            try:
+                hf_hub_download(source, extra, local_files_only=local_files_only)
+            except Exception:
+                continue  # optional beside the tokenizer
+        return Path(hf_hub_download(source, TOKENIZER_FILE, local_files_only=local_files_only))
+    except Exception as error:
+        where = "the local cache" if local_files_only else "the hub"
+        raise UserError(f"tokenizer {source}: no such file or directory, and {where} does not have it ({str(error).splitlines()[0]})") from error
+
+
+def load(source: str, *, local_files_only: bool = False, mask_token: str | None = None, pad_token: str | None = None) -> TextTokenizer:
+    """Tokenizer from a file, a directory with tokenizer.json, or a hub name. UserError if it is damaged or lacks a mask or pad token."""
+    path = _find(source, local_files_only)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: not a tokenizer of the `tokenizers` library ({str(error).splitlines()[0]})") from error
+    named = _named_tokens(path.parent)
+    masks = [mask_token] if mask_token else [named.get("mask_token"), *MASK_NAMES]
+    pads = [pad_token] if pad_token else [named.get("pad_token"), *PAD_NAMES]
+    return TextTokenizer(tokenizer, _special(tokenizer, source, "mask", masks), _special(tokenizer, source, "pad", pads))
+
+
+def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Byte-level BPE: any text comes back from its tokens as it was."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD_NAMES[0], MASK_NAMES[0]], show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainer)
+    return TextTokenizer(tokenizer, _special(tokenizer, "train", "mask", MASK_NAMES), _special(tokenizer, "train", "pad", PAD_NAMES))
+
+
+def of_dataset(directory: Path, info: DatasetInfo) -> TextTokenizer | None:
+    """The tokenizer of a prepared directory; None if its tokens came without one."""
+    if info.tokenizer is None:
+        return None
+    return TextTokenizer(Tokenizer.from_file(str(directory / info.tokenizer)), info.mask_token_id, info.pad_token_id)
