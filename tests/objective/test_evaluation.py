@@ -1,0 +1,144 @@
+"""Evaluation: exact figures of models whose answers are known, and independence of batch size and ranks."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from job.config import LossConfig, ModelConfig, TrainingConfig
+from job.errors import UserError
+from job.model.multimodal import build_model
+from job.objective.evaluation import Rows, evaluate, participation_ratio, table, verdicts
+from job.objective.trainer import Trainer
+
+VOCAB, DIM, LENGTH, COUNT, MASK_ID = 12, 12, 8, 6, 1
+MODEL = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, head_dim=8, cond_dim=16, max_seq_len=LENGTH, num_residual_streams=1, latent_parameterization="x0")
+
+
+def samples() -> dict[str, Tensor]:
+    """Text i is i + 2 tokens of kind i + 4 and its latent the unit vector of that kind."""
+    kinds = torch.arange(COUNT) + 4
+    lengths = torch.arange(COUNT) + 2
+    return {"input_ids": kinds[:, None].expand(-1, LENGTH).clone(), "attention_mask": torch.arange(LENGTH) < lengths[:, None],
+            "latent": torch.eye(DIM)[kinds], "position": torch.arange(COUNT), "global_lengths": lengths}
+
+
+class Oracle(nn.Module):
+    """Reads the token off the latent and the latent off the tokens, or ignores what it is given."""
+
+    def __init__(self, sees_latent: bool = True, sees_text: bool = True) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+        self.sees_latent, self.sees_text = sees_latent, sees_text
+
+    def forward(self, tokens: Tensor, latents: Tensor, text_t: Tensor, latent_t: Tensor, mask: Tensor, heads: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        words = nn.functional.one_hot(tokens, DIM).float()
+        mean = (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        logits = 5 * latents[:, None].expand(-1, tokens.shape[1], -1)
+        prediction = mean if self.sees_text else torch.ones(tokens.shape[0], DIM) / DIM
+        return (logits if self.sees_latent else torch.zeros_like(logits)), prediction
+
+
+def trainer_of(model: nn.Module) -> Trainer:
+    return Trainer(model, MODEL, LossConfig(), TrainingConfig(), MASK_ID)
+
+
+def test_oracle_scores_are_the_closed_form_ones() -> None:
+    metrics = evaluate(trainer_of(Oracle()), [samples()], seed=0)
+    log_z = math.log(math.exp(5) + VOCAB - 1)
+    assert metrics["l2t/ce"] == pytest.approx(log_z - 5, rel=1e-5)
+    assert metrics["l2t/latent_gain"] == pytest.approx(5, rel=1e-5)
+    assert metrics["l2t/token_acc"] == metrics["t2l2t/token_acc"] == metrics["l2t2l/retrieval_at_1"] == 1
+    p = math.exp(5 - log_z)
+    rest = (1 - p) / (VOCAB - 1)
+    assert metrics["pseudo/entropy"] == pytest.approx(-p * math.log(p) - (1 - p) * math.log(rest), rel=1e-5)
+    for suffix in ("", "@0.25", "@0.5", "@0.9"):
+        assert metrics[f"t2l/x0_cos{suffix}"] == pytest.approx(1)
+        assert metrics[f"t2l/x0_mse{suffix}"] == pytest.approx(0)
+        assert metrics[f"t2l/x0_norm_ratio{suffix}"] == pytest.approx(1)
+    assert metrics["t2l/text_gain"] == pytest.approx(2 / DIM)
+    assert metrics["latent/active_dims"] == pytest.approx(COUNT - 1)  # COUNT unit vectors around their mean
+    assert metrics["tokens"] == sum(range(2, COUNT + 2))
+    assert metrics["text/most_frequent_token_acc"] == pytest.approx((COUNT + 1) / metrics["tokens"])
+    assert [word in " ".join(verdicts(metrics)) for word in ("ignores", "uses the latent", "uses the text")] == [False, True, True]
+
+
+def test_models_that_ignore_their_input_are_said_to() -> None:
+    metrics = evaluate(trainer_of(Oracle(sees_latent=False, sees_text=False)), [samples()], seed=0)
+    assert metrics["l2t/latent_gain"] == pytest.approx(0, abs=1e-6)
+    assert metrics["t2l/text_gain"] == pytest.approx(0, abs=1e-6)
+    assert metrics["latent/active_dims"] == 0
+    words = table(metrics)
+    assert "the decoder ignores the latent" in words
+    assert "the encoder ignores the text" in words
+    assert "is no better than always guessing" in words
+
+
+def test_non_finite_figures_are_not_called_good() -> None:
+    metrics = evaluate(trainer_of(Oracle()), [samples() | {"latent": torch.full((COUNT, DIM), math.nan)}], seed=0)
+    assert "broken" in verdicts(metrics)[0]
+
+
+def batches_of(size: int) -> list[dict[str, Tensor]]:
+    whole = samples()
+    parts = [{name: values[i:i + size] for name, values in whole.items()} | {"global_lengths": whole["global_lengths"]} for i in range(0, COUNT, size)]
+    for part in parts:  # a short batch is padded less
+        longest = int(part["attention_mask"].sum(1).max())
+        part |= {name: part[name][:, :longest] for name in ("input_ids", "attention_mask")}
+    return parts
+
+
+def on_ranks(trainer: Trainer, batches: list[dict[str, Tensor]], world_size: int) -> list[dict[str, float]]:
+    """Evaluate with batch j on rank j % world_size, a thread each."""
+    barrier = threading.Barrier(world_size, timeout=30)
+    shelf: list[Rows] = [{} for _ in range(world_size)]
+    results: list[dict[str, float]] = [{} for _ in range(world_size)]
+
+    def work(rank: int) -> None:
+        def gather(rows: Rows) -> list[Rows]:
+            shelf[rank] = rows
+            barrier.wait()
+            gathered = list(shelf)
+            barrier.wait()
+            return gathered
+
+        results[rank] = evaluate(trainer, batches[rank::world_size], 3, gather, between=barrier.wait)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 1), (4, 2), (2, 4)])  # 2 on 4 ranks: one rank has no batch
+def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_size: int) -> None:
+    trainer = trainer_of(build_model(MODEL, VOCAB, DIM, seed=0))
+    expected = evaluate(trainer, [samples()], seed=3)
+    results = on_ranks(trainer, batches_of(batch_size), world_size)
+    assert all(result == results[0] for result in results)
+    assert results[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_noise_depends_on_the_seed_alone_and_training_mode_returns() -> None:
+    trainer = trainer_of(build_model(MODEL, VOCAB, DIM, seed=0)).train()
+    first = evaluate(trainer, [samples()], seed=3)
+    torch.manual_seed(99)
+    assert trainer.training
+    assert evaluate(trainer, [samples()], seed=3) == first
+    assert evaluate(trainer, [samples()], seed=4) != first
+
+
+def test_one_sample_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match="at least 2 samples"):
+        evaluate(trainer_of(Oracle()), batches_of(1)[:1], seed=0)
+
+
+def test_participation_ratio_counts_equal_directions() -> None:
+    rows = torch.cat([torch.eye(5), -torch.eye(5)]) @ torch.linalg.qr(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).T)[0].T
+    assert participation_ratio(rows) == pytest.approx(5)
