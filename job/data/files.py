@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+TEMPORARY = ".tmp"
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write beside, fsync, rename, fsync the directory: after a crash `path` holds either the old content or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             write(file)

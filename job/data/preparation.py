@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from job.data import tokenizer as tokenizers
 from job.data.encoders import Encoder, LsaEncoder, SentenceTransformersEncoder
-from job.data.files import write_json, write_whole
+from job.data.files import TEMPORARY, write_json, write_whole
 from job.data.shards import INFO_FILE, SPLITS, DatasetInfo, read_info
 from job.data.sources import STDLIB, read_texts
 from job.data.writer import ShardRecord, write_info, write_shard
@@ -246,6 +246,8 @@ def _finish(run: Run, plan: dict[str, Any]) -> DatasetInfo:
                       tokenizer=tokenizers.TOKENIZER_FILE, encoder=json.loads((run.work / "encoder.json").read_bytes()), options=options,
                       generated_by="python -m job.prepare")
     shutil.rmtree(run.work, ignore_errors=True)
+    for leftover in run.out.glob(f".*{TEMPORARY}"):  # of a process killed while it wrote
+        leftover.unlink()
     return info
 
 

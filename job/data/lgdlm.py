@@ -1,0 +1,206 @@
+"""The LGDLM research code's data: a directory of token files and one of latents, a sample a file.
+
+    TOKEN_DIR/<stem>_tokens.npz or <stem>.npz    input_ids int [S], attention_mask int or bool [S]
+    LATENT_DIR/<stem>.npy                        float [D], [1, D] or [k, D], of which row 0 counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from job.data import tokenizer as tokenizers
+from job.data.files import write_whole
+from job.data.preparation import Progress, say
+from job.data.shards import SPLITS
+from job.data.writer import ShardRecord, write_info, write_shard
+from job.errors import UsageError, UserError
+
+TOKENS_SUFFIX = "_tokens"
+SHARD_SIZE = 100_000
+NAMED_PROBLEMS = 20
+
+
+class BadSample(Exception):
+    """Why a pair of files cannot be used."""
+
+
+@dataclass
+class Problems:
+    """Unpaired and corrupt files: all counted, the first ones named."""
+
+    count: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def add(self, path: Path, reason: str) -> None:
+        """Note a file."""
+        self.count += 1
+        if len(self.named) < NAMED_PROBLEMS:
+            self.named.append(f"{path}: {reason}")
+
+    def report(self) -> None:
+        """Name the files on standard error."""
+        for line in self.named:
+            say(line)
+        if self.count > len(self.named):
+            say(f"... and {self.count - len(self.named)} more")
+
+
+def find_pairs(token_dir: Path, latent_dir: Path, problems: Problems) -> list[tuple[Path, Path]]:
+    """Token and latent files that belong together, by stem; the others are noted."""
+    for directory in (token_dir, latent_dir):
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory")
+    tokens: dict[str, Path] = {}
+    for path in sorted(token_dir.glob("*.npz")):
+        stem = path.stem.removesuffix(TOKENS_SUFFIX)
+        if stem in tokens:
+            problems.add(path, f"a second token file beside {tokens[stem].name}")
+        else:
+            tokens[stem] = path
+    latents = {path.stem: path for path in latent_dir.glob("*.npy")}
+    for stem in sorted(tokens.keys() ^ latents.keys()):
+        if stem in tokens:
+            problems.add(tokens[stem], f"unpaired, no {stem}.npy in {latent_dir}")
+        else:
+            problems.add(latents[stem], f"unpaired, no {stem}{TOKENS_SUFFIX}.npz or {stem}.npz in {token_dir}")
+    return [(tokens[stem], latents[stem]) for stem in sorted(tokens.keys() & latents.keys())]
+
+
+def reason(error: Exception) -> str:
+    """First sentence of an error: numpy's go on to recommend loading the file unsafely."""
+    return str(error).split(". ")[0]
+
+
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """Real token ids of a file, int64 [L]. BadSample if they cannot be used."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            ids, mask = arrays["input_ids"].reshape(-1), arrays["attention_mask"].reshape(-1)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadSample(f"corrupt ({reason(error)})") from error
+    if ids.shape != mask.shape or ids.dtype.kind not in "iu":
+        raise BadSample(f"corrupt (input_ids {ids.dtype} {ids.shape}, attention_mask {mask.shape})")
+    ids = ids[mask != 0].astype(np.int64)
+    if not len(ids):
+        raise BadSample("no real token")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise BadSample(f"token ids {ids.min()} to {ids.max()} in a vocabulary of {vocab_size}")
+    return ids
+
+
+def read_latent(path: Path) -> np.ndarray:
+    """Latent of a file, float32 [D]. BadSample if it cannot be used."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadSample(f"corrupt ({reason(error)})") from error
+    if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
+        raise BadSample(f"corrupt ({array.dtype} {array.shape})")
+    latent = np.atleast_2d(array)[0].astype(np.float32)
+    if not np.isfinite(latent).all():
+        raise BadSample("not finite")
+    return latent
+
+
+def read_samples(pairs: list[tuple[Path, Path]], vocab_size: int, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and latent of every usable pair; all latents have the dimension of the first."""
+    latent_dim = None
+    progress = Progress("samples", len(pairs))
+    for token_path, latent_path in pairs:
+        progress.add(1)
+        path = token_path
+        try:
+            tokens = read_tokens(token_path, vocab_size)
+            path = latent_path
+            latent = read_latent(latent_path)
+            latent_dim = latent_dim or len(latent)
+            if len(latent) != latent_dim:
+                raise BadSample(f"{len(latent)} dimensions, the first latent has {latent_dim}")
+        except BadSample as error:
+            problems.add(path, str(error))
+        else:
+            yield tokens, latent
+    progress.bar.close()
+
+
+class ShardWriter:
+    """Collects samples and writes a shard of a split whenever it is full. The split is a function of the tokens alone."""
+
+    def __init__(self, directory: Path, vocab_size: int, validation_fraction: float) -> None:
+        self.directory, self.vocab_size, self.boundary = directory, vocab_size, int(validation_fraction * 2**64)
+        self.waiting: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
+        self.records: list[ShardRecord] = []
+
+    def add(self, tokens: np.ndarray, latent: np.ndarray) -> None:
+        """Put a sample into its split."""
+        digest = hashlib.sha256(tokens.astype("<i8").tobytes()).digest()
+        split = "validation" if int.from_bytes(digest[:8], "big") < self.boundary else "train"
+        self.waiting[split].append((tokens, latent))
+        if len(self.waiting[split]) == SHARD_SIZE:
+            self.flush(split)
+
+    def flush(self, split: str) -> None:
+        """Write what waits."""
+        if rows := self.waiting[split]:
+            number = sum(record.split == split for record in self.records)
+            latents = np.stack([latent for _, latent in rows])
+            self.records.append(write_shard(self.directory, split, number, [tokens for tokens, _ in rows], latents, self.vocab_size))
+            self.waiting[split] = []
+
+
+def _special_tokens(tokenizer: tokenizers.TextTokenizer | None, mask_token_id: int | None, pad_token_id: int | None,
+                    vocab_size: int | None) -> tuple[int, int, int]:
+    """Mask id, pad id and vocabulary: as given, else the tokenizer's."""
+    mask = tokenizer.mask_token_id if mask_token_id is None and tokenizer else mask_token_id
+    pad = tokenizer.pad_token_id if pad_token_id is None and tokenizer else pad_token_id
+    size = tokenizer.vocab_size if vocab_size is None and tokenizer else vocab_size
+    if mask is None or pad is None or size is None:
+        raise UsageError("without --tokenizer, give --mask-token-id, --pad-token-id and --vocab-size")
+    if not (0 <= mask < size and 0 <= pad < size):
+        raise UsageError(f"--mask-token-id {mask} and --pad-token-id {pad} must lie in the vocabulary of {size}")
+    return mask, pad, size
+
+
+def convert(token_dir: Path, latent_dir: Path, out: Path, *, tokenizer: Path | None, mask_token_id: int | None = None, pad_token_id: int | None = None,
+            vocab_size: int | None = None, validation_fraction: float = 0.05, skip_bad: bool = False) -> str:
+    """Write a dataset from LGDLM's two directories; `out` appears whole or not at all. Returns a summary.
+
+    Unpaired and corrupt files are named on standard error and raise UserError, unless `skip_bad`.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; give another name or delete it")
+    loaded = tokenizers.load(str(tokenizer)) if tokenizer else None
+    mask, pad, size = _special_tokens(loaded, mask_token_id, pad_token_id, vocab_size)
+    problems = Problems()
+    pairs = find_pairs(token_dir, latent_dir, problems)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        writer = ShardWriter(partial, size, validation_fraction)
+        for tokens, latent in read_samples(pairs, size, problems):
+            if skip_bad or not problems.count:
+                writer.add(tokens, latent)
+        problems.report()
+        if problems.count and not skip_bad:
+            raise UserError(f"{token_dir}: {problems.count} unpaired or corrupt files; mend or remove them, or leave them out with --skip-bad")
+        for split in SPLITS:
+            writer.flush(split)
+        if loaded:
+            write_whole(partial / tokenizers.TOKENIZER_FILE, lambda file: file.write(loaded.to_json().encode()))
+        info = write_info(partial, writer.records, vocab_size=size, mask_token_id=mask, pad_token_id=pad,
+                          tokenizer=tokenizers.TOKENIZER_FILE if loaded else None, encoder={"name": "lgdlm"},
+                          options={"validation_fraction": validation_fraction, "skipped": problems.count}, generated_by="python -m job.convert data")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return (f"{out}: {info.counts['train']} training and {info.counts['validation']} validation samples, {problems.count} bad files left out, "
+            f"at most {info.max_length} tokens, {info.latent_dim} latent dimensions")
