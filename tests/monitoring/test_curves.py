@@ -1,0 +1,47 @@
+"""curves.png shows every metric that the logs hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.image import imread
+
+from job.monitoring.curves import PANELS, write_curves
+
+TRAIN = {"loss": 1.0, "base_l2t_text_loss": 2.0, "base_t2l_latent_loss": 0.5, "cycle_text_weight": 0.0, "grad_norm": 1.0, "tokens_per_second": 10.0, "lr": 1e-3}
+
+
+def test_lines_are_the_logged_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    plot = Axes.plot
+
+    def spy(self: Axes, x: tuple[float], y: tuple[float], **keywords: Any) -> object:
+        drawn[str(keywords["label"])] = list(zip(x, y, strict=True))
+        return plot(self, x, y, **keywords)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    lines = [{"step": step, **TRAIN} for step in (10, 20, 30)]
+    lines[2]["cycle_text_loss"] = 7.0  # sets in late
+    (tmp_path / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "lo')
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps({"step": 30, "l2t/ce": 3.0}) + "\n")
+    write_curves(tmp_path)
+    assert drawn["base_l2t_text_loss"] == [(10, 2), (20, 2), (30, 2)]
+    assert drawn["cycle_text_loss"] == [(30, 7)]
+    assert drawn["l2t/ce"] == [(30, 3)]
+    assert "t2l/x0_cos" not in drawn
+    assert imread(tmp_path / "curves.png").shape[2] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "evaluation.jsonl", "training_log.jsonl"]
+
+
+def test_no_log_gives_an_empty_figure(tmp_path: Path) -> None:
+    write_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_panels_show_no_metric_twice() -> None:
+    names = [name for _, _, names in PANELS for name in names]
+    assert len(names) == len(set(names))
