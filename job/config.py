@@ -184,6 +184,15 @@ LGDLM_KEYS = {
     "model.p_uniform": "text diffusion is masked diffusion (mdlm)",
 }
 
+# Keys that may change when a run goes on from a checkpoint: they say where, how long and how it is watched, not what is trained.
+# train_batch_size is here because only the global batch counts, which is compared by itself.
+FREE_ON_RESUME = {
+    "data.dir", "data.num_workers", "data.verify_hashes", "training.device", "training.train_batch_size", "training.gradient_accumulation_steps",
+    "training.global_batch_size", "training.eval_batch_size", "training.compile_model", "training.init_from", "training.resume", "training.allow_changed",
+    "training.max_minutes", "training.max_nonfinite_steps", "training.sick_rank_timeout_seconds", "optimizer.use_fused",
+    *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)),
+}
+
 
 def config_dir() -> Path:
     """Directory of the Hydra configurations: inside the installed package, or beside it in a checkout."""
@@ -246,7 +255,8 @@ def _refuse_combinations(config: Config) -> None:
             raise UserError("training.sequential_schedule is empty: give it, for instance [{type: l2t, steps: 1000}, {type: t2l, steps: 1000}]")
         for item in training.sequential_schedule:
             if item.type not in MODES or item.steps < 1:
-                raise UserError(f"training.sequential_schedule: {{type: {item.type}, steps: {item.steps}}} needs a type of {', '.join(MODES)} and steps of at least 1")
+                raise UserError(f"training.sequential_schedule: {{type: {item.type}, steps: {item.steps}}} needs a type of {', '.join(MODES)} "
+                                "and steps of at least 1")
     if training.global_batch_size is not None and training.gradient_accumulation_steps != 1:
         raise UserError("training.gradient_accumulation_steps follows from training.global_batch_size; set one of the two")
 

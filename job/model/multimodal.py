@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from job.config import ModelConfig
+from job.errors import UserError
 from job.model.backbone import build_backbone
 
 
@@ -118,3 +119,15 @@ def build_model(config: ModelConfig, vocab_size: int, latent_dim: int, seed: int
     """A freshly initialized model, the same for the same seed on every machine; the caller's random state is untouched."""
     with _seeded(seed):
         return MultimodalMMDiT(config, vocab_size, latent_dim)
+
+
+def vocabulary(config: ModelConfig, data_vocab_size: int) -> int:
+    """Rows of the embedding and of the text head: model.vocab_size, or the data's vocabulary rounded up to vocab_multiple.
+
+    Raises UserError when model.vocab_size does not hold the data's token ids.
+    """
+    if config.vocab_size is None:
+        return -(-data_vocab_size // config.vocab_multiple) * config.vocab_multiple
+    if config.vocab_size < data_vocab_size:
+        raise UserError(f"model.vocab_size={config.vocab_size} is below the data's vocabulary of {data_vocab_size}; leave model.vocab_size out")
+    return config.vocab_size

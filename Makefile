@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# PyTorch's CPU threads spin while they wait; on a machine with other work that makes small steps many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: train test lint lock clean
+
+train: .venv/runtime                  ## set up, prepare the embedded text, train the demo, show what it learned
+	$(BIN)/python -m job.prepare --out data/demo
+	$(BIN)/python -m job.train --config-name demo
+
+test: .venv/dev                       ## the test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/dev                       ## ruff and mypy
+	$(BIN)/ruff check job tests
+	$(BIN)/mypy
+
+.venv/runtime: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv/dev: .venv/runtime requirements-dev.lock
+	$(BIN)/pip install --quiet --requirement requirements-dev.lock
+	touch $@
+
+lock:                                 ## write requirements*.lock anew from pyproject.toml
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet .
+	.venv-lock/bin/pip freeze --exclude cyclevae --exclude setuptools | sed 's/+cpu$$//' > requirements.lock
+	.venv-lock/bin/pip install --quiet '.[dev]'
+	.venv-lock/bin/pip freeze --exclude cyclevae --exclude setuptools | sed 's/+cpu$$//' | grep -vxFf requirements.lock > requirements-dev.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv data/demo runs/demo

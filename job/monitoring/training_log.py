@@ -1,0 +1,41 @@
+"""training_log.jsonl and evaluation.jsonl: one object of numbers a line, in order of steps, no step twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+class JsonLines:
+    """An append-only file of objects that carry a `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def continue_from(self, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint of `step` that this run goes on from, and a half-written last line."""
+        if not self.path.exists():
+            return
+        lines = read(self.path)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def write(self, values: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The objects of a log; a last line cut short by a kill is left out."""
+    objects = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return objects

@@ -1,0 +1,113 @@
+"""The optimizer step: learning rate, clipping, AdamW, the moving average, and the step that is skipped when it is not finite.
+
+Nothing here waits for the device: whether a gradient was finite stays a tensor that the fused AdamW reads itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from job.config import Config, OptimizerConfig, TrainingConfig
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, training: TrainingConfig) -> float:
+    """Learning rate of 0-based step: linear warm-up, then constant, or linear or cosine to 0 at num_train_steps; 0 beyond it."""
+    if step < training.warmup_steps:
+        return optimizer.lr * (step + 1) / training.warmup_steps
+    if training.lr_schedule == "constant":
+        return optimizer.lr
+    progress = min(1.0, (step - training.warmup_steps) / max(1, training.num_train_steps - training.warmup_steps))
+    return optimizer.lr * (1 - progress if training.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices of linear layers, not to norms, biases, embeddings and stream weights."""
+    return parameter.dim() >= 2 and "_embed" not in name and "residual_fns" not in name
+
+
+class Optimizer:
+    """AdamW over a module's parameters, with clipping, skipped non-finite steps and an optional average of the weights."""
+
+    def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.names, self.parameters = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad), strict=True)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in zip(self.names, self.parameters, strict=True) if decays(n, p)], "weight_decay": config.optimizer.weight_decay},
+            {"params": [p for n, p in zip(self.names, self.parameters, strict=True) if not decays(n, p)], "weight_decay": 0.0},
+        ]
+        c = config.optimizer
+        self.adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.use_fused, foreach=not c.use_fused)
+        for p in self.parameters:  # from the start, so that a checkpoint always holds every parameter's moments
+            self.adamw.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self._indices: list[int] = []
+        self._device_indices = torch.zeros(0, dtype=torch.int64, device=device)
+        self.average = [p.detach().clone() for p in self.parameters] if config.training.ema_decay else None
+        self.nonfinite_steps = torch.zeros((), device=device)  # in all
+        self.nonfinite_in_a_row = torch.zeros((), device=device)
+        self.bad_parameter = torch.full((), -1, dtype=torch.int64, device=device)  # of the last skipped step
+
+    def step(self, step: int) -> Tensor:
+        """Apply the accumulated gradients as 0-based `step`; returns their norm before clipping (scalar, on the device).
+
+        A gradient that is not finite, on any rank (the reduction spreads it), leaves weights, moments and average untouched.
+        """
+        lr = learning_rate(step, self.config.optimizer, self.config.training)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        with_gradient = [(i, p.grad) for i, p in enumerate(self.parameters) if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([g for _, g in with_gradient]))
+        norm = torch.linalg.vector_norm(norms)
+        bad = ~torch.isfinite(norm)
+        self._count(bad, norms, [i for i, _ in with_gradient])
+        limit = self.config.optimizer.grad_clip_norm
+        if limit:
+            torch._foreach_mul_([g for _, g in with_gradient], (limit / (norm + 1e-6)).clamp(max=1.0))
+        if self.config.optimizer.use_fused:
+            self.adamw.found_inf = bad.float()  # type: ignore[attr-defined]  # what GradScaler sets; fused kernels skip the update on it
+            self.adamw.step()
+        elif not bool(bad):  # the unfused form has to ask the device
+            self.adamw.step()
+        if self.average is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, list(self.parameters), (1 - self.config.training.ema_decay) * (~bad).float())
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def _count(self, bad: Tensor, norms: Tensor, indices: list[int]) -> None:
+        self.nonfinite_steps += bad
+        self.nonfinite_in_a_row.add_(1).mul_(bad)
+        if indices != self._indices:  # the device's copy is made when the set of parameters changes, not every step
+            self._indices, self._device_indices = indices, torch.tensor(indices, device=bad.device)
+        first = self._device_indices[(~torch.isfinite(norms)).int().argmax()]
+        self.bad_parameter = torch.where(bad, first, self.bad_parameter)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the module holds the average of its weights, where one is kept."""
+        if self.average is None:
+            yield
+            return
+        kept = [p.detach().clone() for p in self.parameters]
+        _copy(self.parameters, self.average)
+        try:
+            yield
+        finally:
+            _copy(self.parameters, kept)
+
+    def tensors(self) -> dict[str, Any]:
+        """All state to save, by parameter name: moments, step counts, average and counters."""
+        moments = {n: dict(self.adamw.state[p]) for n, p in zip(self.names, self.parameters, strict=True)}
+        counters = {"nonfinite_steps": self.nonfinite_steps, "nonfinite_in_a_row": self.nonfinite_in_a_row, "bad_parameter": self.bad_parameter}
+        average = dict(zip(self.names, self.average, strict=True)) if self.average is not None else {}
+        return {"moments": moments, "average": average, "counters": counters}
+
+
+@torch.no_grad()
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(to), list(source))

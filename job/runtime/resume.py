@@ -1,0 +1,35 @@
+"""What a run goes on from: whether its checkpoint still means the same run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from job.config import FREE_ON_RESUME, Config, get, keys, to_dict
+from job.errors import UserError
+
+
+def record(step: int, config: Config, data_fingerprint: str, global_batch_size: int) -> dict[str, Any]:
+    """What a checkpoint stores beside tensors; with the tensors it is all the loop needs to go on."""
+    return {"step": step, "config": to_dict(config), "data": data_fingerprint, "global_batch_size": global_batch_size}
+
+
+def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: str, global_batch_size: int) -> None:
+    """Refuse to go on from a checkpoint whose configuration, data or global batch differ in what gives the run its meaning.
+
+    Raises UserError naming the differing keys and how to allow them.
+    """
+    different = {}
+    for key in keys():
+        section, name = key.split(".")
+        before, now = saved["config"][section].get(name), to_dict(config)[section][name]
+        if key not in FREE_ON_RESUME and before != now:
+            different[key] = f"{before} -> {get(config, key)}"
+    if saved["data"] != data_fingerprint:
+        different["data"] = "another dataset or tokenizer (dataset.json differs)"
+    if saved["global_batch_size"] != global_batch_size:
+        different["global_batch_size"] = f"{saved['global_batch_size']} -> {global_batch_size}"
+    refused = {key: change for key, change in different.items() if key not in config.training.allow_changed}
+    if refused:
+        changes = ", ".join(f"{key}: {change}" for key, change in refused.items())
+        raise UserError(f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
+                        f"or allow the change with training.allow_changed=[{','.join(refused)}]")
