@@ -16,7 +16,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 MARKUP = (
     (re.compile(r":[a-z:]+:`~?!?([^`<]*)(?:<[^`]*>)?`"), r"\1"),  # :class:`~x.Y`
-    (re.compile(r"``?([^`']+?)(?:``?|'')"), r"\1"),  # ``x``, `x', ``x''
+    (re.compile(r"``?([^`']+?)(?:``?|''?)"), r"\1"),  # ``x``, `x', ``x''
     (re.compile(r"(?<![\w*])\*{1,2}(\w[\w ]*)\*{1,2}(?![\w*])"), r"\1"),  # *x*, **x**
     (re.compile(r"<?https?://\S+"), ""),
     (re.compile(r"\s+"), " "),
@@ -24,10 +24,10 @@ MARKUP = (
 COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 COMMENT_MARK = re.compile(r"^[ \t]*#+ ?", re.MULTILINE)
 BULLET = re.compile(r"\s*(?:[-*+o•]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
-FIELD = re.compile(r"\s*(?:[:@](?:param|type|returns?|rtype|raises?|arg)\b[^:]*:|[\w*., ]{1,40}\s(?:--|:|-)\s)\s*")
+FIELD = re.compile(r"\s*(?:[:@](?:param|type|returns?|rtype|raises?|arg)\b[^:]*:|\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*\s*(?:--|:|-)(?=\s))\s*")
 CODE_LINE = re.compile(r"\s*(?:>>>|\.\.\.|\.\. |[$%#>|+=~_]|[\w.]+\(.*\)\s*(?:->.*)?$|(?:import|from|def|class|return) .*[^.\w]$)|.*[-=*~_^#]{4}")
 CODE = re.compile(r"[{}\\|<>]|\s=\s|==|\S\(\)\.|\b(?:XXX|TODO|FIXME)\b")
-SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bcf)(?<!\bvs)(?<!\bNo)(?<=[.!?])[\"')]*\s+(?=[\"'(]?[A-Za-z])")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bcf\.)(?<!\bvs\.)(?<!\bNo\.)[\"')]*\s+(?=[\"'(]?[A-Za-z])")
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 FUNCTION_WORDS = re.compile(r"\b(?:an?|and|are|as|at|be|been|by|can|for|from|has|if|in|into|is|its?|may|not|of|on|or|otherwise|returns?|should|so|than|that|"
                             r"the|then|this|to|used?|was|when|where|which|will|with)\b", re.IGNORECASE)
@@ -75,11 +75,14 @@ def paragraphs(text: str) -> Iterator[str]:
             yield " ".join(lines)
             lines = []
             continue
-        start = BULLET.match(line) or FIELD.match(line)
-        if start:
+        item = BULLET.match(line)
+        rest = line[item.end():] if item else line
+        name = FIELD.match(rest)
+        if item or (name and (not lines or rest[name.end():][:1].isupper())):
             yield " ".join(lines)
             lines = []
-        lines.append(line[start.end() if start else 0:].strip())
+            rest = rest[name.end():] if name else rest
+        lines.append(rest.strip())
         quoted = line.rstrip().endswith("::")
     yield " ".join(lines)
 
@@ -99,7 +102,7 @@ def is_english(sentence: str) -> bool:
     words = WORD.findall(sentence)
     letters = sum(character.isalpha() or character == " " for character in sentence)
     common = FUNCTION_WORDS.search(sentence) or sum(word.islower() for word in words) >= 3
-    return (3 <= len(words) <= 40 and 15 <= len(sentence) <= 250 and sentence[0].isalpha() and sentence[-1] in ".!?" and sentence.isascii()
+    return (3 <= len(words) <= 40 and 15 <= len(sentence) <= 250 and sentence[0].isupper() and sentence[-1] in ".!?" and sentence.isascii()
             and letters >= 0.8 * len(sentence) and common and not CODE.search(sentence))
 
 

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from job.data.lgdlm import convert
+from job.data.shards import ShardDataset
+from job.data.tokenizer import train
+from job.errors import UsageError, UserError
+
+SAMPLES, VOCAB, LENGTH, DIM = 40, 50, 12, 6
+IDS: dict[str, Any] = {"tokenizer": None, "mask_token_id": 1, "pad_token_id": 0, "vocab_size": VOCAB, "validation_fraction": 0.25}
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> tuple[Path, Path]:
+    """LGDLM's two directories, every allowed shape and name in them."""
+    rng = np.random.default_rng(0)
+    tokens, latents = tmp_path / "tokens", tmp_path / "latents"
+    tokens.mkdir()
+    latents.mkdir()
+    for number in range(SAMPLES):
+        length = rng.integers(3, LENGTH + 1)
+        ids = np.where(np.arange(LENGTH) < length, rng.integers(2, VOCAB, LENGTH), 0).astype(np.int32)
+        mask = (np.arange(LENGTH) < length).astype(np.int32 if number % 2 else bool)
+        np.savez(tokens / (f"{number:06d}_tokens.npz" if number % 3 else f"{number:06d}.npz"), input_ids=ids, attention_mask=mask)
+        latent = np.full((2, DIM), number, np.float32)
+        latent[1] = -1  # only row 0 counts
+        np.save(latents / f"{number:06d}.npy", [latent[0], latent[:1], latent][number % 3])
+    return tokens, latents
+
+
+def test_samples_keep_their_tokens_and_latents(directories: tuple[Path, Path], tmp_path: Path) -> None:
+    summary = convert(*directories, tmp_path / "out", **IDS)
+    assert "0 bad files" in summary
+    seen = []
+    for split in ("train", "validation"):
+        dataset = ShardDataset(tmp_path / "out", split, verify_hashes=True)
+        for index in range(len(dataset)):
+            ids, latent = dataset[index]
+            number = int(latent[0])
+            stem = f"{number:06d}_tokens.npz" if number % 3 else f"{number:06d}.npz"
+            source = np.load(directories[0] / stem)
+            assert np.array_equal(ids, source["input_ids"][source["attention_mask"] != 0])
+            assert np.array_equal(latent, np.full(DIM, number))
+            seen.append(number)
+    assert sorted(seen) == list(range(SAMPLES))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def spoil(tokens: Path, latents: Path) -> dict[str, str]:
+    """Damage six samples; the file of each and what is said of it."""
+    (latents / "000000.npy").unlink()
+    (tokens / "000001_tokens.npz").unlink()
+    (tokens / "000002_tokens.npz").write_bytes((tokens / "000002_tokens.npz").read_bytes()[:200])
+    np.save(latents / "000004.npy", np.array([{"a": "pickle"}], object), allow_pickle=True)
+    np.save(latents / "000005.npy", np.full(DIM, np.nan, np.float32))
+    np.savez(tokens / "000007_tokens.npz", input_ids=np.full(LENGTH, VOCAB), attention_mask=np.ones(LENGTH, int))
+    np.save(latents / "000008.npy", np.ones(DIM + 1, np.float32))
+    return {"000000.npz": "unpaired", "000001.npy": "unpaired", "000002_tokens.npz": "corrupt", "000004.npy": "corrupt", "000005.npy": "not finite",
+            "000007_tokens.npz": "token ids 50 to 50 in a vocabulary of 50", "000008.npy": "7 dimensions, the first latent has 6"}
+
+
+def test_bad_files_are_named_counted_and_fatal(directories: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = spoil(*directories)
+    with pytest.raises(UserError, match=r"7 unpaired or corrupt files.*--skip-bad"):
+        convert(*directories, tmp_path / "out", **IDS)
+    lines = capsys.readouterr().err.splitlines()
+    for name, problem in expected.items():
+        assert any(name in line and problem in line for line in lines), name
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_files_can_be_left_out(directories: tuple[Path, Path], tmp_path: Path) -> None:
+    spoil(*directories)
+    assert "7 bad files left out" in convert(*directories, tmp_path / "out", **IDS, skip_bad=True)
+    assert sum(ShardDataset(tmp_path / "out", "train").info.counts.values()) == SAMPLES - 7
+
+
+def test_ids_come_from_the_tokenizer_or_must_be_given(directories: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--mask-token-id, --pad-token-id and --vocab-size"):
+        convert(*directories, tmp_path / "out", tokenizer=None)
+    (tmp_path / "tokenizer.json").write_text(train(["some words to train on"], 270).to_json())
+    convert(*directories, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", validation_fraction=0.25)
+    info = ShardDataset(tmp_path / "out", "train").info
+    assert (info.mask_token_id, info.pad_token_id, info.tokenizer) == (1, 0, "tokenizer.json")
+    with pytest.raises(UserError, match="exists already"):
+        convert(*directories, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from job import prepare
+from job.data.preparation import split_texts
+from job.data.shards import ShardDataset
+from job.data.tokenizer import of_dataset
+
+OPTIONS = ["--vocab-size", "300", "--latent-dim", "8", "--validation-fraction", "0.2", "--shard-size", "100"]  # conftest.py's `prepared`
+
+
+def run(out: Path, *options: str) -> int:
+    return prepare.main(["--out", str(out), *options])
+
+
+def start(out: Path, *options: str, rank: int = 0, world_size: int = 1) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "job.prepare", "--out", str(out), *options], env=environment)
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.rglob("*") if path.is_file()}
+
+
+def texts(directory: Path, split: str) -> list[str]:
+    dataset = ShardDataset(directory, split, verify_hashes=True)  # type: ignore[arg-type]
+    tokenizer = of_dataset(directory, dataset.info)
+    assert tokenizer
+    return [tokenizer.decode(dataset[index][0]) for index in range(len(dataset))]
+
+
+def test_every_text_comes_back_once_in_one_split(prepared: Path, corpus: Path) -> None:
+    train, validation = texts(prepared, "train"), texts(prepared, "validation")
+    assert sorted(train + validation) == sorted(corpus.read_text().splitlines()[:-1])  # the last is a duplicate in capitals
+    assert 0.14 < len(validation) / 640 < 0.26
+    info = ShardDataset(prepared, "train").info
+    assert info.shards["train"][0] == 100
+    assert info.options["duplicates"] == 1
+    assert (info.vocab_size, info.latent_dim) == (300, 8)
+    assert sum(info.token_counts) == int(ShardDataset(prepared, "train").lengths(np.arange(len(train))).sum())
+
+
+def test_latents_belong_to_their_texts(prepared: Path) -> None:
+    dataset = ShardDataset(prepared, "validation")
+    latents = np.stack([dataset[index][1] for index in range(len(dataset))])
+    latents /= np.linalg.norm(latents, axis=1, keepdims=True)
+    similarity = latents @ latents.T - 2 * np.eye(len(latents))
+    sentences = texts(prepared, "validation")
+    shared = [len(set(sentences[index].split()) & set(sentences[nearest].split())) for index, nearest in enumerate(similarity.argmax(1))]
+    anyone = [len(set(left.split()) & set(right.split())) for left, right in itertools.pairwise(sentences)]
+    assert np.mean(shared) > np.mean(anyone) + 1.5
+
+
+def test_the_split_depends_on_the_words_alone() -> None:
+    sentences = [f"Sentence number {number} of many." for number in range(400)]
+    few, _ = split_texts(sentences[:200], None, 0.3)
+    many, duplicates = split_texts([text.upper() + " " for text in reversed(sentences)] + sentences, None, 0.3)
+    assert duplicates == 400
+    assert {text.upper() for text in few["validation"]} <= {text.strip() for text in many["validation"]}
+
+
+def test_a_finished_directory_says_so(prepared: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(prepared)
+    assert run(prepared, "--source", str(corpus), *OPTIONS) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert content(prepared) == before
+    assert run(prepared, "--source", str(corpus), *OPTIONS[:-1], "50") == 1
+    error = capsys.readouterr().err
+    assert "--shard-size 100, not 50" in error
+    assert error.count("\n") == 1
+
+
+def test_killed_at_any_time_it_ends_with_the_same_bits(prepared: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    command = ("--source", str(corpus), *OPTIONS)
+    for awaited in ("tokenizer.json", "work/plan.json", "train-00001.latents.npy"):
+        process = start(out, *command)
+        while process.poll() is None and not (out / awaited).exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(out, *command).wait() == 0
+    assert content(out) == content(prepared)
+
+
+def test_processes_share_the_work_with_the_same_bits(prepared: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    processes = [start(out, "--source", str(corpus), *OPTIONS, rank=rank, world_size=3) for rank in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert content(out) == content(prepared)
+
+
+def test_an_unfinished_directory_with_other_options_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "plan.json").write_text(json.dumps({"options": {"source": ["elsewhere"]}}))
+    assert run(tmp_path, "--source", str(corpus), *OPTIONS) == 1
+    assert "--source ['elsewhere']" in capsys.readouterr().err
+
+
+def test_long_texts_are_dropped_and_counted(prepared: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = ShardDataset(prepared, "train")
+    median = int(np.median(everything.lengths(np.arange(len(everything)))))
+    assert run(tmp_path / "a", "--source", str(corpus), *OPTIONS, "--max-length", str(median)) == 0
+    info = ShardDataset(tmp_path / "a", "train").info
+    assert info.max_length == median
+    assert 0 < info.options["dropped"] == 640 - sum(info.counts.values())
+    assert f"{info.options['dropped']} longer than --max-length {median}" in capsys.readouterr().out
+    assert run(tmp_path / "b", "--source", str(corpus), *OPTIONS, "--max-length", "1") == 1
+    assert "longer than --max-length 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "directory", "glob"])
+def test_other_sources_give_the_same_dataset(prepared: Path, corpus: Path, tmp_path: Path, kind: str) -> None:
+    lines = corpus.read_text().splitlines()
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    if kind == "jsonl":
+        (folder / "a.jsonl").write_text("\n".join(json.dumps({"body": line}) for line in lines))
+    elif kind == "parquet":
+        pq.write_table(pa.table({"body": lines, "other": range(len(lines))}), folder / "a.parquet")
+    else:
+        (folder / "a.txt").write_text("\n\n".join(lines[:300]))
+        (folder / "b.md").write_text("\n".join(lines[300:]))
+    source = {"directory": str(folder), "glob": str(folder / "*")}.get(kind, str(folder / f"a.{kind}"))
+    assert run(tmp_path / "out", "--source", source, "--text-key", "body", *OPTIONS) == 0
+    there, here = content(prepared), content(tmp_path / "out")
+    assert there.pop("dataset.json") != here.pop("dataset.json")  # they name their sources
+    assert there == here
+
+
+def test_sentences_of_long_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"The number {n} is here. It comes before {n + 1} in the list. Nothing else matters at {n}." for n in range(60)))
+    assert run(tmp_path / "out", "--source", str(tmp_path / "a.txt"), "--split-sentences", *OPTIONS) == 0
+    assert "It comes before 8 in the list." in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation")
+
+
+BAD_FILES = {
+    "key.jsonl": (b'{"body": "x"}\n', "key.jsonl:1: no text under the key 'text', it has body"),
+    "json.jsonl": (b'{"text": "x"}\n{"te', "json.jsonl:2: not JSON"),
+    "utf.txt": (b"\xff\xfe", "not UTF-8"),
+    "damaged.parquet": (b"PAR1 no", "cannot be read as parquet"),
+    "empty.txt": (b"\n", "no text for the train split"),
+    "few.txt": (b"\n".join(b"word %d" % n for n in range(50)), "--latent-dim 64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(data)
+    assert run(tmp_path / "out", "--source", str(tmp_path / name), "--validation-fraction", "0.2") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+BAD_COMMANDS = {
+    "--encoder-model x": "--encoder-model has no effect with --encoder lsa",
+    "--encoder sentence_transformers": "needs --encoder-model",
+    "--encoder sentence_transformers --encoder-model x --latent-dim 3": "--latent-dim has no effect",
+    "--tokenizer x --vocab-size 300": "--vocab-size has no effect with --tokenizer x",
+    "--mask-token x": "no effect with --tokenizer train",
+    "--validation-fraction 1": "between 0 and 1",
+    "--vocab-size 10": "give at least 260",
+    "--max-length 0": "give at least 1",
+}
+
+
+@pytest.mark.parametrize("options", BAD_COMMANDS)
+def test_a_bad_command_line_exits_2(tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out", *options.split()) == 2
+    assert BAD_COMMANDS[options] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [("--source nowhere.txt", "no such file"),
+                                                  ("--source {} --tokenizer nowhere --local-files-only", "tokenizer nowhere: no such file")])
+def test_missing_things_are_named(tmp_path: Path, corpus: Path, options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out", *options.format(corpus).split(), "--latent-dim", "8") == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
