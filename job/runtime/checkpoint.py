@@ -6,6 +6,8 @@ every share. It is written as step_00001234.tmp, flushed, and renamed. Nothing i
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,13 +21,14 @@ from typing import Any
 
 import torch
 
-from job.errors import UserError
+from job.errors import RetryError, UserError
 from job.runtime import distributed
 from job.runtime.distributed import Process
 from job.runtime.tensorfile import DTYPES, Reader, Stage, flatten, piece, sha256, share
 
 COMMIT = "commit.json"
 TMP = ".tmp"
+LOCK_SECONDS = 60  # a run that was told to stop may still be saving when its successor starts
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def read_weights(checkpoint: Checkpoint, prefix: str = "") -> dict[str, torch.Te
 class Checkpointer:
     """Saves, finds and loads the checkpoints of a run. All ranks call every method, in the same order.
 
+    Raises RetryError when another run writes into the directory.
+
     beat is called about once a second while a wait for a save makes progress (the watchdog's beat).
     """
 
@@ -131,6 +136,9 @@ class Checkpointer:
         self._newest: int | None = None
         nodes = distributed.gather(process.node)
         self._node_ranks = [rank for rank, node in enumerate(nodes) if node == process.node]
+        problem = distributed.gather(self._lock() if process.is_main else None)[0]
+        if problem:
+            raise RetryError(problem)
         if process.is_main:
             for leftover in directory.glob(f"step_*{TMP}"):
                 self._clean(leftover)
@@ -278,6 +286,24 @@ class Checkpointer:
                 self._remove(self.directory / _name(step))
             except OSError as error:
                 self._log(f"warning: old checkpoint {_name(step)} could not be removed: {error}")
+
+    def _lock(self) -> str | None:
+        """Make this run the directory's only writer; waits for a run that is just ending. What is wrong, or None."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock_file = (self.directory / ".lock").open("a")
+        except OSError:  # not writable: every save will say so
+            return None
+        for _ in range(LOCK_SECONDS):
+            try:
+                fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    self._log(f"warning: {self.directory} cannot be locked ({error}); do not start this run twice")
+                    return None
+            time.sleep(1.0)
+        return f"{self.directory} is in use by another process that has not ended for {LOCK_SECONDS} s; end it, or choose another logging.run_name"
 
     def _clean(self, leftover: Path) -> None:
         """Remove what a killed run left half-written; what was whole but for its name gets its name."""

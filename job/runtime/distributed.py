@@ -5,9 +5,11 @@ This is the only module that reads the variables of torchrun and SLURM.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -97,6 +99,12 @@ def _device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _stop_with_parent() -> None:
+    """Let the kernel send SIGTERM when torchrun dies: a worker left behind would go on writing into the run's directory."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
 def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Process:
     """Join the run: process group (NCCL on GPUs, gloo on CPUs), groups for decisions on the host, signs of life.
 
@@ -105,6 +113,8 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Pro
     """
     global _heartbeats
     here = place(os.environ)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _stop_with_parent()
     process = Process(here.rank, here.local_rank, here.world_size, _device(device, here.local_rank), socket.gethostname())
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
@@ -176,8 +186,11 @@ def give_up(failure: str, exit_code: int) -> None:
             print(f"could not tell the other ranks: {_first_line(error)}", file=sys.stderr, flush=True)
 
 
-def missing() -> tuple[str | None, ExitCode]:
-    """One line on the ranks that gave up, or died or froze, or None; takes about two seconds. And the exit code they leave behind."""
+def missing(or_slowest: bool = False) -> tuple[str | None, ExitCode]:
+    """One line on the ranks that gave up, or died or froze, and the exit code they leave behind; takes about two seconds.
+
+    Without such a rank None, or, if wished, the rank that has made no progress for longest.
+    """
     if _heartbeats is None:
         return None, ExitCode.RETRY
     try:
@@ -189,15 +202,10 @@ def missing() -> tuple[str | None, ExitCode]:
         code = min(sign.exit_code for sign in failed)  # a cause that no retry mends comes before its consequences
         return "; ".join(f"{sign} gave up: {sign.failure}" for sign in failed if sign.exit_code == code), ExitCode(code)
     silent = [f"{sign} died or is frozen (last heard of in step {sign.step}, {sign.phase})" for sign, renewed in others if not renewed]
-    return "; ".join(silent) or None, ExitCode.RETRY
-
-
-def slowest() -> str:
-    """One line on the rank that has made no progress for longest. Takes about two seconds."""
-    if _heartbeats is None:
-        return ""
-    sign = max([sign for sign, _ in _heartbeats.others()] + [_heartbeats.sign], key=lambda sign: sign.age)
-    return f"{sign} hangs longest: {sign.age:.0f} s in step {sign.step}, {sign.phase}"
+    if silent or not or_slowest:
+        return "; ".join(silent) or None, ExitCode.RETRY
+    slow = max([sign for sign, _ in others] + [_heartbeats.sign], key=lambda sign: sign.age)
+    return f"{slow} hangs longest: {slow.age:.0f} s in step {slow.step}, {slow.phase}", ExitCode.RETRY
 
 
 @contextmanager
@@ -209,9 +217,9 @@ def peers_needed() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or re.search(r"gloo|Application timeout caused pair closure", str(error))):
             raise
         faulthandler.dump_traceback(all_threads=True)
-        reason, code = missing()
+        reason, code = missing(or_slowest=True)
         failure = UserError if code == ExitCode.FAILED else RetryError
-        raise failure(f"lost another rank: {reason or slowest()} [{_first_line(error)}]") from error
+        raise failure(f"lost another rank: {reason} [{_first_line(error)}]") from error
 
 
 def shutdown() -> None:

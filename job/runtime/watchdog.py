@@ -48,10 +48,10 @@ class Watchdog:
     def _bark(self) -> None:
         silence = self.seconds_since_beat
         faulthandler.dump_traceback(all_threads=True)
-        reason, code = distributed.missing()
+        reason, code = distributed.missing(or_slowest=True)
         if self._end.is_set() or self.seconds_since_beat < silence:  # it went on while we looked
             return
-        others = f"; {reason or distributed.slowest()}" if distributed.is_distributed() else ""
+        others = f"; {reason}" if reason else ""
         print(f"no progress for {silence:.0f} s in step {self.step}, {self.phase} (training.sick_rank_timeout_seconds={self.timeout_seconds:g}){others}",
               file=sys.stderr, flush=True)
         distributed.leave(code if code == ExitCode.FAILED else ExitCode.RETRY)

@@ -134,13 +134,15 @@ def test_any_flipped_bit_is_found(tmp_path: Path, position: float, which: int) -
 def test_retention(tmp_path: Path, keep_last: int, keep_every: int, gaps: list[int], damaged: set[int], restart: int) -> None:
     """keep_last newest valid ones and multiples of keep_every stay; the newest valid one always; also across damage and a restart."""
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
-    c, step, saved, broken = checkpointer(tmp_path / "c", keep_last=keep_last, keep_every=keep_every), 0, [], set()
+    c, step = checkpointer(tmp_path / "c", keep_last=keep_last, keep_every=keep_every), 0
+    saved: list[int] = []
+    broken: set[int] = set()
     for i, gap in enumerate(gaps):
         step += gap
         c.save(step, {"w": torch.tensor(step)}, {}, blocking=True)
         assert c.wait()
         saved = [s for s in saved if s != step] + [step]
-        there = {int(p.name[5:]) for p in (tmp_path / "c").iterdir()}
+        there = {int(p.name[5:]) for p in (tmp_path / "c").glob("step*")}
         valid = [s for s in saved if s not in broken]
         wanted = set(valid[-keep_last:]) | {s for s in valid if keep_every and s % keep_every == 0}
         assert there - broken == wanted
@@ -151,6 +153,16 @@ def test_retention(tmp_path: Path, keep_last: int, keep_every: int, gaps: list[i
             c = checkpointer(tmp_path / "c", keep_last=keep_last, keep_every=keep_every)
             found = c.newest_valid()
             assert (found.step if found else None) == max((s for s in wanted if s not in broken), default=None)
+
+
+def test_going_back_to_an_earlier_step_removes_no_later_one_and_keeps_what_it_saves(tmp_path: Path) -> None:
+    c = checkpointer(tmp_path, keep_last=2)
+    for step in (20, 30):
+        c.save(step, state(step), {}, blocking=True)
+    back = checkpointer(tmp_path, keep_last=2)  # training.resume=PATH of an earlier step: it was not asked for the newest
+    for step in (11, 12, 13):
+        back.save(step, state(step), {}, blocking=True)
+    assert [path.name for path in sorted(tmp_path.glob("step*"))] == ["step_00000012", "step_00000013", "step_00000020", "step_00000030"]
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path: Path) -> None:
