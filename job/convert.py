@@ -64,11 +64,12 @@ def export(options: argparse.Namespace) -> None:
         save_weights(partial / WEIGHTS_FILE, trained.weights, step=str(trained.step))
         if trained.tokenizer:
             write_text(partial / TOKENIZER_FILE, trained.tokenizer.to_json())
-        write_json(partial / CONFIG_FILE, {"step": trained.step, "mask_token_id": trained.mask_token_id, "config": to_dict(config)}, indent=2)
+        write_json(partial / CONFIG_FILE, {"step": trained.step, "averaged": trained.averaged, "mask_token_id": trained.mask_token_id,
+                                           "config": to_dict(config)}, indent=2)
         partial.rename(options.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{options.out}: {WEIGHTS_FILE} and {CONFIG_FILE} of step {trained.step}{', averaged weights' if options.ema else ''}")
+    print(f"{options.out}: {WEIGHTS_FILE} and {CONFIG_FILE} of step {trained.step}{', averaged weights' if trained.averaged else ''}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     c = commands.add_parser("export", help="a trained model to model.safetensors, config.json and tokenizer.json")
     c.add_argument("path", type=Path, help="run directory or checkpoint")
     c.add_argument("out", type=Path, help="directory to write")
-    c.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    c.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take the moving average of the weights (if there is one)")
     c.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
     c.set_defaults(command=export)
     return p

@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
     p.add_argument("--num-samples", type=int, help="validation samples (as many as training evaluates)")
     p.add_argument("--batch-size", type=int, help="samples per pass (training.eval_batch_size)")
-    p.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take the moving average of the weights (if there is one, as training does)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return p

@@ -34,6 +34,7 @@ class Trained:
     mask_token_id: int
     validation: Dataset | None
     tokenizer: TextTokenizer | None
+    averaged: bool  # the weights are the moving average
 
     def trainer(self, device: torch.device) -> Trainer:
         """The model inside the objective, on a device, for evaluation."""
@@ -61,10 +62,10 @@ def tokenizer_of(dataset: Dataset) -> TextTokenizer | None:
     return of_dataset(dataset.directory, dataset.info) if isinstance(dataset, ShardDataset) else None
 
 
-def load_trained(path: Path, data: Path | None = None, average: bool = False) -> Trained:
+def load_trained(path: Path, data: Path | None = None, average: bool | None = None) -> Trained:
     """What `path` (run directory, checkpoint, or a directory written by `python -m job.convert export`) holds.
 
-    `data` replaces the data directory of the run; `average` takes the moving average of the weights.
+    `data` replaces the data directory of the run; `average` takes the moving average of the weights (None: where there is one).
     Raises UserError, in one line, when there is no valid checkpoint, no data, or no average.
     """
     if not path.exists():
@@ -72,34 +73,34 @@ def load_trained(path: Path, data: Path | None = None, average: bool = False) ->
     return _load_export(path, data, average) if (path / CONFIG_FILE).is_file() else _load_checkpoint(path, data, average)
 
 
-def _load_checkpoint(path: Path, data: Path | None, average: bool) -> Trained:
+def _load_checkpoint(path: Path, data: Path | None, average: bool | None) -> Trained:
     checkpoint = open_checkpoint(path)
     config = from_dict(checkpoint.record["config"])
     weights = read_weights(checkpoint, "model.")
-    if average:
-        averaged = read_weights(checkpoint, "optimizer.average.")
-        if not averaged:
-            raise UserError(f"{checkpoint.path} holds no moving average; leave out --ema, or train with training.ema_decay above 0")
-        weights |= averaged
+    averaged = {} if average is False else read_weights(checkpoint, "optimizer.average.")
+    if average and not averaged:
+        raise UserError(f"{checkpoint.path} holds no moving average; leave out --ema, or train with training.ema_decay above 0")
+    weights |= averaged
     dataset = _validation(config, data)
     if dataset.info.latent_dim != weights["latent_head.3.weight"].shape[0] or dataset.info.vocab_size > weights["text_head.weight"].shape[0]:
         raise UserError(f"--data {config.data.dir}: vocabulary of {dataset.info.vocab_size} and latents of {dataset.info.latent_dim} dimensions do not fit "
                         f"{checkpoint.path}; give the data that the run was trained on")
-    return Trained(config, checkpoint.step, weights, dataset.info.mask_token_id, dataset, tokenizer_of(dataset))
+    return Trained(config, checkpoint.step, weights, dataset.info.mask_token_id, dataset, tokenizer_of(dataset), bool(averaged))
 
 
-def _load_export(path: Path, data: Path | None, average: bool) -> Trained:
+def _load_export(path: Path, data: Path | None, average: bool | None) -> Trained:
     if average:
         raise UserError(f"{path} is an exported model: export it again with --ema instead")
     try:
         values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
         config, step, mask_token_id = from_dict(values["config"]), values["step"], values["mask_token_id"]
+        averaged = values["averaged"]
         weights = load_file(path / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole exported model ({error}); export it again with `python -m job.convert export`") from error
-    dataset = _validation(config, data) if data else None
+    dataset = _validation(config, data) if data or config.data.source == "synthetic" else None
     tokenizer = load(str(path / TOKENIZER_FILE)) if (path / TOKENIZER_FILE).is_file() else None
-    return Trained(config, step, weights, mask_token_id, dataset, tokenizer)
+    return Trained(config, step, weights, mask_token_id, dataset, tokenizer, averaged)
 
 
 def _validation(config: Config, data: Path | None) -> Dataset:

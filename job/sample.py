@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, help="0 takes the likeliest tokens (0; 1 with --unconditional)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     p.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
-    p.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take the moving average of the weights (if there is one, as training does)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return p
 
