@@ -23,8 +23,8 @@ from job.model.weights import describe, overrides, serialize
 
 def data(options: argparse.Namespace) -> None:
     """LGDLM's token and latent directories to shards."""
-    if not 0 <= options.validation_fraction < 1:
-        raise UsageError(f"--validation-fraction {options.validation_fraction}: give a value from 0 to below 1")
+    if not 0 < options.validation_fraction < 1:
+        raise UsageError(f"--validation-fraction {options.validation_fraction}: give a value between 0 and 1")
     print(lgdlm.convert(options.token_dir, options.latent_dir, options.out, tokenizer=options.tokenizer, mask_token_id=options.mask_token_id,
                         pad_token_id=options.pad_token_id, vocab_size=options.vocab_size, validation_fraction=options.validation_fraction,
                         skip_bad=options.skip_bad))

@@ -33,7 +33,7 @@ def generate(trainer: Trainer, mask: Tensor, *, tokens: Tensor | None = None, la
             z = ddim_step(trainer, z, now, after, prediction)
         if tokens is None:
             gumbel = -(-noise.uniform(f"sample_text_{step}", length, logits.shape[-1]).clamp(min=1e-20).log()).log().to(device) if temperature else 0.0
-            words = unmask(words, logits.float() + temperature * gumbel, trainer.mask_token_id, (mask.sum(1) * after).long())
+            words = unmask(words, logits.float() + temperature * gumbel, trainer.mask_token_id, mask.sum(1) * (steps - step - 1) // steps)
     return words, z
 
 

@@ -1,0 +1,182 @@
+"""The commands around a trained model: convert, export, evaluate and sample, on a tiny run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from job import convert, evaluate, sample
+from job.config import Config, DataConfig, LoggingConfig, LossConfig, ModelConfig, TrainingConfig
+from job.data.loader import open_datasets
+from job.data.shards import ShardDataset, Split
+from job.errors import ExitCode, UsageError, UserError
+from job.inference import load_trained
+from job.model.multimodal import build_model
+from job.model.weights import apply_weights
+from job.runtime.checkpoint import Checkpointer
+from job.runtime.distributed import Process
+from job.runtime.resume import record
+
+MODEL = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, head_dim=8, cond_dim=16, max_seq_len=8)
+VOCAB, DIM = 64, 6
+
+
+def save_run(run: Path, config: Config, average: bool) -> None:
+    """A run directory as training leaves it, with checkpoints of steps 1 and 2 (seeds 1 and 2; averages 11 and 12)."""
+    process = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), node="here")
+    checkpointer = Checkpointer(run / "checkpoints", process, keep_last=2, keep_every=0)
+    for step in (1, 2):
+        model, averaged = (build_model(config.model, VOCAB, DIM, seed) for seed in (step, step + 10))
+        tensors = {"model": model.state_dict(), "optimizer": {"average": dict(averaged.named_parameters()) if average else {}}}
+        checkpointer.save(step, tensors, record(step, config, "fingerprint", 8), blocking=True)
+        assert checkpointer.wait()
+
+
+@pytest.fixture
+def config() -> Config:
+    data = DataConfig(source="synthetic", synthetic_samples=64, synthetic_vocab_size=VOCAB, synthetic_latent_dim=DIM)
+    return Config(data=data, model=MODEL, training=TrainingConfig(eval_batch_size=4), logging=LoggingConfig(num_eval_batches=2))
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: Config) -> Path:
+    save_run(tmp_path / "run", config, average=False)
+    return tmp_path / "run"
+
+
+def weights_of(seed: int) -> dict[str, torch.Tensor]:
+    return build_model(MODEL, VOCAB, DIM, seed).state_dict()
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def printed(capsys: pytest.CaptureFixture[str], command: Any, *arguments: object) -> str:
+    capsys.readouterr()
+    command.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def test_run_checkpoint_and_average_are_found(tmp_path: Path, run: Path, config: Config) -> None:
+    assert same(load_trained(run).weights, weights_of(2))
+    assert same(load_trained(run / "checkpoints" / "step_00000001").weights, weights_of(1))
+    with pytest.raises(UserError, match="no moving average"):
+        load_trained(run, average=True)
+    save_run(tmp_path / "averaged", config, average=True)
+    assert same(load_trained(tmp_path / "averaged").weights, weights_of(12))  # what training evaluates
+    assert same(load_trained(tmp_path / "averaged", average=False).weights, weights_of(2))
+
+
+def test_an_exported_model_is_the_same_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, convert, "export", run, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    from_run, from_export = (json.loads(printed(capsys, evaluate, path, "--json")) for path in (run, tmp_path / "out"))
+    assert from_export == from_run
+    assert from_run["step"] == 2
+    assert from_run["samples"] == 8  # num_eval_batches x eval_batch_size
+    assert printed(capsys, sample, tmp_path / "out", "--count", 2) == printed(capsys, sample, run, "--count", 2)
+    fresh = build_model(MODEL, VOCAB, DIM, seed=5)
+    apply_weights(fresh, tmp_path / "out")  # training.init_from takes it too
+    assert same(fresh.state_dict(), weights_of(2))
+    with pytest.raises(UserError, match="exists already"):
+        convert.main(["export", str(run), str(tmp_path / "out")])
+
+
+def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "write_json", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        convert.main(["export", str(run), str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json"])
+def test_a_damaged_export_is_refused(damage: str, run: Path, tmp_path: Path) -> None:
+    convert.main(["export", str(run), str(tmp_path / "out")])
+    path = tmp_path / "out" / damage
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a whole exported model"):
+        load_trained(tmp_path / "out")
+
+
+def test_what_is_not_there_is_named(run: Path, tmp_path: Path, config: Config) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such directory"):
+        load_trained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"commit.json is missing"):
+        load_trained(tmp_path)
+    config.data = DataConfig(dir=str(tmp_path / "moved"))
+    save_run(tmp_path / "other", config, average=False)
+    with pytest.raises(UserError, match=r"moved: the run's data directory is not here; name it with --data"):
+        load_trained(tmp_path / "other")
+    with pytest.raises(UserError, match="--text needs a tokenizer"):
+        sample.main([str(run), "--text", "hello"])
+    with pytest.raises(UserError, match="never trained on noise"):
+        sample.main([str(run), "--unconditional"])
+    for arguments in (["--steps", "0"], ["--unconditional", "--text", "hello"]):
+        with pytest.raises(UsageError):
+            sample.main([str(run), *arguments])
+
+
+def test_texts_from_noise(tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    config.loss = LossConfig(loss_type="unconditional")
+    save_run(tmp_path / "run", config, average=False)
+    validation = open_datasets(config)[1]
+    texts = printed(capsys, sample, tmp_path / "run", "--unconditional", "--count", 3, "--steps", 4).strip().splitlines()
+    assert [len(text.split()) for text in texts] == validation.lengths(np.arange(3)).tolist()
+    assert str(validation.info.mask_token_id) not in " ".join(texts).split()
+
+
+def test_lgdlm_checkpoint_to_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model_state_dict": {f"model.{name}": tensor for name, tensor in weights_of(3).items()}, "step": 5}, tmp_path / "step_5.pt")
+    words = printed(capsys, convert, "checkpoint", tmp_path, tmp_path / "w.safetensors")
+    assert "step 5" in words
+    assert "keys of mmdit 0.3" in words
+    assert "model.hidden_size=16" in words
+    model = build_model(MODEL, VOCAB, DIM, seed=4)
+    apply_weights(model, tmp_path / "w.safetensors")
+    assert same(model.state_dict(), weights_of(3))
+    with pytest.raises(UserError, match="is a directory"):
+        convert.main(["checkpoint", str(tmp_path), str(tmp_path)])
+
+
+def test_weights_of_another_mmdit_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    old = {name.replace("h_post_scale", "dynamic_alpha_scale"): tensor for name, tensor in weights_of(3).items()}
+    torch.save({"model_state_dict": old}, tmp_path / "step_5.pt")
+    with pytest.raises(UserError, match=r"mmdit 0\.2"):
+        convert.main(["checkpoint", str(tmp_path), str(tmp_path / "w.safetensors")])
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_lgdlm_data_to_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("tokens", "latents"):
+        (tmp_path / name).mkdir()
+    for number in range(20):
+        np.savez(tmp_path / "tokens" / f"{number}_tokens.npz", input_ids=np.full(4, number + 2), attention_mask=np.arange(4) < 3)
+        np.save(tmp_path / "latents" / f"{number}.npy", np.full(DIM, number, np.float32))
+    (tmp_path / "latents" / "5.npy").unlink()
+    command = ["data", tmp_path / "tokens", tmp_path / "latents", tmp_path / "out"]
+    ids = ["--mask-token-id", 1, "--pad-token-id", 0, "--vocab-size", 30, "--validation-fraction", 0.4]
+    with pytest.raises(UsageError, match="--mask-token-id"):
+        printed(capsys, convert, *command)
+    with pytest.raises(UserError, match="1 unpaired or corrupt"):
+        printed(capsys, convert, *command, *ids)
+    printed(capsys, convert, *command, *ids, "--skip-bad")
+    splits = [ShardDataset(tmp_path / "out", split) for split in get_args(Split)]
+    samples = [split[index] for split in splits for index in range(len(split))]
+    assert len(samples) == 19
+    assert all(tokens.tolist() == [latent[0] + 2] * 3 for tokens, latent in samples)
+
+
+def test_a_bad_command_line_exits_2() -> None:
+    for command in (convert, evaluate, sample):
+        with pytest.raises(SystemExit) as caught:
+            command.main(["--nonsense"])
+        assert caught.value.code == ExitCode.USAGE
