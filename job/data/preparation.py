@@ -156,16 +156,18 @@ def _plan(run: Run) -> None:
     """Rank 0's first stage."""
     options = run.options
     shutil.rmtree(run.work, ignore_errors=True)
+    # What can be missing is looked for before the texts are read.
+    tokenizer = None if options.tokenizer == "train" else tokenizers.load(options.tokenizer, local_files_only=run.local_files_only,
+                                                                          mask_token=options.mask_token, pad_token=options.pad_token)
+    if options.encoder != "lsa":
+        _encoder(run)
     texts = read_texts(options.source, text_key=options.text_key, hf_split=options.hf_split, split_sentences=options.split_sentences)
     splits, duplicates = split_texts(texts, options.max_samples, options.validation_fraction)
     for split, of_split in splits.items():
         if not of_split:
             raise UserError(f"--source {' '.join(options.source)}: no text for the {split} split; give more texts or another --validation-fraction")
     say(f"{sum(map(len, splits.values()))} texts, {duplicates} duplicates dropped")
-    if options.tokenizer == "train":
-        tokenizer = tokenizers.train(splits["train"], options.vocab_size or 0)
-    else:
-        tokenizer = tokenizers.load(options.tokenizer, local_files_only=run.local_files_only, mask_token=options.mask_token, pad_token=options.pad_token)
+    tokenizer = tokenizer or tokenizers.train(splits["train"], options.vocab_size or 0)
     write_whole(run.out / tokenizers.TOKENIZER_FILE, lambda file: file.write(tokenizer.to_json().encode()))
     say(f"tokenizer of {tokenizer.vocab_size} tokens")
     if options.encoder == "lsa":
@@ -219,7 +221,7 @@ def _write_shards(run: Run, plan: dict[str, Any]) -> None:
         return
     encoder = _encoder(run)
     write_json(run.work / "encoder.json", encoder.description)
-    tokenizer = tokenizers.load(str(run.out / tokenizers.TOKENIZER_FILE), mask_token=run.options.mask_token, pad_token=run.options.pad_token)
+    tokenizer = tokenizers.saved(run.out / tokenizers.TOKENIZER_FILE, plan["mask_token_id"], plan["pad_token_id"])
     for split, number in mine:
         texts = json.loads(run.texts_file(split, number).read_bytes())
         progress = Progress(f"{split} shard {number}", len(texts))
@@ -241,7 +243,7 @@ def _finish(run: Run, plan: dict[str, Any]) -> DatasetInfo:
     if not any(record.rows for record in records if record.split == "train"):
         raise UserError(f"every text is longer than --max-length {run.options.max_length} tokens; raise it, or cut texts with --split-sentences")
     options = dataclasses.asdict(run.options) | {"duplicates": plan["duplicates"], "dropped": sum(record.dropped for record in records)}
-    tokenizer = tokenizers.load(str(run.out / tokenizers.TOKENIZER_FILE), mask_token=run.options.mask_token, pad_token=run.options.pad_token)
+    tokenizer = tokenizers.saved(run.out / tokenizers.TOKENIZER_FILE, plan["mask_token_id"], plan["pad_token_id"])
     info = write_info(run.out, records, vocab_size=tokenizer.vocab_size, mask_token_id=plan["mask_token_id"], pad_token_id=plan["pad_token_id"],
                       tokenizer=tokenizers.TOKENIZER_FILE, encoder=json.loads((run.work / "encoder.json").read_bytes()), options=options,
                       generated_by="python -m job.prepare")

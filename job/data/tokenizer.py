@@ -110,8 +110,11 @@ def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(tokenizer, _special(tokenizer, "train", "mask", MASK_NAMES), _special(tokenizer, "train", "pad", PAD_NAMES))
 
 
+def saved(path: Path, mask_token_id: int, pad_token_id: int) -> TextTokenizer:
+    """A tokenizer.json whose mask and padding tokens are known."""
+    return TextTokenizer(Tokenizer.from_file(str(path)), mask_token_id, pad_token_id)
+
+
 def of_dataset(directory: Path, info: DatasetInfo) -> TextTokenizer | None:
     """The tokenizer of a prepared directory; None if its tokens came without one."""
-    if info.tokenizer is None:
-        return None
-    return TextTokenizer(Tokenizer.from_file(str(directory / info.tokenizer)), info.mask_token_id, info.pad_token_id)
+    return saved(directory / info.tokenizer, info.mask_token_id, info.pad_token_id) if info.tokenizer else None

@@ -148,6 +148,16 @@ def test_sentences_of_long_texts(tmp_path: Path) -> None:
     assert "It comes before 8 in the list." in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation")
 
 
+def test_a_given_tokenizer_keeps_its_own_special_tokens(prepared: Path, corpus: Path, tmp_path: Path) -> None:
+    given = json.loads((prepared / "tokenizer.json").read_text().replace("[MASK]", "@mask").replace("[PAD]", "@pad"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(given))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": "@mask", "pad_token": "@pad"}))
+    out = tmp_path / "out"
+    assert run(out, "--source", str(corpus), "--tokenizer", str(tmp_path), *OPTIONS[2:]) == 0
+    assert (ShardDataset(out, "train").info.mask_token_id, ShardDataset(out, "train").info.pad_token_id) == (1, 0)
+    assert texts(out, "train") == texts(prepared, "train")
+
+
 BAD_FILES = {
     "key.jsonl": (b'{"body": "x"}\n', "key.jsonl:1: no text under the key 'text', it has body"),
     "json.jsonl": (b'{"text": "x"}\n{"te', "json.jsonl:2: not JSON"),
