@@ -210,13 +210,14 @@ def missing(or_slowest: bool = False) -> tuple[str | None, ExitCode]:
 
 @contextmanager
 def peers_needed() -> Iterator[None]:
-    """Around whatever waits for other ranks: the loss of one becomes RetryError naming it, after every thread's stack."""
+    """Around whatever waits for other ranks: the loss of one becomes RetryError naming it; after a timeout every thread's stack comes first."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or re.search(r"gloo|Application timeout caused pair closure", str(error))):
             raise
-        faulthandler.dump_traceback(all_threads=True)
+        if "by peer" not in str(error):  # a closed connection says all; after a timeout the question is what everyone was doing
+            faulthandler.dump_traceback(all_threads=True)
         reason, code = missing(or_slowest=True)
         failure = UserError if code == ExitCode.FAILED else RetryError
         raise failure(f"lost another rank: {reason} [{_first_line(error)}]") from error
@@ -243,4 +244,4 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().split("\n")[0].split(". This is typically")[0] or type(error).__name__
