@@ -42,6 +42,8 @@ def test_any_world_size_sees_the_same_batches(world_size: int, accumulation: int
              for rank in range(world_size)]
     for step, (whole,) in enumerate(single):
         pieces = [batch for rank in ranks for batch in rank[step]]
+        places = [int(rank[step][number]["position"][0]) for number in range(accumulation) for rank in ranks]
+        assert places == sorted(places)  # the first forward passes of all ranks come before the second ones
         assert all(torch.equal(batch["global_lengths"], whole["global_lengths"]) for batch in pieces)
         together = merged(pieces)
         assert together["position"].tolist() == list(range(24))
