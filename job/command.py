@@ -15,17 +15,23 @@ from job.config import LGDLM_KEYS, keys
 from job.errors import ExitCode, UserError
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """One line for what Hydra says of a command line or configuration file, with the key that may have been meant."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text) or re.search(r"Key '([^']+)' not in", text)
-    if "is not in struct" in text or "not in 'Config'" in text or "Key '" in text:
-        key = unknown.group(1) if unknown else ""
-        if key in LGDLM_KEYS:
-            return f"{key} is a key of LGDLM that is not used here: {LGDLM_KEYS[key]}"
-        near = difflib.get_close_matches(key, keys(), n=2, cutoff=0.5)
-        return f"unknown configuration key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "; all keys are in job/config.py")
-    return text
+    texts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
+    unknown = re.search(r"Could not override '([^']+)'", texts[0]) or re.search(r"full_key: (\S+)", texts[-1])
+    if unknown and re.search(r"not in (struct|')|Could not override", texts[-1]):
+        return unknown_key(unknown.group(1))
+    lines = [line.strip() for text in texts for line in text.splitlines()[:1]]
+    options = re.search(r"Available options in '\S+:\s*(.*?)\s*Config search path", texts[0], re.DOTALL)
+    return ": ".join(lines) + (f"; choose one of {', '.join(options.group(1).split())}" if options else "")
+
+
+def unknown_key(key: str) -> str:
+    """What to do about a configuration key that is not known."""
+    if key in LGDLM_KEYS or key.split(".")[0] in LGDLM_KEYS:
+        return f"{key} is a key of LGDLM that is not used here: {LGDLM_KEYS.get(key) or LGDLM_KEYS[key.split('.')[0]]}"
+    near = difflib.get_close_matches(key, keys(), n=2, cutoff=0.6)
+    return f"unknown configuration key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "; the keys and their meanings are in job/config.py")
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -43,6 +49,7 @@ def guarded(command: Callable[[], object]) -> None:
         message, code = "error: out of memory; lower training.train_batch_size or data.num_workers", ExitCode.FAILED
     else:
         return
+    sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     distributed.give_up(message, code)
     if distributed.is_distributed():

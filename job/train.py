@@ -26,13 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from job.command import guarded
-from job.config import Config, config_dir, to_dict, validate
+from job.command import guarded, unknown_key
+from job.config import Config, config_dir, keys, to_dict, validate
 from job.data.files import write_json, write_text
 from job.data.loader import Loader, evaluation_batches, open_datasets
 from job.data.sampler import Sampler
 from job.data.shards import Dataset
-from job.errors import ExitCode, RetryError, UserError
+from job.errors import ExitCode, UsageError, UserError
 from job.model.multimodal import build_model, vocabulary
 from job.model.weights import apply_weights
 from job.monitoring.accumulator import Accumulator
@@ -256,6 +256,15 @@ def interval_values(job: Job, done: int, steps: int, tokens: int) -> dict[str, f
     }
 
 
+def refuse_unknown(values: DictConfig) -> None:
+    """Refuse keys that were appended to the configuration (`+key=value`), which Hydra lets pass."""
+    plain: dict[str, Any] = OmegaConf.to_container(values)  # type: ignore[assignment]
+    for section, content in plain.items():
+        for name in content if isinstance(content, dict) else [""]:
+            if f"{section}.{name}" not in keys():
+                raise UsageError(unknown_key(f"{section}.{name}".rstrip(".")))
+
+
 class Stopped(Exception):
     """A stop was agreed in the middle of an evaluation."""
 
@@ -330,18 +339,30 @@ def finish(job: Job) -> None:
     print(f"\n{table(job.metrics)}\n\n{(job.run_dir / 'samples.txt').read_text()}\nfinished: {job.run_dir}")
 
 
+outcomes: list[ExitCode | UserError] = []  # of this process's runs: several in a sweep without a cluster
+
+
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
 def run(values: DictConfig) -> None:
     """One run (of a sweep): configuration and run directory from Hydra."""
-    code = train(OmegaConf.to_object(values), Path(HydraConfig.get().runtime.output_dir))
-    distributed.shutdown()
-    if code != ExitCode.FINISHED:
-        sys.exit(code)
+    try:
+        refuse_unknown(values)
+        outcomes.append(train(OmegaConf.to_object(values), Path(HydraConfig.get().runtime.output_dir)))  # type: ignore[arg-type]
+        distributed.shutdown()
+    except UserError as error:  # kept until the sweep is over, and from Hydra, which would print the command line first
+        outcomes.append(error)
 
 
 def main() -> None:
-    guarded(run)
+    """Run what the command line says and exit with the worst outcome."""
+    run()
+    failures = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
+    for failure in failures[:-1]:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        raise failures[-1]
+    sys.exit(max(outcomes, default=ExitCode.FINISHED))
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -1,0 +1,77 @@
+"""The rules of the house that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job import config
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "job").rglob("*.py"))
+
+# What a room may import of the others. Nothing on the way of the data knows who launched it.
+MAY_IMPORT = {
+    "objective": {"config", "errors", "objective"},
+    "model": {"config", "errors", "files", "model", "objective"},
+    "data": {"config", "errors", "files", "data"},
+    "runtime": {"config", "errors", "files", "runtime", "objective"},
+    "monitoring": {"config", "errors", "files", "monitoring"},
+    "launch": {"config", "errors", "files", "launch", "command"},
+}
+# One owner each.
+OWNERS = {
+    "hydra": {"config", "command", "train", "launch"}, "submitit": {"launch"}, "kubernetes": {"launch"}, "prometheus_client": {"monitoring"},
+    "mmdit": {"model"}, "sklearn": {"data"}, "tokenizers": {"data"},
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "job").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | ({f"job.{alias.name}" for alias in node.names} if node.module == "job" else set())
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path):
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "job" and rest and room(path) in MAY_IMPORT:
+            assert rest[0] in MAY_IMPORT[room(path)], f"{path} imports {name}"
+        if top in OWNERS:
+            assert room(path) in OWNERS[top], f"{path} imports {name}"
+        if top == "torch":
+            assert room(path) != "launch", f"{path} imports torch"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_environment_variables_have_one_reader(path: Path):
+    if room(path) in ("objective", "model"):
+        assert "environ" not in path.read_text()
+
+
+def test_every_configuration_key_is_read():
+    """A key is read where its name is an attribute of something, outside the schema itself."""
+    read = {node.attr for path in FILES if path.name != "config.py" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    in_validate = {"loss.allow_degenerate_epsilon", "model.cluster_size", "optimizer.name"}  # what these allow or refuse is decided in validate
+    in_yaml = {"logging.run_name", "logging.save_dir"}  # configs/base.yaml makes hydra.run.dir of them
+    unread = {name for name in config.keys() if name.split(".")[1] not in read} - in_validate - in_yaml
+    assert not unread
+
+
+def test_the_command_line_starts_without_torch():
+    """`cyclevae` and the launchers answer at once, also on a login node."""
+    code = "import sys, job.__main__, job.config, job.command, job.errors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

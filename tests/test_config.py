@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from job.config import Config, config_dir, default_of, from_dict, keys, to_dict, validate
+from job.errors import UserError
+
+PRIMARY = ["demo", "mmdit_cycle_vae", "mmdit_cycle_vae_cluster", "mmdit_stable"]
+
+
+def composed(name: str, *overrides: str) -> Config:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return OmegaConf.to_object(compose(name, list(overrides)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+@pytest.mark.parametrize("extra", [[], ["compat=lgdlm"]])
+def test_every_configuration_is_valid(name, extra):
+    assert validate(composed(name, "data.dir=somewhere", *extra)) == []
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+@pytest.mark.parametrize("loss", ["cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential"])
+def test_every_objective_can_be_chosen(name, loss):
+    config = composed(name, "data.dir=somewhere", f"loss={loss}")
+    validate(config)
+    assert config.loss.loss_type == loss
+
+
+def test_lgdlm_compatibility_wins_over_the_configuration_it_is_added_to():
+    config = composed("demo", "compat=lgdlm")
+    assert (config.model.n_heads, config.model.head_dim, config.model.qk_rmsnorm, config.model.time_scale) == (8, 64, False, 1.0)
+    assert config.loss.ce_over_padding
+    assert config.loss.normalize_latent_loss
+    assert not config.model.interpolate_schedule
+
+
+def test_defaults_of_the_main_configuration():
+    loss = composed("mmdit_cycle_vae").loss
+    assert (loss.latent_t_mode, loss.cycle_stop_grad_latent) == ("full", True)
+    assert (loss.cycle_text_weight, loss.cycle_latent_weight, loss.latent_loss_weight) == (0.1, 0.1, 0.1)
+    assert composed("mmdit_cycle_vae").model.latent_parameterization == "v_param"
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["training.train_batch_size=0"], ["training.train_batch_size=0", "more than 0"]),
+    (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
+    (["loss.latent_t_mode=half"], ["loss.latent_t_mode=half", "full, random"]),
+    (["loss=l2t", "loss.cycle_text_weight=0.3"], ["loss.cycle_text_weight=0.3", "no effect", "loss.loss_type=cycle_vae"]),
+    (["loss.cycle_latent_t_max=0.5"], ["loss.cycle_latent_t_max=0.5", "loss.latent_t_mode=random"]),
+    (["loss.latent_t_mode=random", "loss.cycle_latent_t_min=0.99"], ["cycle_latent_t_min=0.99", "cycle_latent_t_max=0.98"]),
+    (["model.latent_parameterization=epsilon"], ["epsilon", "degenerate", "v_param", "allow_degenerate_epsilon"]),
+    (["model.latent_beta_min=0.1", "model.latent_beta_schedule=linear"], ["latent_beta_min=0.1", "latent_beta_max=0.02"]),
+    (["loss=random", "training.mode_weights=[1,1]"], ["training.mode_weights=[1.0, 1.0]", "unconditional, l2t, t2l"]),
+    (["loss=sequential", "training.sequential_schedule=[]"], ["training.sequential_schedule", "empty"]),
+    (["loss=sequential", "training.sequential_schedule=[{type: both, steps: 3}]"], ["type: both", "l2t"]),
+    (["training.global_batch_size=64", "training.gradient_accumulation_steps=2"], ["gradient_accumulation_steps", "global_batch_size"]),
+    (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
+])
+def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides, words):
+    with pytest.raises(UserError) as refused:
+        validate(composed("mmdit_cycle_vae", "data.dir=somewhere", *overrides))
+    assert "\n" not in str(refused.value)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_degenerate_epsilon_can_be_insisted_on_with_a_warning():
+    config = composed("mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.allow_degenerate_epsilon=true")
+    assert len(validate(config)) == 1
+    assert validate(composed("mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.latent_t_mode=random")) == []
+
+
+def test_a_configuration_survives_its_own_yaml():
+    config = composed("mmdit_stable", "data.dir=somewhere", "loss=sequential")
+    assert from_dict(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(to_dict(config))))) == config  # type: ignore[arg-type]
+
+
+def test_every_key_has_a_meaning_and_a_default_that_its_own_rules_allow():
+    for name, field in keys().items():
+        assert field.metadata["help"], name
+        default = default_of(field)
+        assert default is None or not field.metadata["choices"] or default in field.metadata["choices"], name
