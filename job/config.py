@@ -67,6 +67,7 @@ class ModelConfig:
     latent_beta_max: float = key(0.02, "last beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid")))
     latent_parameterization: str = key("v_param", "what the latent head predicts", choices=("epsilon", "x0", "v_param"))
     interpolate_schedule: bool = key(True, "read the schedule between its entries (LGDLM reads entry floor(t * 999))")
+    implementation: str = key("fast", "fast, or plain: the stock blocks and whole logits, the same losses", choices=("fast", "plain"))
     t_eps: float = key(1e-4, "text keeps at least this fraction unmasked at t=1 in unconditional mode", low=0, high=0.5)
 
 
@@ -113,7 +114,9 @@ class TrainingConfig:
     lr_schedule: str = key("cosine", "learning rate after warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = key(100, "steps of linear learning-rate warm-up", low=0)
     ema_decay: float = key(0.0, "decay of the moving average of the weights; 0 keeps none", low=0, high=0.999999)
-    compile_model: bool = key(False, "torch.compile the blocks")
+    compile_model: bool = key(False, "torch.compile the blocks", read_if=("model.implementation", "fast"))
+    activation_checkpointing: bool = key(False, "keep no activations inside blocks, compute them again in backward",
+                                         read_if=("model.implementation", "fast"))
     init_from: str | None = key(None, "weights to start from: a file written by `python -m job.convert`")
     resume: str = key("auto", "auto: the run directory's newest valid checkpoint; never; or a checkpoint directory")
     allow_changed: list[str] = key([], "keys that may differ from the checkpoint's configuration on resume")
@@ -188,7 +191,8 @@ LGDLM_KEYS = {
 # train_batch_size is here because only the global batch counts, which is compared by itself.
 FREE_ON_RESUME = {
     "data.dir", "data.num_workers", "data.verify_hashes", "training.device", "training.train_batch_size", "training.gradient_accumulation_steps",
-    "training.global_batch_size", "training.eval_batch_size", "training.compile_model", "training.init_from", "training.resume", "training.allow_changed",
+    "training.global_batch_size", "training.eval_batch_size", "training.compile_model", "training.activation_checkpointing", "model.implementation",
+    "training.init_from", "training.resume", "training.allow_changed",
     "training.max_minutes", "training.max_nonfinite_steps", "training.sick_rank_timeout_seconds", "optimizer.use_fused",
     *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from job.config import ModelConfig
 from job.errors import UserError
 from job.model.backbone import build_backbone
+from job.model.fast import encode
+from job.objective.rows import Padding, Rows
 
 
 class TextEncoder(nn.Module):
@@ -77,6 +79,8 @@ class MultimodalMMDiT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, latent_dim: int) -> None:
         super().__init__()
         self.vocab_size, self.latent_dim, self.max_seq_len = vocab_size, latent_dim, config.max_seq_len
+        self.num_residual_streams = config.num_residual_streams
+        self.compiled = self.checkpointing = False  # how `encode` runs the blocks
         hidden = config.hidden_size
         self.text_encoder = TextEncoder(vocab_size, hidden, config.max_seq_len)
         self.latent_encoder = LatentEncoder(latent_dim, hidden)
@@ -102,6 +106,10 @@ class MultimodalMMDiT(nn.Module):
         )
         return (self.text_head(text) if "text" in heads else None,
                 self.latent_head(latent[:, 0]) if "latent" in heads else None)
+
+    def encode(self, groups: Sequence[Rows], padding: Padding) -> tuple[Tensor, Tensor]:
+        """The fast path: see `job.model.fast.encode`."""
+        return encode(self, groups, padding)
 
 
 @contextmanager

@@ -159,7 +159,8 @@ def _summary(rows: Rows, samples: Rows) -> dict[str, float]:
         metrics |= {f"t2l/x0_cos{suffix}": cosine(f"x0{suffix}"), f"t2l/x0_mse{suffix}": mse(f"x0{suffix}"),
                     f"t2l/x0_norm_ratio{suffix}": float(x.norm(dim=-1).mean() / z.norm(dim=-1).mean())}
     similarity = F.normalize(x0["x0_cycle"], dim=-1) @ F.normalize(z, dim=-1).T
-    metrics["l2t2l/retrieval_at_1"] = float((similarity.diagonal() >= similarity.max(1).values).double().mean())
+    nearest = (similarity == similarity.max(1, keepdim=True).values).double()
+    metrics["l2t2l/retrieval_at_1"] = float((nearest.diagonal() / nearest.sum(1)).mean())  # a tie counts as the chance of drawing the right one
     metrics["latent/active_dims"] = participation_ratio(x0["x0"])
     metrics["latent/active_dims_data"] = participation_ratio(z)
     metrics["pseudo/entropy"] = per_token("l2t", 2)

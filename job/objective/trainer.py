@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from job.config import MODES, LossConfig, ModelConfig, TrainingConfig
 from job.objective.losses import latent_loss, ramp, text_cross_entropy
 from job.objective.noise import StepNoise, seed_for
+from job.objective.rows import Padding
 from job.objective.schedule import LatentSchedule
 
 Batch = Mapping[str, Tensor]
@@ -31,6 +33,11 @@ class Step:
     latent: Tensor  # [B, D]
     lengths: Tensor  # [G]
     noise: StepNoise
+    keep_padding: bool = False  # compute text that is padding too
+
+    @cached_property
+    def padding(self) -> Padding:
+        return Padding(self.mask, self.keep_padding)
 
     @property
     def share(self) -> float:
@@ -66,7 +73,11 @@ class Trainer(nn.Module):
                 place -= item.steps
         return self.loss.loss_type
 
-    def forward(self, batch: Batch, step: int, noise: StepNoise | None = None) -> tuple[Tensor, Metrics]:
+    def stages(self, step: int) -> int:
+        """How many forward and backward passes, one after the other, make up this step: call with stage 0, 1, ..."""
+        return 1
+
+    def forward(self, batch: Batch, step: int, noise: StepNoise | None = None, stage: int | None = None) -> tuple[Tensor, Metrics]:
         """Loss to minimize (scalar) and the metrics of the step (scalars, on the device) for 0-based optimizer step `step`.
 
         `noise` replaces the step's own draws. The mean of the losses over all ranks and micro-batches is the loss of the
@@ -78,7 +89,7 @@ class Trainer(nn.Module):
         lengths = batch.get("global_lengths", mask.sum(1))
         noise = noise or StepNoise(self.training_config.seed, step, position, lengths.shape[0])
         latent = batch["latent"].float()
-        s = Step(tokens, mask, latent[:, 0] if latent.dim() == 3 else latent, lengths, noise)
+        s = Step(tokens, mask, latent[:, 0] if latent.dim() == 3 else latent, lengths, noise, self.loss.ce_over_padding)
         terms = {"cycle_vae": self._cycle_vae, "l2t": self._l2t_only, "t2l": self._t2l_only, "unconditional": self._unconditional}
         loss, metrics = terms[self.mode(step)](s, step)
         return loss, {"loss": loss, **metrics}
@@ -97,9 +108,11 @@ class Trainer(nn.Module):
 
     def cross_entropy(self, s: Step, logits: Tensor) -> Tensor:
         """Cross-entropy of logits [B, S, V] to the step's text."""
-        if self.loss.ce_over_padding:
-            return text_cross_entropy(logits, s.tokens, torch.ones_like(s.mask), s.tokens.numel())
-        return text_cross_entropy(logits, s.tokens, s.mask, s.lengths.sum() * s.share)
+        return text_cross_entropy(logits, s.tokens, torch.ones_like(s.mask) if self.loss.ce_over_padding else s.mask, self.text_count(s))
+
+    def text_count(self, s: Step) -> Tensor | int:
+        """This rank's share of the tokens in the text loss."""
+        return s.tokens.numel() if self.loss.ce_over_padding else s.lengths.sum() * s.share
 
     def draw_t(self, s: Step, name: str) -> Tensor:
         """Latent timesteps [B] of T2L: 1, or random in [cycle_latent_t_min, cycle_latent_t_max] and below 1."""
@@ -135,11 +148,16 @@ class Trainer(nn.Module):
         masked = masked_of_all[s.noise.position]
         t = s.noise.uniform("latent_t")
         z_t, target = self.schedule.add_noise(s.latent, t, s.noise.normal("latent_noise", s.latent.shape[1]))
-        logits, prediction = self.model(torch.where(masked, self.mask_token_id, s.tokens), z_t, text_t[s.noise.position], t, s.mask, heads=("text", "latent"))
-        text = text_cross_entropy(logits, s.tokens, masked, masked_of_all.sum().clamp(min=1) * s.share)
+        count = masked_of_all.sum().clamp(min=1) * s.share
+        text, prediction = self.denoise(s, torch.where(masked, self.mask_token_id, s.tokens), z_t, text_t[s.noise.position], t, masked, count)
         latent = latent_loss(prediction, target, self.loss.normalize_latent_loss)
         metrics: Metrics = {"text_loss": text, "latent_loss": latent, **self._latent_metrics(t, prediction, z_t)}
         return text + self.loss.latent_loss_weight * latent, metrics
+
+    def denoise(self, s: Step, tokens: Tensor, z_t: Tensor, text_t: Tensor, t: Tensor, masked: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Both heads at noisy text and latents: the cross-entropy of the `masked` tokens over `count`, and the latent prediction [B, D]."""
+        logits, prediction = self.model(tokens, z_t, text_t, t, s.mask, heads=("text", "latent"))
+        return text_cross_entropy(logits, s.tokens, masked, count), prediction
 
     def _cycle_vae(self, s: Step, step: int) -> tuple[Tensor, Metrics]:
         """L2T cross-entropy + weighted T2L latent loss + the two ramped cycle terms; a term of weight zero is not computed."""

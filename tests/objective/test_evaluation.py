@@ -53,6 +53,7 @@ def test_oracle_scores_are_the_closed_form_ones() -> None:
     assert metrics["l2t/ce"] == pytest.approx(log_z - 5, rel=1e-5)
     assert metrics["l2t/latent_gain"] == pytest.approx(5, rel=1e-5)
     assert metrics["l2t/token_acc"] == metrics["t2l2t/token_acc"] == metrics["l2t2l/retrieval_at_1"] == 1
+    assert metrics["l2t2l/cos"] == pytest.approx(1)
     p = math.exp(5 - log_z)
     rest = (1 - p) / (VOCAB - 1)
     assert metrics["pseudo/entropy"] == pytest.approx(-p * math.log(p) - (1 - p) * math.log(rest), rel=1e-5)
@@ -65,6 +66,13 @@ def test_oracle_scores_are_the_closed_form_ones() -> None:
     assert metrics["tokens"] == sum(range(2, COUNT + 2))
     assert metrics["text/most_frequent_token_acc"] == pytest.approx((COUNT + 1) / metrics["tokens"])
     assert [word in " ".join(verdicts(metrics)) for word in ("ignores", "uses the latent", "uses the text")] == [False, True, True]
+
+
+def test_a_broken_cycle_shows_while_the_encoder_is_right() -> None:
+    metrics = evaluate(trainer_of(Oracle(sees_latent=False)), [samples()], seed=0)  # decodes token 0, which no text holds
+    assert metrics["t2l/x0_cos"] == pytest.approx(1)
+    assert metrics["l2t2l/cos"] == pytest.approx(0)
+    assert metrics["l2t2l/retrieval_at_1"] == pytest.approx(1 / COUNT)  # all equally far
 
 
 def test_models_that_ignore_their_input_are_said_to() -> None:
@@ -116,7 +124,7 @@ def on_ranks(trainer: Trainer, batches: list[dict[str, Tensor]], world_size: int
     return results
 
 
-@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 1), (4, 2), (2, 4)])  # 2 on 4 ranks: one rank has no batch
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 1), (1, 2), (4, 2), (2, 4)])  # 2 on 4 ranks: one rank has no batch
 def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_size: int) -> None:
     trainer = trainer_of(build_model(MODEL, VOCAB, DIM, seed=0))
     expected = evaluate(trainer, [samples()], seed=3)

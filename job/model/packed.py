@@ -1,0 +1,102 @@
+"""Rows without their padding: the text of R rows end to end [T, ...], one latent a row [R, ...], and attention over both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from job.model.streams import Mixing
+from job.objective.rows import Padding, Rows
+
+
+@dataclass(frozen=True)
+class Spans:
+    """N tokens in consecutive spans that share a condition each."""
+
+    counts: list[int]
+    index: Tensor  # [N]: condition of a token
+
+    def norm(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        """Layer norm of x [N, H] with a gain and a bias [C, H] per condition."""
+        if torch.compiler.is_compiling():
+            return F.layer_norm(x, x.shape[-1:], eps=eps) * gamma[self.index] + beta[self.index]
+        parts = zip(x.split(self.counts), gamma.to(x.dtype), beta.to(x.dtype), strict=True)  # the kernel applies gain and bias in its own pass
+        return torch.cat([F.layer_norm(part, x.shape[-1:], g, b, eps) for part, g, b in parts])
+
+    def scale(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """x [N, H] times gains [C, H]."""
+        if torch.compiler.is_compiling():
+            return x * gamma[self.index]
+        return torch.cat([part * g for part, g in zip(x.split(self.counts), gamma, strict=True)])
+
+
+    def select(self, part: slice) -> Spans:
+        """The tokens of a slice, whose conditions keep their numbers."""
+        counts, start = [], 0
+        for count in self.counts:
+            counts.append(max(0, min(start + count, part.stop) - max(start, part.start)))
+            start += count
+        return Spans(counts, self.index[part])
+
+
+class Layout:
+    """Where the tokens of groups of B rows lie that share their lengths."""
+
+    def __init__(self, groups: Sequence[Rows], padding: Padding) -> None:
+        mask = padding.mask
+        rows, seq_len = mask.shape
+        self.heads = [group.heads for group in groups]
+        self.lengths, self.ragged = padding.lengths, padding.ragged
+        self.key_mask = None if padding.full or self.ragged else F.pad(mask, (0, 1), value=True)[:, None, None]
+        self.positions = padding.pack(torch.arange(seq_len, device=mask.device).expand(rows, -1)).repeat(len(groups))
+        self.text, self.latent = self._spans(groups, mask.device)
+        # what the heads read, of the text tokens and of the rows: groups that a head reads lie side by side
+        tokens = sum(self.lengths)
+        self.read_text, self.read_latent = self._slice("text", tokens), self._slice("latent", rows)
+
+    def _slice(self, head: str, size: int) -> slice:
+        wanted = [g for g, heads in enumerate(self.heads) if head in heads]
+        return slice(wanted[0] * size, (wanted[-1] + 1) * size) if wanted else slice(0, 0)
+
+    def _spans(self, groups: Sequence[Rows], device: torch.device) -> tuple[Spans, Spans]:
+        text: list[int] = []
+        latent: list[int] = []
+        for group in groups:
+            each = max(len(group.text_t), len(group.latent_t)) > 1
+            text += self.lengths if each else [sum(self.lengths)]
+            latent += [1] * len(self.lengths) if each else [len(self.lengths)]
+        conditions = torch.arange(len(text), device=device)
+        return (Spans(text, conditions.repeat_interleave(torch.tensor(text, device=device), output_size=sum(text))),
+                Spans(latent, conditions.repeat_interleave(torch.tensor(latent, device=device), output_size=sum(latent))))
+
+    def select(self, part: slice, streams: Tensor, weights: Mixing | None, spans: Spans) -> tuple[Tensor, Mixing | None, Spans]:
+        """The tokens of a slice, with their weights and spans."""
+        return streams[part], weights and Mixing(*(w[part] for w in weights)), spans.select(part)
+
+    def attend(self, text: Tensor, latent: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Attention of text [T, 3, h, d] and latents [R, 3, h, d] (queries, keys, values) within rows.
+
+        Returns outputs [.., h * d] of text and latents; in the last block, of those that a head reads.
+        """
+        rows, groups = len(self.lengths), len(self.heads)
+        side = 1 if self.ragged else rows  # rows that go through the kernel side by side
+        sizes = self.lengths * groups if self.ragged else [sum(self.lengths)] * groups
+        outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for part, (tokens, latents) in enumerate(zip(text.split(sizes), latent.split(side), strict=True)):
+            heads = self.heads[part * side // rows] if last else ("text", "latent")
+            q, k, v = torch.cat([tokens.unflatten(0, (side, -1)), latents[:, None]], dim=1).transpose(1, 3).unbind(2)
+            start, stop = (0 if "text" in heads else -1), (None if "latent" in heads else -1)
+            out = F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=self.key_mask).transpose(1, 2).flatten(2)
+            if "text" in heads:
+                outputs[0].append(out[:, :-1].flatten(0, 1) if "latent" in heads else out.flatten(0, 1))
+            if "latent" in heads:
+                outputs[1].append(out[:, -1])
+        return _cat(outputs[0], text), _cat(outputs[1], text)
+
+
+def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else like.new_empty(0, like.shape[2] * like.shape[3])

@@ -1,0 +1,42 @@
+"""What the fast path asks of a model: rows without their padding, in groups that differ in inputs, timesteps and the heads that read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B rows of one pass. Timesteps are [B], or [1] where all rows share them; `heads` names what reads the rows."""
+
+    tokens: Tensor  # [B, S] int64
+    latents: Tensor  # [B, D]
+    text_t: Tensor  # [1] or [B]
+    latent_t: Tensor  # [1] or [B]
+    heads: tuple[str, ...]
+
+
+class Padding:
+    """Which tokens of B rows of S are computed: the real ones of `mask` [B, S], or all of them (`keep`), which then attend to real ones only.
+
+    The one place of a step where the host waits for the device: it must know the lengths.
+    """
+
+    def __init__(self, mask: Tensor, keep: bool) -> None:
+        self.mask = mask
+        lengths: list[int] = mask.sum(1).tolist()
+        self.full = min(lengths) == mask.shape[1]
+        self.ragged = not self.full and not keep
+        self.lengths = lengths if self.ragged else [mask.shape[1]] * len(lengths)
+        self.place = torch.nonzero_static(mask.flatten(), size=sum(lengths))[:, 0] if self.ragged else None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S] as the computed tokens [T]."""
+        return x.flatten() if self.place is None else x.flatten()[self.place]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Values [T] of computed tokens as [B, S], 0 on others."""
+        return (x if self.place is None else x.new_zeros(self.mask.numel()).index_copy_(0, self.place, x)).view(self.mask.shape)
