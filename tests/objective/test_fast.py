@@ -40,3 +40,71 @@ def test_fast_is_plain(lengths: list[int], padded: bool, streams: int, parameter
     if parameterization == "epsilon" and t_mode == "full":
         loss["latent_t_mode"] = "random"  # x0 is divided by 1.6e-5 there, and rounding with it
     assert_same(batch, loss, num_residual_streams=streams, latent_parameterization=parameterization, qk_rmsnorm=qk_rmsnorm)
+
+
+@pytest.mark.parametrize("t_mode", ["full", "random"])
+def test_two_stages_add_up_to_one(t_mode: str) -> None:
+    config, batch = model_config(), formula_batch()
+    trainer = FastTrainer(formula_model(config), config, LossConfig(latent_t_mode=t_mode), TrainingConfig(), MASK)
+    expected, expected_gradients = run(trainer, batch)
+    trainer.zero_grad()
+    assert trainer.stages(0) == 2
+    for stage in range(2):
+        loss, metrics = trainer(batch, 0, None, stage)
+        loss.backward()
+    assert {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6)
+    for name, p in trainer.model.named_parameters():
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-7)
+
+
+def test_stages_touch_the_same_parameters() -> None:
+    # otherwise DDP would wait in the second stage for gradients that were made in the first
+    config, batch = model_config(), formula_batch()
+    trainer = FastTrainer(formula_model(config), config, LossConfig(), TrainingConfig(), MASK)
+    touched = []
+    for stage in range(2):
+        trainer.zero_grad()
+        trainer(batch, 0, None, stage)[0].backward()
+        touched.append({name for name, p in trainer.named_parameters() if p.grad is not None})
+    assert touched[0] == touched[1]
+
+
+@pytest.mark.parametrize(("loss", "stages"), [({}, 2), ({"cycle_stop_grad_latent": False}, 1), ({"cycle_text_weight": 0.0}, 1), ({"loss_type": "l2t"}, 1),
+                                              ({"cycle_latent_warmup_steps": 3}, 1)])
+def test_number_of_stages(loss: dict[str, Any], stages: int) -> None:
+    config = model_config()
+    assert FastTrainer(formula_model(config), config, LossConfig(**loss), TrainingConfig(), MASK).stages(0) == stages
+
+
+@pytest.mark.parametrize(("text", "latent", "passes"), [(0.3, 0.2, 2), (0.3, 0.0, 2), (0.0, 0.2, 2), (0.0, 0.0, 1)])
+def test_passes_are_paired_and_terms_of_weight_zero_left_out(text: float, latent: float, passes: int) -> None:
+    config, batch = model_config(), formula_batch()
+    trainer = FastTrainer(formula_model(config), config, LossConfig(cycle_text_weight=text, cycle_latent_weight=latent), TrainingConfig(), MASK)
+    calls: list[int] = []
+    trainer.get_submodule("model.latent_encoder").register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    trainer(batch, 0)
+    assert len(calls) == passes
+    assert sum(calls) == 3 * (2 + (text > 0) + (latent > 0))
+
+
+def test_checkpointing_changes_no_number() -> None:
+    config, batch = model_config(dropout=0.3), formula_batch()
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        training = TrainingConfig(activation_checkpointing=checkpointing)
+        results.append(run(FastTrainer(formula_model(config), config, LossConfig(), training, MASK), batch))
+    assert results[0][0] == results[1][0]
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient)
+
+
+def test_bf16_autocast_stays_near_float32() -> None:
+    config, batch = model_config(), formula_batch()
+    trainer = FastTrainer(formula_model(config), config, LossConfig(), TrainingConfig(), MASK)
+    expected, _ = run(trainer, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradients = run(trainer, batch)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
+    assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients.values())
