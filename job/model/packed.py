@@ -77,8 +77,8 @@ class Layout:
         """The tokens of a slice, with their weights and spans."""
         return streams[part], weights and Mixing(*(w[part] for w in weights)), spans.select(part)
 
-    def attend(self, text: Tensor, latent: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """Attention of text [T, 3, h, d] and latents [R, 3, h, d] (queries, keys, values) within rows.
+    def attend(self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], last: bool) -> tuple[Tensor, Tensor]:
+        """Attention within rows: queries, keys and values of text, [T, h, d] each, and of latents, [R, h, d] each.
 
         Returns outputs [.., h * d] of text and latents; in the last block, of those that a head reads.
         """
@@ -86,17 +86,18 @@ class Layout:
         side = 1 if self.ragged else rows  # rows that go through the kernel side by side
         sizes = self.lengths * groups if self.ragged else [sum(self.lengths)] * groups
         outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for part, (tokens, latents) in enumerate(zip(text.split(sizes), latent.split(side), strict=True)):
+        joined = ([torch.cat([t.unflatten(0, (side, -1)), x[:, None]], dim=1).transpose(1, 2)
+                   for t, x in zip(tokens.split(sizes), latents.split(side), strict=True)] for tokens, latents in zip(text, latent, strict=True))
+        for part, (q, k, v) in enumerate(zip(*joined, strict=True)):
             heads = self.heads[part * side // rows] if last else ("text", "latent")
-            q, k, v = torch.cat([tokens.unflatten(0, (side, -1)), latents[:, None]], dim=1).transpose(1, 3).unbind(2)
             start, stop = (0 if "text" in heads else -1), (None if "latent" in heads else -1)
             out = F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=self.key_mask).transpose(1, 2).flatten(2)
             if "text" in heads:
                 outputs[0].append(out[:, :-1].flatten(0, 1) if "latent" in heads else out.flatten(0, 1))
             if "latent" in heads:
                 outputs[1].append(out[:, -1])
-        return _cat(outputs[0], text), _cat(outputs[1], text)
+        return _cat(outputs[0], text[0]), _cat(outputs[1], text[0])
 
 
 def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(parts) if parts else like.new_empty(0, like.shape[2] * like.shape[3])
+    return torch.cat(parts) if parts else like.new_empty(0, like.shape[1] * like.shape[2])

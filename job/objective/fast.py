@@ -52,7 +52,8 @@ class FastTrainer(Trainer):
                             "cycle_latent_weight": latent_weight, **self._latent_metrics(t, prediction, z_t)}
         x0 = self.schedule.predict_x0(z_t, t, prediction)
         if not self._last_stage:
-            self._carry = s, total.detach(), {name: torch.as_tensor(value).detach() for name, value in metrics.items()}, x0.detach(), tokens
+            detached = {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+            self._carry = s, total.detach(), detached, x0.detach(), tokens
         elif text_weight + latent_weight > 0:
             loss, cycle = self._cycle(s, step, x0, tokens)
             return total + loss, {**metrics, **cycle}

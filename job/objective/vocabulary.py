@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # logits at a time
+CHUNK_ELEMENTS = 1 << 25  # logits at a time
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -19,17 +19,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradients: bool) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), device=hidden.device)
         picked = targets.new_empty(len(targets) if pick else 0)
-        grads = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(bias, dtype=torch.float32)) if gradients else ()
+        grads = (torch.empty_like(hidden), *(torch.zeros_like(x, dtype=torch.float32) for x in (weight, bias))) if gradients else ()
         for part in _chunks(len(targets), len(weight)):
             rows, target = hidden[part], targets[part, None]
-            logits = torch.addmm(bias, rows, weight.T).float()
-            peak, best = logits.max(dim=-1, keepdim=True)
-            exponents = logits.sub_(peak)
+            logits = (rows @ weight.T).float().add_(bias)
+            best = logits.argmax(-1, keepdim=True) if pick and uniform is None else None
+            exponents = logits.sub_(logits.amax(-1, keepdim=True))
             at_target = exponents.gather(1, target)
             sums = exponents.exp_().sum(dim=-1, keepdim=True)
             total += (sums.log() - at_target).sum()
             if pick:
-                picked[part] = (best if uniform is None else _draw(exponents, uniform[part, None]))[:, 0]
+                picked[part] = (best if best is not None else _draw(exponents, uniform[part, None]))[:, 0]  # type: ignore[index]
             if gradients:
                 _add_gradients(grads, part, rows, weight, target, exponents, sums)
         ctx.save_for_backward(*grads)
