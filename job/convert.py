@@ -13,9 +13,9 @@ from torch import Tensor
 from job.command import guarded
 from job.config import to_dict
 from job.data import lgdlm
-from job.data.files import write_json, write_text, write_whole
 from job.data.tokenizer import TOKENIZER_FILE
 from job.errors import UsageError, UserError
+from job.files import write_json, write_text, write_whole
 from job.inference import CONFIG_FILE, WEIGHTS_FILE, load_trained
 from job.model.lgdlm_checkpoint import check_generation, generation, read_checkpoint
 from job.model.weights import describe, overrides, serialize

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from job.command import guarded
 from job.config import Config
-from job.data.files import write_text
 from job.data.loader import evaluation_batches
 from job.data.shards import Dataset
 from job.data.tokenizer import TextTokenizer
 from job.errors import UsageError, UserError
+from job.files import write_text
 from job.inference import Trained, choose_device, load_trained, tokenizer_of
 from job.objective.sampling import generate
 from job.objective.trainer import Trainer

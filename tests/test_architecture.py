@@ -45,7 +45,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path: Path):
+def test_imports_point_one_way(path: Path) -> None:
     for name in imports(path):
         top, *rest = name.split(".")
         if top == "job" and rest and room(path) in MAY_IMPORT:
@@ -57,21 +57,21 @@ def test_imports_point_one_way(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_environment_variables_have_one_reader(path: Path):
+def test_environment_variables_have_one_reader(path: Path) -> None:
     if room(path) in ("objective", "model"):
         assert "environ" not in path.read_text()
 
 
-def test_every_configuration_key_is_read():
+def test_every_configuration_key_is_read() -> None:
     """A key is read where its name is an attribute of something, outside the schema itself."""
     read = {node.attr for path in FILES if path.name != "config.py" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     in_validate = {"loss.allow_degenerate_epsilon", "model.cluster_size", "optimizer.name"}  # what these allow or refuse is decided in validate
     in_yaml = {"logging.run_name", "logging.save_dir"}  # configs/base.yaml makes hydra.run.dir of them
-    unread = {name for name in config.keys() if name.split(".")[1] not in read} - in_validate - in_yaml
+    unread = {name for name in list(config.keys()) if name.split(".")[1] not in read} - in_validate - in_yaml
     assert not unread
 
 
-def test_the_command_line_starts_without_torch():
+def test_the_command_line_starts_without_torch() -> None:
     """`cyclevae` and the launchers answer at once, also on a login node."""
     code = "import sys, job.__main__, job.config, job.command, job.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -17,19 +17,19 @@ def composed(name: str, *overrides: str) -> Config:
 
 @pytest.mark.parametrize("name", PRIMARY)
 @pytest.mark.parametrize("extra", [[], ["compat=lgdlm"]])
-def test_every_configuration_is_valid(name, extra):
+def test_every_configuration_is_valid(name: str, extra: list[str]) -> None:
     assert validate(composed(name, "data.dir=somewhere", *extra)) == []
 
 
 @pytest.mark.parametrize("name", PRIMARY)
 @pytest.mark.parametrize("loss", ["cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential"])
-def test_every_objective_can_be_chosen(name, loss):
+def test_every_objective_can_be_chosen(name: str, loss: str) -> None:
     config = composed(name, "data.dir=somewhere", f"loss={loss}")
     validate(config)
     assert config.loss.loss_type == loss
 
 
-def test_lgdlm_compatibility_wins_over_the_configuration_it_is_added_to():
+def test_lgdlm_compatibility_wins_over_the_configuration_it_is_added_to() -> None:
     config = composed("demo", "compat=lgdlm")
     assert (config.model.n_heads, config.model.head_dim, config.model.qk_rmsnorm, config.model.time_scale) == (8, 64, False, 1.0)
     assert config.loss.ce_over_padding
@@ -37,7 +37,7 @@ def test_lgdlm_compatibility_wins_over_the_configuration_it_is_added_to():
     assert not config.model.interpolate_schedule
 
 
-def test_defaults_of_the_main_configuration():
+def test_defaults_of_the_main_configuration() -> None:
     loss = composed("mmdit_cycle_vae").loss
     assert (loss.latent_t_mode, loss.cycle_stop_grad_latent) == ("full", True)
     assert (loss.cycle_text_weight, loss.cycle_latent_weight, loss.latent_loss_weight) == (0.1, 0.1, 0.1)
@@ -59,7 +59,7 @@ def test_defaults_of_the_main_configuration():
     (["training.global_batch_size=64", "training.gradient_accumulation_steps=2"], ["gradient_accumulation_steps", "global_batch_size"]),
     (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
 ])
-def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides, words):
+def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
         validate(composed("mmdit_cycle_vae", "data.dir=somewhere", *overrides))
     assert "\n" not in str(refused.value)
@@ -67,18 +67,18 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides, word
         assert word in str(refused.value)
 
 
-def test_degenerate_epsilon_can_be_insisted_on_with_a_warning():
+def test_degenerate_epsilon_can_be_insisted_on_with_a_warning() -> None:
     config = composed("mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.allow_degenerate_epsilon=true")
     assert len(validate(config)) == 1
     assert validate(composed("mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.latent_t_mode=random")) == []
 
 
-def test_a_configuration_survives_its_own_yaml():
+def test_a_configuration_survives_its_own_yaml() -> None:
     config = composed("mmdit_stable", "data.dir=somewhere", "loss=sequential")
     assert from_dict(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(to_dict(config))))) == config  # type: ignore[arg-type]
 
 
-def test_every_key_has_a_meaning_and_a_default_that_its_own_rules_allow():
+def test_every_key_has_a_meaning_and_a_default_that_its_own_rules_allow() -> None:
     for name, field in keys().items():
         assert field.metadata["help"], name
         default = default_of(field)

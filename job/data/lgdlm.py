@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from job.data import tokenizer as tokenizers
-from job.data.files import write_whole
 from job.data.preparation import Progress, say
 from job.data.shards import SPLITS
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UsageError, UserError
+from job.files import write_whole
 
 TOKENS_SUFFIX = "_tokens"
 SHARD_SIZE = 100_000

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from job.data import tokenizer as tokenizers
 from job.data.encoders import Encoder, LsaEncoder, SentenceTransformersEncoder
-from job.data.files import TEMPORARY, write_json, write_whole
 from job.data.shards import INFO_FILE, SPLITS, DatasetInfo, read_info
 from job.data.sources import STDLIB, read_texts
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UserError
+from job.files import TEMPORARY, write_json, write_whole
 
 CHUNK = 4096  # texts encoded between two reports of progress
 POLL_SECONDS = 0.1

@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from job.data.files import file_entry
 from job.errors import UserError
+from job.files import file_entry
 
 FORMAT_VERSION = 1
 INFO_FILE = "dataset.json"

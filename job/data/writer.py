@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from job.data.files import file_entry, write_json, write_whole
 from job.data.shards import INFO_FILE, PARTS, SPLITS, DatasetInfo, shard_file
 from job.errors import UserError
+from job.files import file_entry, write_json, write_whole
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from job.data.files import write_whole
+from job.files import write_whole
 from job.monitoring.training_log import read
 
 Log = list[dict[str, float]]

@@ -23,8 +23,8 @@ class Phases:
         finally:
             self._interval[name] += time.perf_counter() - started  # type: ignore[assignment]  # Counter holds any number
 
-    def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last read."""
+    def read(self) -> Counter[str]:
+        """Seconds of each phase since the last read (0 for others)."""
         interval, self._interval = self._interval, Counter()
         self.total.update(interval)
         return interval

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 
@@ -12,6 +14,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._unwritten: list[str] = []
 
     def continue_from(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint of `step` that this run goes on from, and a half-written last line."""
@@ -26,8 +29,17 @@ class JsonLines:
         temporary.replace(self.path)
 
     def write(self, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append an object. What a full disk refuses is kept and written with a later one: a log must not end a run."""
+        self._unwritten.append(json.dumps(values) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.writelines(self._unwritten)
+            self._unwritten.clear()
+        except OSError as error:
+            print(f"warning: {self.path} cannot be written ({error}); kept in memory for now", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -75,7 +75,9 @@ class Optimizer:
             self.adamw.step()
         if self.average is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, list(self.parameters), (1 - self.config.training.ema_decay) * (~bad).float())
+                toward = torch._foreach_sub(list(self.parameters), self.average)
+                torch._foreach_mul_(toward, (1 - self.config.training.ema_decay) * (~bad).float())
+                torch._foreach_add_(self.average, toward)
         self.adamw.zero_grad(set_to_none=True)
         return norm
 

@@ -1,0 +1,75 @@
+"""What a run does at its pauses and at its end: it measures itself on held-out text, and shows what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from job.assembly import Job
+from job.data.loader import evaluation_batches
+from job.errors import UserError
+from job.files import write_json
+from job.monitoring.curves import write_curves
+from job.monitoring.progress import Progress
+from job.monitoring.training_log import JsonLines
+from job.objective.evaluation import evaluate, table
+from job.objective.trainer import Batch
+from job.runtime import distributed
+from job.runtime.precision import autocast
+from job.sample import round_trips, write_samples
+
+
+class Stopped(Exception):
+    """A stop was agreed in the middle of an evaluation."""
+
+
+def evaluate_if_due(job: Job, done: int, log: JsonLines, progress: Progress) -> str | None:
+    """Evaluate after `done` steps when it is time and not done yet. Returns why to stop, when a stop came in between."""
+    c = job.config
+    if job.evaluated == done or not (done == c.training.num_train_steps or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
+        return None
+    try:
+        with job.phases("evaluate"), job.optimizer.averaged(), autocast(c.training.dtype, job.process.device):
+            job.metrics = evaluate(job.trainer, validation_batches(job, done), c.training.seed, distributed.gather)
+    except Stopped as stop:
+        return str(stop)
+    job.evaluated = done
+    if job.process.is_main:
+        log.write({"step": done, **job.metrics})
+    short = ("l2t/ce", "l2t/latent_gain", "t2l/x0_cos", "t2l/text_gain", "t2l2t/token_acc", "l2t2l/cos")
+    progress.say(f"evaluation at step {done}  " + "  ".join(f"{name} {job.metrics[name]:.3f}" for name in short))
+    return None
+
+
+def validation_batches(job: Job, done: int) -> Iterator[Batch]:
+    """This rank's evaluation batches on the device; every rank asks for a stop equally often, whatever its share."""
+    c, world_size = job.config, job.process.world_size
+    count = min(c.logging.num_eval_batches * c.training.eval_batch_size, len(job.validation_data))
+    rounds = -(-count // (c.training.eval_batch_size * world_size))
+    batches = evaluation_batches(job.validation_data, num_samples=count, batch_size=c.training.eval_batch_size, rank=job.process.rank, world_size=world_size,
+                                 max_seq_len=c.model.max_seq_len, pad_to_max=c.data.pad_to_max, standardize=c.data.standardize_latents)
+    for _ in range(rounds):
+        job.watchdog.beat(done, "evaluating")
+        reason = job.signals.agreed(distributed.agree_max, c.training.max_minutes)
+        if reason:
+            raise Stopped(reason)
+        batch = next(batches, None)
+        if batch is not None:
+            yield {name: tensor.to(job.process.device) for name, tensor in batch.items()}
+
+
+def finish(job: Job) -> None:
+    """The files and the table that show what the run came to. result.json, written last, marks it finished."""
+    c = job.config
+    if not job.checkpointer.wait():
+        raise UserError(f"{job.run_dir}/checkpoints: the last checkpoint could not be written; free space there and run the same command again")
+    if not job.metrics:  # the run had ended before and only lacked its result
+        job.evaluated = -1
+        evaluate_if_due(job, c.training.num_train_steps, JsonLines(job.run_dir / "evaluation.jsonl"), Progress(0, 0, show=False))
+    if not job.process.is_main:
+        return
+    with job.optimizer.averaged(), autocast(c.training.dtype, job.process.device):
+        trips = round_trips(job.trainer, job.validation_data, c, c.logging.num_samples)
+    write_samples(job.run_dir / "samples.txt", trips)
+    write_curves(job.run_dir)
+    write_json(job.run_dir / "result.json", {"step": c.training.num_train_steps, **job.metrics}, indent=2)
+    print(f"\n{table(job.metrics)}\n\n{(job.run_dir / 'samples.txt').read_text()}\nfinished: {job.run_dir}")
