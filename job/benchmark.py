@@ -1,0 +1,126 @@
+"""How fast a step is: `python -m job.benchmark` measures the plain path and the fast one in turn; `--compare A B` any two settings.
+
+A setting is a comma-separated list of configuration keys: `--compare model.implementation=plain training.compile_model=true`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from job.benchmarking.measure import Shape, compare
+from job.command import guarded
+from job.errors import UsageError
+
+GROWTH = {"seq_len": (128, 256, 512, 1024, 2048, 4096), "batch": (1, 2, 4, 8, 16), "n_blocks": (1, 2, 4, 8), "vocab": (4096, 8192, 16384, 32768)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m job.benchmark", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--compare", nargs="+", metavar="SETTING", default=["model.implementation=plain", "model.implementation=fast"],
+                   help="settings as key=value,key=value; the first is the baseline")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys that all settings share")
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--seq-len", type=int, default=256)
+    p.add_argument("--vocab", type=int, default=30522)
+    p.add_argument("--latent-dim", type=int, default=768)
+    p.add_argument("--fill", type=float, default=1.0, help="mean row length as a part of --seq-len (%(default)s)")
+    p.add_argument("--repeats", type=int, default=9, help="steps of each setting (%(default)s)")
+    p.add_argument("--grow", choices=sorted(GROWTH), help="measure along one axis and fit the exponent of the cost")
+    p.add_argument("--values", type=int, nargs="+", help="places along the axis of --grow")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--peak-tflops", type=float, help="the device's peak for the model FLOPs utilization")
+    p.add_argument("--out", type=Path, help="write the figures as JSON here, and the plot of --grow beside it")
+    return p
+
+
+def setting(shared: list[str], own: str, shape: Shape) -> dict[str, Any]:
+    """Configuration values of a setting; hidden 512 and 4 blocks where it says nothing."""
+    base = ["data.source=synthetic", "model.hidden_size=512", "model.n_blocks=4", "model.cond_dim=512", f"model.max_seq_len={shape.seq_len}"]
+    return OmegaConf.to_container(OmegaConf.from_dotlist(base + shared + [part for part in own.split(",") if part]))  # type: ignore[return-value]
+
+
+def measure(options: argparse.Namespace, shape: Shape, more: list[str]) -> dict[str, dict[str, Any]]:
+    """Figures of all settings at one shape."""
+    settings = {name: setting(options.set + more, name, shape) for name in options.compare}
+    peak = options.peak_tflops * 1e12 if options.peak_tflops else None
+    return compare(settings, shape, torch.device(options.device), options.repeats, peak)
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """The figures for a person."""
+    lines = [f"{'setting':<44} {'step s':>8} {'(min-max)':>17} {'tokens/s':>9} {'GFLOP/s':>8} {'GiB':>6} {'speed-up (min-max)':>20}"
+             "  forward backward optimizer"]
+    for name, f in figures.items():
+        spread = f"({f['step_seconds_min']:.3f}-{f['step_seconds_max']:.3f})"
+        speedup = f"{f['speedup']:.2f} ({f['speedup_min']:.2f}-{f['speedup_max']:.2f})"
+        parts = " ".join(f"{f['parts'][part]:8.3f}" for part in f["parts"])
+        lines.append(f"{name[:44]:<44} {f['step_seconds']:8.3f} {spread:>17} {f['tokens_per_second']:9.0f} {f['flops_per_second'] / 1e9:8.1f} "
+                     f"{f['peak_memory_gib']:6.2f} {speedup:>20} {parts}" + (f"  MFU {f['mfu']:.1%}" if f["mfu"] else ""))
+    return "\n".join(lines)
+
+
+def exponent(xs: list[int], ys: list[float]) -> float:
+    """Slope of log y over log x by least squares: y grows like x to this power."""
+    a, b = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    return sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True)) / sum((x - mean_a) ** 2 for x in a)
+
+
+def grow(options: argparse.Namespace, shape: Shape) -> dict[int, dict[str, dict[str, Any]]]:
+    """Figures along one axis."""
+    results = {}
+    for value in options.values or GROWTH[options.grow]:
+        here = Shape(**{**vars(shape), options.grow: value}) if options.grow != "n_blocks" else shape
+        results[value] = measure(options, here, [f"model.n_blocks={value}"] if options.grow == "n_blocks" else [])
+        print(f"\n{options.grow} = {value}\n{table(results[value])}", flush=True)
+    for name in options.compare if len(results) > 1 else []:
+        power = exponent(list(results), [figures[name]["step_seconds"] for figures in results.values()])
+        print(f"{name}: the cost of a step grows like {options.grow} to the power {power:.2f}")
+    return results
+
+
+def plot(options: argparse.Namespace, results: dict[int, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Seconds of a step along the axis, both logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in options.compare:
+        axes.loglog(list(results), [figures[name]["step_seconds"] for figures in results.values()], marker="o", label=name)
+    axes.set(xlabel=options.grow, ylabel="seconds of a step")
+    axes.legend()
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what the command line says."""
+    options = parser().parse_args(arguments)
+    if not 0 < options.fill <= 1 or options.repeats < 1:
+        raise UsageError("--fill lies between 0 and 1, and --repeats is at least 1")
+    shape = Shape(options.batch, options.seq_len, options.vocab, options.latent_dim, options.fill)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, {shape}")
+    results: Any = grow(options, shape) if options.grow else measure(options, shape, [])
+    if not options.grow:
+        print(table(results))
+    if options.out:
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"machine": machine, "date": date, "torch": torch.__version__, "command": sys.argv, "figures": results}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        if options.grow:
+            plot(options, results, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,137 @@
+"""Two or more settings on one device, step by step in turn, so that what disturbs one disturbs the other."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from job.benchmarking.flops import step_flops
+from job.config import Config, from_dict, validate
+from job.model.multimodal import build_model
+from job.objective.fast import build_trainer
+from job.runtime.optimizer import Optimizer
+from job.runtime.precision import autocast
+
+MASK = 3
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The data of a step."""
+
+    batch: int
+    seq_len: int
+    vocab: int
+    latent_dim: int
+    fill: float  # mean length of a row as a part of seq_len; 1: all rows full
+
+    def lengths(self) -> list[int]:
+        """Row lengths, evenly spread around the mean."""
+        spread = min(self.fill, 1 - self.fill)
+        places = [(2 * row + 1) / self.batch - 1 for row in range(self.batch)]
+        return [max(1, round(self.seq_len * (self.fill + spread * place))) for place in places]
+
+
+class AllHeads(nn.Module):
+    """The plain model as LGDLM calls it: both heads in every pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor, heads: tuple[str, ...] = ()) -> Any:
+        return self.model(*inputs)
+
+
+class Case:
+    """One setting: a model, its objective and its optimizer, and random rows."""
+
+    def __init__(self, values: dict[str, Any], shape: Shape, device: torch.device) -> None:
+        self.config: Config = from_dict(values)
+        validate(self.config)
+        self.shape, self.device = shape, device
+        model = build_model(self.config.model, shape.vocab, shape.latent_dim, self.config.training.seed).to(device)
+        self.optimizer = Optimizer(model, self.config, device)
+        called = AllHeads(model) if self.config.model.implementation == "plain" else model
+        self.trainer = build_trainer(called, self.config.model, self.config.loss, self.config.training, MASK).to(device)
+        generator = torch.Generator().manual_seed(0)
+        mask = torch.arange(shape.seq_len) < torch.tensor(shape.lengths())[:, None]
+        tokens = torch.randint(4, shape.vocab, mask.shape, generator=generator) * mask
+        batch = {"input_ids": tokens, "attention_mask": mask, "latent": torch.randn(shape.batch, shape.latent_dim, generator=generator)}
+        self.batch = {name: value.to(device) for name, value in batch.items()}
+
+    def step(self) -> tuple[dict[str, float], float]:
+        """Seconds of each part of one training step, and its loss."""
+        seconds = dict.fromkeys(PARTS, 0.0)
+        self.trainer.zero_grad()
+        for stage in range(self.trainer.stages(0)):
+            start = self._now()
+            with autocast(self.config.training.dtype, self.device):
+                loss, metrics = self.trainer(self.batch, 0, None, stage)
+            middle = self._now()
+            loss.backward()
+            seconds["forward"] += middle - start
+            seconds["backward"] += self._now() - middle
+        start = self._now()
+        self.optimizer.step(0)
+        seconds["optimizer"] = self._now() - start
+        return seconds, float(torch.as_tensor(metrics["loss"]).detach())
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @property
+    def flops(self) -> float:
+        return step_flops(self.config, self.shape.lengths(), self.shape.vocab, self.shape.latent_dim)
+
+
+def compare(settings: dict[str, dict[str, Any]], shape: Shape, device: torch.device, repeats: int,
+            peak_flops: float | None = None) -> dict[str, dict[str, Any]]:
+    """Figures of each setting by name: seconds, tokens a second, operations, and the speed-up over the first (median of the pairs)."""
+    cases = {name: Case(values, shape, device) for name, values in settings.items()}
+    first = {name: case.step() for name, case in cases.items()}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            steps[name].append(case.step()[0])
+    totals = {name: [sum(step.values()) for step in taken] for name, taken in steps.items()}
+    baseline = next(iter(totals.values()))
+    figures = {}
+    for name, case in cases.items():
+        median = statistics.median(totals[name])
+        ratios = [a / b for a, b in zip(baseline, totals[name], strict=True)]
+        figures[name] = {"step_seconds": median, "step_seconds_min": min(totals[name]), "step_seconds_max": max(totals[name]),
+                         "first_step_seconds": sum(first[name][0].values()), "first_loss": first[name][1],
+                         "tokens_per_second": sum(shape.lengths()) / median, "flops_per_step": case.flops, "flops_per_second": case.flops / median,
+                         "mfu": case.flops / median / peak_flops if peak_flops else None, "speedup": statistics.median(ratios),
+                         "speedup_min": min(ratios), "speedup_max": max(ratios),
+                         "parts": {part: statistics.median(step[part] for step in steps[name]) for part in PARTS}}
+    del cases, case
+    for name, values in settings.items():
+        figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
+    return figures
+
+
+def peak_memory(values: dict[str, Any], shape: Shape, device: torch.device) -> float:
+    """Most memory, GiB, of two steps in a process of their own: allocated on a GPU, resident on a CPU."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (values, shape, str(device), torch.get_num_threads()))
+
+
+def _peak_memory(values: dict[str, Any], shape: Shape, device: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    case = Case(values, shape, torch.device(device))
+    for _ in range(2):
+        case.step()
+    on_gpu = case.device.type == "cuda"
+    return torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
