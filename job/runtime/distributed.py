@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from job.errors import ExitCode, RetryError, UserError
 from job.runtime.heartbeat import Heartbeats
 
 START_SECONDS = 300.0  # ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is
+LINGER_SECONDS = 4.0  # rank 0 may keep the store (under srun it does) in which the others look up whom they lost
 SAVE_SECONDS = 3600.0  # how long one rank may write longer than another; a rank that died meanwhile closes its connection
 
 
@@ -189,23 +191,24 @@ def give_up(failure: str, exit_code: int) -> None:
 def missing(or_slowest: bool = False) -> tuple[str | None, ExitCode]:
     """One line on the ranks that gave up, or died or froze, and the exit code they leave behind; takes about two seconds.
 
-    Without such a rank None, or, if wished, the rank that has made no progress for longest.
+    Without such a rank None, or, if wished, the one that is furthest behind.
     """
     if _heartbeats is None:
         return None, ExitCode.RETRY
+    others, lost = [], ""
     try:
         others = _heartbeats.others()
     except RuntimeError as error:
-        return f"the node of rank 0, which keeps the rendezvous store, does not answer ({_first_line(error)})", ExitCode.RETRY
-    failed = [sign for sign, _ in others if sign.failure]
-    if failed:
-        code = min(sign.exit_code for sign in failed)  # a cause that no retry mends comes before its consequences
-        return "; ".join(f"{sign} gave up: {sign.failure}" for sign in failed if sign.exit_code == code), ExitCode(code)
+        lost = f"the node of rank 0, which keeps the rendezvous store, does not answer ({_first_line(error)})"
+    if _heartbeats.failure is not None:
+        return f"{_heartbeats.failure} gave up: {_heartbeats.failure.failure}", ExitCode(_heartbeats.failure.exit_code)
+    if lost:
+        return lost, ExitCode.RETRY
     silent = [f"{sign} died or is frozen (last heard of in step {sign.step}, {sign.phase})" for sign, renewed in others if not renewed]
     if silent or not or_slowest:
         return "; ".join(silent) or None, ExitCode.RETRY
-    slow = max([sign for sign, _ in others] + [_heartbeats.sign], key=lambda sign: sign.age)
-    return f"{slow} hangs longest: {slow.age:.0f} s in step {slow.step}, {slow.phase}", ExitCode.RETRY
+    slow = min([sign for sign, _ in others] + [_heartbeats.sign], key=lambda sign: (sign.changes, -sign.age))
+    return f"{slow} is furthest behind: for {slow.age:.0f} s in step {slow.step}, {slow.phase}", ExitCode.RETRY
 
 
 @contextmanager
@@ -240,6 +243,8 @@ def leave(exit_code: int) -> NoReturn:
     """End at once with `exit_code`: after a failure, destructors of process groups would wait for the lost ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if _heartbeats is not None and _heartbeats.sign.rank == 0:
+        time.sleep(LINGER_SECONDS)
     os._exit(exit_code)
 
 

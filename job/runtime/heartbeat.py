@@ -22,8 +22,9 @@ class Sign:
     count: int = 0  # grows with every sign: a count that stands still is a process that is dead or frozen
     step: int = 0
     phase: str = "start"
+    changes: int = 0  # of step or phase: all ranks go the same way, so the rank that hangs has the fewest
     age: float = 0.0  # seconds since the rank last made progress, by its own clock
-    failure: str | None = None  # why the rank gave up, when it could still say so
+    failure: str = ""  # why the rank gave up, when it could still say so
     exit_code: int = 0
 
     def __str__(self) -> str:
@@ -35,6 +36,7 @@ class Heartbeats:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, node: str) -> None:
         self.sign = Sign(rank, node)
+        self.failure: Sign | None = None  # of the first rank that gave up
         self._world_size = world_size
         self._progress = time.monotonic()
         # Separate connections: a store answers one request at a time, and a wait of one user would silence the others.
@@ -47,12 +49,14 @@ class Heartbeats:
 
     def progress(self, step: int, phase: str) -> None:
         """Note that the main loop came to `phase` of `step`."""
+        self.sign.changes += (step, phase) != (self.sign.step, self.sign.phase)
         self.sign.step, self.sign.phase, self._progress = step, phase, time.monotonic()
 
     def give_up(self, failure: str, exit_code: int) -> None:
         """Tell the others why this rank ends, so that they report the cause and not its consequence."""
         self.sign.failure, self.sign.exit_code = failure, exit_code
         self._publish()
+        self._write.compare_set("failure", "", json.dumps(asdict(self.sign)))
 
     def stop(self) -> None:
         """End the thread; the last sign stays in the store."""
@@ -80,6 +84,9 @@ class Heartbeats:
         while not self._end.wait(INTERVAL):
             try:
                 self._publish()
+                # Looked up all the time, not when the loss is noticed: the store may be lost along with the rank.
+                if self.failure is None and self._write.check(["failure"]):
+                    self.failure = Sign(**json.loads(self._write.get("failure")))
             except RuntimeError:  # the store's host is gone: whoever waits for it next says so
                 return
 

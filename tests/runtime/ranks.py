@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import UserError
+from job.runtime import distributed
 
 # Children are forked from a server that has imported PyTorch but never ran anything: quick to start and clean.
 _context = multiprocessing.get_context("forkserver")
@@ -42,7 +43,9 @@ def _main(function: Callable[..., Any], arguments: tuple[Any, ...], output: Path
         traceback.print_exc()
         code = 99
     sys.stdout.flush()
-    os._exit(code)
+    if code:
+        distributed.leave(code)
+    os._exit(0)
 
 
 @dataclass
