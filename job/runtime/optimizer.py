@@ -28,7 +28,7 @@ def learning_rate(step: int, optimizer: OptimizerConfig, training: TrainingConfi
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices of linear layers, not to norms, biases, embeddings and stream weights."""
-    return parameter.dim() >= 2 and "_embed" not in name and "residual_fns" not in name
+    return parameter.dim() == 2 and "_embed" not in name and "residual_fns" not in name
 
 
 class Optimizer:
