@@ -18,6 +18,7 @@ from job.data.shards import Dataset, ShardDataset
 from job.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load, of_dataset
 from job.errors import UserError
 from job.model.multimodal import build_model
+from job.objective.fast import build_trainer
 from job.objective.trainer import Trainer
 from job.runtime.checkpoint import open_checkpoint, read_weights
 
@@ -41,7 +42,7 @@ class Trained:
         vocab_size, latent_dim = self.weights["text_head.weight"].shape[0], self.weights["latent_head.3.weight"].shape[0]
         model = build_model(self.config.model, vocab_size, latent_dim, seed=0)
         model.load_state_dict(self.weights)
-        return Trainer(model, self.config.model, self.config.loss, self.config.training, self.mask_token_id).to(device).eval()
+        return build_trainer(model, self.config.model, self.config.loss, self.config.training, self.mask_token_id).to(device).eval()
 
     def held_out(self) -> Dataset:
         """The validation split. Raises UserError where there is none."""

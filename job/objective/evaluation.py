@@ -21,7 +21,7 @@ from job.objective.trainer import Batch, Step, Trainer
 Rows = dict[str, Tensor]
 Gather = Callable[[Rows], list[Rows]]
 NOISY_T = (0.25, 0.5, 0.9)  # besides t = 1, the start of generation
-CHUNK_ROWS = 8  # vocabulary distributions are made float32 for so many rows at a time
+CHUNK_ELEMENTS = 1 << 26  # of vocabulary distributions made float32 at a time
 IGNORED_LATENT_GAIN = 0.05  # nats per token
 IGNORED_TEXT_GAIN = 0.02  # of the error with shuffled texts
 
@@ -114,7 +114,8 @@ def _measure(trainer: Trainer, batch: Batch, samples: Rows, seed: int) -> Rows:
 def _text_scores(logits: Tensor, s: Step) -> Tensor:
     """For each text the sums of cross-entropy, correct tokens and entropy over its real tokens: [B, 3] float64."""
     scores = []
-    for part, tokens, mask in zip(logits.split(CHUNK_ROWS), s.tokens.split(CHUNK_ROWS), s.mask.split(CHUNK_ROWS), strict=True):
+    rows = max(1, CHUNK_ELEMENTS // logits[0].numel())
+    for part, tokens, mask in zip(logits.split(rows), s.tokens.split(rows), s.mask.split(rows), strict=True):
         log_p = part.float().log_softmax(-1)
         cross_entropy = -log_p.gather(-1, tokens[..., None]).squeeze(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from job.config import LossConfig, ModelConfig, TrainingConfig
 from job.errors import UserError
 from job.model.multimodal import build_model
+from job.objective import evaluation
 from job.objective.evaluation import Rows, evaluate, participation_ratio, table, verdicts
+from job.objective.fast import build_trainer
 from job.objective.trainer import Trainer
 
 VOCAB, DIM, LENGTH, COUNT, MASK_ID = 12, 12, 8, 6, 1
@@ -131,6 +134,14 @@ def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_s
     results = on_ranks(trainer, batches_of(batch_size), world_size)
     assert all(result == results[0] for result in results)
     assert results[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 26])
+def test_fast_and_plain_trainers_are_measured_alike(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
+    models = (replace(MODEL, implementation=name, num_residual_streams=2) for name in ("plain", "fast"))
+    plain, fast = (evaluate(build_trainer(build_model(m, VOCAB, DIM, seed=0), m, LossConfig(), TrainingConfig(), MASK_ID), [samples()], seed=3) for m in models)
+    assert fast == pytest.approx(plain, rel=1e-4, abs=1e-6)
 
 
 def test_noise_depends_on_the_seed_alone_and_training_mode_returns() -> None:
