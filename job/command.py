@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from hydra.errors import HydraException
@@ -45,8 +46,11 @@ def guarded(command: Callable[[], object]) -> None:
         message, code = f"error: {error}", error.exit_code
     except (HydraException, OmegaConfBaseException) as error:
         message, code = f"error: {explain(error)}", ExitCode.USAGE
-    except MemoryError:
-        message, code = "error: out of memory; lower training.train_batch_size or data.num_workers", ExitCode.FAILED
+    except Exception:
+        if not distributed.is_distributed():
+            raise
+        traceback.print_exc()
+        message, code = "error: an unexpected failure, see its traceback", ExitCode.FAILED
     else:
         return
     sys.stdout.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.runtime.stop import StopSignals
+from job.runtime.stop import StopSignals, ignore_in_worker
 
 signals = StopSignals()
 if __name__ == "__main__":
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from job.assembly import Job, batch_sizes, find_checkpoint, new_trainer, tensors, total_over_ranks, wrap, write_description
 from job.command import guarded, unknown_key
 from job.config import Config, config_dir, keys, validate
-from job.data.loader import Batch, Loader, open_datasets
+from job.data.loader import Batch, Loader, dead_worker, open_datasets
 from job.data.sampler import Sampler
 from job.errors import ExitCode, UsageError, UserError
 from job.monitoring.accumulator import Accumulator
@@ -65,7 +65,8 @@ def train(config: Config, run_dir: Path) -> ExitCode:
     sampler = Sampler(train_data, len(train_data), global_batch_size, config.training.seed, config.data.length_bucketing)
     loader = Loader(train_data, sampler, rank=process.rank, world_size=process.world_size, batch_size=config.training.train_batch_size,
                     accumulation=accumulation, max_seq_len=config.model.max_seq_len, pad_to_max=config.data.pad_to_max,
-                    standardize=config.data.standardize_latents, num_workers=config.data.num_workers, pin_memory=process.device.type == "cuda")
+                    standardize=config.data.standardize_latents, num_workers=config.data.num_workers, pin_memory=process.device.type == "cuda",
+                    worker_init=ignore_in_worker)
     trainer = new_trainer(config, train_data, process.device, starting=checkpoint is None)
     optimizer = Optimizer(trainer.model, config, process.device)
     job = Job(config, run_dir, process, train_data, validation_data, loader, trainer, wrap(trainer, config, process), optimizer,
@@ -190,6 +191,17 @@ def describe_nonfinite(job: Job) -> str:
             f"not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; the last checkpoint is from before")
 
 
+def known_failure(error: RuntimeError | MemoryError) -> UserError:
+    """One line for what the system took away: memory, or a loader process. Other errors are raised again."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return UserError(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'on the host'}); lower training.train_batch_size and set "
+                         "training.global_batch_size to keep the batch, or set training.activation_checkpointing=true")
+    lost = dead_worker(error)
+    if lost is None:
+        raise error
+    return lost
+
+
 codes: list[ExitCode] = []  # of this process's runs: several in a sweep without a cluster
 failures: list[UserError] = []
 
@@ -199,10 +211,13 @@ def run(values: DictConfig) -> None:
     """One run (of a sweep): configuration and run directory from Hydra."""
     try:
         refuse_unknown(values)
-        codes.append(train(OmegaConf.to_object(values), Path(HydraConfig.get().runtime.output_dir)))  # type: ignore[arg-type]
+        with distributed.peers_needed():
+            codes.append(train(OmegaConf.to_object(values), Path(HydraConfig.get().runtime.output_dir)))  # type: ignore[arg-type]
         distributed.shutdown()
     except UserError as error:  # kept until the sweep is over, and from Hydra, which would print the command line first
         failures.append(error)
+    except (RuntimeError, MemoryError) as error:
+        failures.append(known_failure(error))
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +73,14 @@ class Loader(TorchDataset["Batch | UserError"]):
     """
 
     def __init__(self, dataset: Dataset, sampler: Sampler, *, rank: int, world_size: int, batch_size: int, accumulation: int, max_seq_len: int,
-                 pad_to_max: bool, standardize: bool, num_workers: int, pin_memory: bool) -> None:
+                 pad_to_max: bool, standardize: bool, num_workers: int, pin_memory: bool, worker_init: Callable[[int], None] | None = None) -> None:
         if sampler.global_batch_size != world_size * batch_size * accumulation:
             raise UserError(f"global batch of {sampler.global_batch_size} is not training.train_batch_size={batch_size} x {world_size} ranks x "
                             f"{accumulation} accumulation steps")
         self.dataset, self.sampler = dataset, sampler
         self.rank, self.world_size, self.batch_size, self.accumulation = rank, world_size, batch_size, accumulation
         self.max_seq_len, self.pad_to_max, self.standardize = max_seq_len, pad_to_max, standardize
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers, self.pin_memory, self.worker_init = num_workers, pin_memory, worker_init
 
     def micro_batch(self, step: int, number: int) -> Batch:
         """Micro-batch `number` of an optimizer step."""
@@ -102,7 +102,7 @@ class Loader(TorchDataset["Batch | UserError"]):
         """For each optimizer step of [start, stop) its micro-batches; starting late costs nothing."""
         # A generator of its own: the DataLoader draws a seed for its workers and must not touch the global one.
         loader = DataLoader(self, batch_size=None, sampler=range(start * self.accumulation, stop * self.accumulation), num_workers=self.num_workers,
-                            pin_memory=self.pin_memory, generator=torch.Generator())
+                            pin_memory=self.pin_memory, worker_init_fn=self.worker_init, generator=torch.Generator())
         micro_batches: list[Batch] = []
         try:
             for item in loader:
@@ -116,7 +116,7 @@ class Loader(TorchDataset["Batch | UserError"]):
             raise dead_worker(error) or error from error
 
 
-def dead_worker(error: RuntimeError) -> RetryError | None:
+def dead_worker(error: BaseException) -> RetryError | None:
     """The one-line form of torch's error for a loader process that died, or None for another error.
 
     Torch raises it from a signal handler, so that it can also surface outside `Loader.steps`, at any line of the main thread.
