@@ -13,6 +13,7 @@ from objective_cases import CASES, FIGURES, LGDLM, MASK, FixedNoise, case_config
 
 from job.config import LossConfig, ModelConfig, TrainingConfig
 from job.model.multimodal import build_model
+from job.objective.fast import FastTrainer
 from job.objective.schedule import LatentSchedule
 from job.objective.trainer import Trainer
 
@@ -35,8 +36,9 @@ def golden() -> Any:
 
 
 @needs_golden
+@pytest.mark.parametrize("trainer", [Trainer, FastTrainer])
 @pytest.mark.parametrize("case", CASES)
-def test_research_code(golden: Any, case: str) -> None:
+def test_research_code(golden: Any, case: str, trainer: type[Trainer]) -> None:
     expected = golden["cases"][case]
     model_config = ModelConfig(hidden_size=64, n_blocks=2, n_heads=8, head_dim=64, cond_dim=64, max_seq_len=12, qk_rmsnorm=False, time_scale=1.0,
                                interpolate_schedule=False, latent_parameterization=expected["parameterization"],
@@ -49,7 +51,7 @@ def test_research_code(golden: Any, case: str) -> None:
     if expected["latent_t_mode"] == "full":
         names = names[1::2]
     draws = {name: draw for name, (_, draw) in zip(names, expected["draws"], strict=True)}
-    metrics, gradients = run(Trainer(model, model_config, loss_config, TrainingConfig(), golden["mask_token_id"]), golden["batch"],
+    metrics, gradients = run(trainer(model, model_config, loss_config, TrainingConfig(), golden["mask_token_id"]), golden["batch"],
                              FixedNoise(torch.arange(3), draws))
     for name in ("loss", "base_l2t_text_loss", "base_t2l_latent_loss", "cycle_text_loss", "cycle_latent_loss", "t_lat_mean", "latent_pred_norm"):
         assert close(metrics[name], expected["metrics"][name], relative=case == "epsilon/full/stop/cosine"), name
@@ -68,11 +70,12 @@ def test_research_code_schedules(golden: Any, schedule: str) -> None:
 
 @pytest.mark.parametrize("choices", ["lgdlm", "ours"])
 @pytest.mark.parametrize("case", CASES)
-def test_formula(case: str, choices: str) -> None:
+@pytest.mark.parametrize("trainer", [Trainer, FastTrainer])
+def test_formula(trainer: type[Trainer], case: str, choices: str) -> None:
     expected = json.loads(FIGURES.read_text())[f"{case}/{choices}"]
     model_config, loss_config = case_configs(case, choices == "lgdlm")
-    trainer = Trainer(formula_model(model_config), model_config, loss_config, TrainingConfig(), MASK)
-    metrics, gradients = run(trainer, formula_batch(), FixedNoise(torch.arange(3)))
+    objective = trainer(formula_model(model_config), model_config, loss_config, TrainingConfig(), MASK)
+    metrics, gradients = run(objective, formula_batch(), FixedNoise(torch.arange(3)))
     for name, value in expected["metrics"].items():
         assert close(metrics[name], value, relative=True), name
     assert_norms(gradients.values(), expected["grad_norm"])

@@ -12,6 +12,7 @@ from objective_cases import LATENT_DIM, MASK, FixedNoise, formula_batch, formula
 from torch import Tensor
 
 from job.config import LossConfig, ModeSteps, TrainingConfig
+from job.objective.fast import FastTrainer
 from job.objective.trainer import Step, Trainer
 
 LENGTHS = (10, 6, 3, 1, 9, 4, 7, 2)
@@ -28,9 +29,9 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def make(loss: dict[str, Any] | None = None, training: dict[str, Any] | None = None, **model: Any) -> Trainer:
+def make(loss: dict[str, Any] | None = None, training: dict[str, Any] | None = None, kind: type[Trainer] = Trainer, **model: Any) -> Trainer:
     config = model_config(**model)
-    return Trainer(formula_model(config), config, LossConfig(**(loss or {})), TrainingConfig(**(training or {})), MASK)
+    return kind(formula_model(config), config, LossConfig(**(loss or {})), TrainingConfig(**(training or {})), MASK)
 
 
 def rank_of(batch: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
@@ -43,10 +44,10 @@ def mean(values: list[Any]) -> Any:
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize(("kind", "step"), [(Trainer, 3), (Trainer, 5), (FastTrainer, 3)])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_number_of_ranks_changes_nothing(mode: str, step: int) -> None:
-    trainer = make(*MODES[mode])
+def test_the_number_of_ranks_changes_nothing(mode: str, kind: type[Trainer], step: int) -> None:
+    trainer = make(*MODES[mode], kind=kind)
     batch = formula_batch(LENGTHS)
     whole_metrics, whole = run(trainer, rank_of(batch, 0, 1), step=step)
     for world in (2, 4):
