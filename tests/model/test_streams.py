@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hyper_connections.mHCv2 import ManifoldConstrainedHyperConnections, sinkhorn_knopps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hyper_connections.mHCv2 import ManifoldConstrainedHyperConnections, sinkhorn_knopps
 
 from job.model.streams import read, sinkhorn, write
 
