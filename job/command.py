@@ -46,6 +46,9 @@ def guarded(command: Callable[[], object]) -> None:
         message, code = f"error: {error}", error.exit_code
     except (HydraException, OmegaConfBaseException) as error:
         message, code = f"error: {explain(error)}", ExitCode.USAGE
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        sys.exit(ExitCode.FAILED)
     except Exception:
         if not distributed.is_distributed():
             raise

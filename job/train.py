@@ -21,15 +21,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from job.assembly import Job, batch_sizes, find_checkpoint, new_trainer, tensors, total_over_ranks, wrap, write_description
+from job.assembly import Job, batch_sizes, find_checkpoint, new_trainer, passes, reduction_seconds, tensors, total_over_ranks, wrap, write_description
 from job.command import guarded, unknown_key
 from job.config import Config, config_dir, keys, validate
 from job.data.loader import Batch, Loader, dead_worker, open_datasets
 from job.data.sampler import Sampler
 from job.errors import ExitCode, UsageError, UserError
 from job.monitoring.accumulator import Accumulator
+from job.monitoring.flops import Work
+from job.monitoring.phases import Parts, Phases, process_start
 from job.monitoring.progress import Progress
-from job.monitoring.training_log import JsonLines
+from job.monitoring.reporter import Reporter
 from job.objective.noise import seed_for
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpointer
@@ -38,11 +40,12 @@ from job.runtime.optimizer import Optimizer, learning_rate
 from job.runtime.precision import autocast
 from job.runtime.resume import record, refuse_another_run
 from job.runtime.watchdog import Watchdog
-from job.validation import evaluate_if_due, finish
+from job.validation import evaluate_if_due, finish, last_evaluation
 
 
 def train(config: Config, run_dir: Path) -> ExitCode:
     """Train the run of a directory from where it stands to its end or to a stop. UserError and RetryError say why it failed."""
+    started = time.time() if codes else process_start()
     warnings = validate(config)
     process = distributed.start(config.training.device, config.training.sick_rank_timeout_seconds)  # type: ignore[arg-type]
     say: Callable[[str], None] = print if process.is_main else lambda _: None
@@ -69,12 +72,18 @@ def train(config: Config, run_dir: Path) -> ExitCode:
                     worker_init=ignore_in_worker)
     trainer = new_trainer(config, train_data, process.device, starting=checkpoint is None)
     optimizer = Optimizer(trainer.model, config, process.device)
+    phases = Phases()
+    reporter = Reporter(config, run_dir, process, phases, dtype=compute_dtype(config.training.dtype, process.device), saves=checkpointer.stats,
+                        silence=lambda: watchdog.seconds_since_beat, gather=distributed.gather, started=started)
     job = Job(config, run_dir, process, train_data, validation_data, loader, trainer, wrap(trainer, config, process), optimizer,
-              Accumulator(process.device), checkpointer, watchdog, signals)
+              Accumulator(process.device), checkpointer, watchdog, signals, reporter, phases, Parts(process.device),
+              Work(config.model, trainer.model.vocab_size, trainer.model.latent_dim))
     start = 0
     if checkpoint is not None:
         saved = checkpointer.load(checkpoint, tensors(job))
-        start, job.evaluated = checkpoint.step, saved["evaluated"]
+        start, job.metrics = checkpoint.step, last_evaluation(job, checkpoint.step) if process.is_main else {}
+        lost = distributed.agree_max(int(process.is_main and not job.metrics))
+        job.evaluated = -1 if lost else saved["evaluated"]
     checkpointer.prepare(tensors(job))
     say(f"{run_dir}: {sum(p.numel() for p in trainer.parameters()) / 1e6:.1f} M parameters, {len(train_data)} training samples, "
         f"global batch {global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {config.training.num_train_steps}")
@@ -127,6 +136,9 @@ def loop(job: Job, start: int) -> str | None:
         if stopping or done == total or save_due or (c.logging.save_freq and done % c.logging.save_freq == 0):
             last_save = time.monotonic()
             save(job, done, blocking=bool(stopping) or done == total)
+            if stopping:
+                waited = (signals.requested_seconds_ago or 0.0) - job.checkpointer.stats.last_save_seconds
+                progress.say(f"stop: {max(0.0, waited):.1f} s to the step's end, {job.checkpointer.stats.last_save_seconds:.1f} s to save")
     progress.close()
     if stopping and not job.checkpointer.wait():
         raise UserError(f"{job.run_dir}/checkpoints: stopped ({stopping}), but the checkpoint could not be written; earlier ones are kept")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from job.assembly import Job
 from job.data.loader import evaluation_batches
 from job.errors import UserError
 from job.files import write_json
 from job.monitoring.curves import write_curves
 from job.monitoring.progress import Progress
-from job.monitoring.training_log import JsonLines
+from job.monitoring.training_log import JsonLines, read
 from job.objective.evaluation import evaluate, table
-from job.objective.trainer import Batch
 from job.runtime import distributed
 from job.runtime.precision import autocast
 from job.sample import round_trips, write_samples
@@ -27,9 +24,20 @@ def evaluate_if_due(job: Job, done: int, log: JsonLines, progress: Progress) -> 
     c = job.config
     if job.evaluated == done or not (done == c.training.num_train_steps or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
         return None
+    batches = evaluation_batches(job.validation_data, num_samples=c.logging.num_eval_batches * c.training.eval_batch_size,
+                                 batch_size=c.training.eval_batch_size, rank=job.process.rank, world_size=job.process.world_size,
+                                 max_seq_len=c.model.max_seq_len, pad_to_max=c.data.pad_to_max, standardize=c.data.standardize_latents)
+    on_device = ({name: tensor.to(job.process.device) for name, tensor in batch.items()} for batch in batches)
+
+    def between() -> None:
+        job.watchdog.beat(done, "evaluating")
+        reason = job.signals.agreed(distributed.agree_max, c.training.max_minutes)
+        if reason:
+            raise Stopped(reason)
+
     try:
         with job.phases("evaluate"), job.optimizer.averaged(), autocast(c.training.dtype, job.process.device):
-            job.metrics = evaluate(job.trainer, validation_batches(job, done), c.training.seed, distributed.gather)
+            job.metrics = evaluate(job.trainer, on_device, c.training.seed, distributed.gather, between)
     except Stopped as stop:
         return str(stop)
     job.evaluated = done
@@ -40,21 +48,10 @@ def evaluate_if_due(job: Job, done: int, log: JsonLines, progress: Progress) -> 
     return None
 
 
-def validation_batches(job: Job, done: int) -> Iterator[Batch]:
-    """This rank's evaluation batches on the device; every rank asks for a stop equally often, whatever its share."""
-    c, world_size = job.config, job.process.world_size
-    count = min(c.logging.num_eval_batches * c.training.eval_batch_size, len(job.validation_data))
-    rounds = -(-count // (c.training.eval_batch_size * world_size))
-    batches = evaluation_batches(job.validation_data, num_samples=count, batch_size=c.training.eval_batch_size, rank=job.process.rank, world_size=world_size,
-                                 max_seq_len=c.model.max_seq_len, pad_to_max=c.data.pad_to_max, standardize=c.data.standardize_latents)
-    for _ in range(rounds):
-        job.watchdog.beat(done, "evaluating")
-        reason = job.signals.agreed(distributed.agree_max, c.training.max_minutes)
-        if reason:
-            raise Stopped(reason)
-        batch = next(batches, None)
-        if batch is not None:
-            yield {name: tensor.to(job.process.device) for name, tensor in batch.items()}
+def last_evaluation(job: Job, step: int) -> dict[str, float]:
+    """The metrics of an evaluation after `step` steps that the run already made; empty when there is none."""
+    lines = read(job.run_dir / "evaluation.jsonl")
+    return next((line for line in lines if line["step"] == step), {})
 
 
 def finish(job: Job) -> None:
@@ -62,9 +59,6 @@ def finish(job: Job) -> None:
     c = job.config
     if not job.checkpointer.wait():
         raise UserError(f"{job.run_dir}/checkpoints: the last checkpoint could not be written; free space there and run the same command again")
-    if not job.metrics:  # the run had ended before and only lacked its result
-        job.evaluated = -1
-        evaluate_if_due(job, c.training.num_train_steps, JsonLines(job.run_dir / "evaluation.jsonl"), Progress(0, 0, show=False))
     if not job.process.is_main:
         return
     with job.optimizer.averaged(), autocast(c.training.dtype, job.process.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -42,13 +43,17 @@ class Progress:
             self.bar.set_postfix_str(f"{terms}  {rate(values['tokens_per_second'])}")
         elif self.show:
             left = (time.monotonic() - self.started) / max(1, step - self.first) * (self.total - step)
-            print(f"step {step}/{self.total}  {terms}  {rate(values['tokens_per_second'])}  {clock(left)} left", flush=True)
+            self._print(f"step {step}/{self.total}  {terms}  {rate(values['tokens_per_second'])}  {clock(left)} left")
 
     def say(self, text: str) -> None:
         """A line that does not break the bar."""
         if self.bar is not None:
             self.bar.write(text)
         elif self.show:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # whoever read the output has gone; that must not end a run
             print(text, flush=True)
 
     def close(self) -> None:
