@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare": "turn text into shards",
     "evaluate": "measure a run's model on held-out text",
     "sample": "read and write texts through a run's model",
+    "benchmark": "measure the speed of settings against each other",
     "convert": "LGDLM data and checkpoints to ours; export for inference",
 }
 

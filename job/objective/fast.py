@@ -82,6 +82,9 @@ class FastTrainer(Trainer):
         loss, _ = self._cross_entropy(s, text)
         return loss, {"base_l2t_text_loss": loss}
 
+    def l2t(self, s: Step, latent: Tensor) -> Tensor:
+        return s.padding.unpack(self._text_head(self._encode(s, self._l2t_rows(s, latent))[0]))
+
     def t2l(self, s: Step, tokens: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         return self._encode(s, Rows(tokens, z_t, t.new_zeros(1), t, ("latent",)))[1]
 

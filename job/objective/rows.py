@@ -22,12 +22,11 @@ class Rows:
 class Padding:
     """Which tokens of B rows of S are computed: the real ones of `mask` [B, S], or all of them (`keep`), which then attend to real ones only.
 
-    The one place of a step where the host waits for the device: it must know the lengths.
+    `lengths` are the real tokens of each row, on the host.
     """
 
-    def __init__(self, mask: Tensor, keep: bool) -> None:
+    def __init__(self, mask: Tensor, keep: bool, lengths: list[int]) -> None:
         self.mask = mask
-        lengths: list[int] = mask.sum(1).tolist()
         self.full = min(lengths) == mask.shape[1]
         self.ragged = not self.full and not keep
         self.lengths = lengths if self.ragged else [mask.shape[1]] * len(lengths)
@@ -38,5 +37,6 @@ class Padding:
         return x.flatten() if self.place is None else x.flatten()[self.place]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Values [T] of computed tokens as [B, S], 0 on others."""
-        return (x if self.place is None else x.new_zeros(self.mask.numel()).index_copy_(0, self.place, x)).view(self.mask.shape)
+        """Values [T, ...] of computed tokens as [B, S, ...], 0 on others."""
+        rows = x if self.place is None else x.new_zeros(self.mask.numel(), *x.shape[1:]).index_copy_(0, self.place, x)
+        return rows.unflatten(0, self.mask.shape)

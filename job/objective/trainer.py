@@ -1,7 +1,8 @@
 """The objective as one module: trainer(batch, step) -> (loss, metrics). DDP wraps it, and the loop knows no mode.
 
 A batch holds input_ids [B, S], attention_mask [B, S] (True on real tokens), latent [B, D], and, when it is a part of a global
-batch, position [B] (rows in the global batch) and global_lengths [G] (token counts of the global batch).
+batch, position [B] (rows in the global batch) and global_lengths [G] (token counts of the global batch). Its row_lengths, a list
+of B numbers that the host knows already, saves the fast path from asking the device for them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from job.objective.noise import StepNoise, seed_for
 from job.objective.rows import Padding
 from job.objective.schedule import LatentSchedule
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]  # tensors, but for row_lengths
 Metrics = dict[str, Tensor | float]
 
 
@@ -34,10 +36,11 @@ class Step:
     lengths: Tensor  # [G]
     noise: StepNoise
     keep_padding: bool = False  # compute text that is padding too
+    row_lengths: list[int] | None = None  # [B]
 
     @cached_property
     def padding(self) -> Padding:
-        return Padding(self.mask, self.keep_padding)
+        return Padding(self.mask, self.keep_padding, self.row_lengths or self.mask.sum(1).tolist())
 
     @property
     def share(self) -> float:
@@ -89,7 +92,8 @@ class Trainer(nn.Module):
         lengths = batch.get("global_lengths", mask.sum(1))
         noise = noise or StepNoise(self.training_config.seed, step, position, lengths.shape[0])
         latent = batch["latent"].float()
-        s = Step(tokens, mask, latent[:, 0] if latent.dim() == 3 else latent, lengths, noise, self.loss.ce_over_padding)
+        s = Step(tokens, mask, latent[:, 0] if latent.dim() == 3 else latent, lengths, noise, self.loss.ce_over_padding,
+                 batch.get("row_lengths"))
         terms = {"cycle_vae": self._cycle_vae, "l2t": self._l2t_only, "t2l": self._t2l_only, "unconditional": self._unconditional}
         loss, metrics = terms[self.mode(step)](s, step)
         return loss, {"loss": loss, **metrics}
