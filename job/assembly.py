@@ -22,7 +22,9 @@ from job.model.multimodal import build_model, vocabulary
 from job.model.weights import apply_weights
 from job.monitoring.accumulator import Accumulator
 from job.monitoring.environment import environment
-from job.monitoring.phases import Phases
+from job.monitoring.flops import Work
+from job.monitoring.phases import Parts, Phases
+from job.monitoring.reporter import Reporter
 from job.objective.fast import build_trainer
 from job.objective.trainer import Trainer
 from job.runtime.checkpoint import Checkpoint, Checkpointer, open_checkpoint
@@ -49,6 +51,9 @@ class Job:
     checkpointer: Checkpointer
     watchdog: Watchdog
     signals: StopSignals
+    parts: Parts
+    work: Work
+    reporter: Reporter = field(init=False)  # while the loop runs
     phases: Phases = field(default_factory=Phases)
     evaluated: int = -1  # steps done at the last evaluation
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -100,6 +105,23 @@ def wrap(trainer: Trainer, config: Config, process: Process) -> nn.Module:
 def tensors(job: Job) -> dict[str, Any]:
     """Everything of a checkpoint but its record."""
     return {"model": job.trainer.model.state_dict(), "optimizer": job.optimizer.tensors(), "metrics": job.accumulator.tensors()}
+
+
+def passes(trainer: Trainer, step: int) -> dict[str, int]:
+    """Passes through the model of each kind (`job.monitoring.flops.pass_flops`) at 0-based step."""
+    mode = trainer.mode(step)
+    if mode != "cycle_vae":
+        return {"joint" if mode == "unconditional" else mode: 1}
+    cycle_text, cycle_latent = trainer.cycle_weights(step)
+    return {"t2l": 1 + (cycle_latent > 0), "l2t": 1 + (cycle_text > 0)}
+
+
+def reduction_seconds(module: nn.Module) -> dict[str, float]:
+    """Time of the gradients' reduction in a step, from the steps that DDP itself measures now and then; empty without DDP."""
+    if not isinstance(module, DistributedDataParallel):
+        return {}
+    nanoseconds = module._get_ddp_logging_data().get("avg_backward_comm_time", 0)
+    return {"communication_seconds": int(nanoseconds) / 1e9} if nanoseconds else {}
 
 
 def total_over_ranks(tensor: Tensor) -> Tensor:

@@ -154,6 +154,20 @@ class LoggingConfig:
 
 
 @dataclass
+class MonitoringConfig:
+    enabled: bool = key(True, "answer Prometheus over HTTP, on every rank")
+    host: str | None = key(None, "address to listen on; null: all, IPv4 and IPv6", read_if=("monitoring.enabled", True))
+    port: int | None = key(None, "port of a node's first rank, the others count up from it; null: free ones", low=1, high=65535,
+                           read_if=("monitoring.enabled", True))
+    targets_dir: str | None = key(None, "where the file with the job's endpoints is put, for Prometheus' file discovery; null: save_dir/.targets",
+                                  read_if=("monitoring.enabled", True))
+    pushgateway: str | None = key(None, "host:port of a Pushgateway, for jobs too short to be scraped", read_if=("monitoring.enabled", True))
+    tensorboard: bool = key(False, "write the same numbers for TensorBoard into tensorboard/ of the run directory")
+    stalled_after_seconds: float = key(60.0, "a rank without progress for this long, and for 20 times its usual step, is reported as stalled", above=0)
+    peak_tflops: float | None = key(None, "what one device can do, for the model FLOPs utilization; null: known for common GPUs, measured elsewhere", above=0)
+
+
+@dataclass
 class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -161,6 +175,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -194,7 +209,7 @@ FREE_ON_RESUME = {
     "training.global_batch_size", "training.eval_batch_size", "training.compile_model", "training.activation_checkpointing", "model.implementation",
     "training.init_from", "training.resume", "training.allow_changed",
     "training.max_minutes", "training.max_nonfinite_steps", "training.sick_rank_timeout_seconds", "optimizer.use_fused",
-    *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)),
+    *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)), *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),
 }
 
 

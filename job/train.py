@@ -29,7 +29,7 @@ from job.data.sampler import Sampler
 from job.errors import ExitCode, UsageError, UserError
 from job.monitoring.accumulator import Accumulator
 from job.monitoring.flops import Work
-from job.monitoring.phases import Parts, Phases, process_start
+from job.monitoring.phases import Parts, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
 from job.objective.noise import seed_for
@@ -37,7 +37,7 @@ from job.runtime import distributed
 from job.runtime.checkpoint import Checkpointer
 from job.runtime.delayed import DelayedRead
 from job.runtime.optimizer import Optimizer, learning_rate
-from job.runtime.precision import autocast
+from job.runtime.precision import autocast, compute_dtype
 from job.runtime.resume import record, refuse_another_run
 from job.runtime.watchdog import Watchdog
 from job.validation import evaluate_if_due, finish, last_evaluation
@@ -72,12 +72,9 @@ def train(config: Config, run_dir: Path) -> ExitCode:
                     worker_init=ignore_in_worker)
     trainer = new_trainer(config, train_data, process.device, starting=checkpoint is None)
     optimizer = Optimizer(trainer.model, config, process.device)
-    phases = Phases()
-    reporter = Reporter(config, run_dir, process, phases, dtype=compute_dtype(config.training.dtype, process.device), saves=checkpointer.stats,
-                        silence=lambda: watchdog.seconds_since_beat, gather=distributed.gather, started=started)
     job = Job(config, run_dir, process, train_data, validation_data, loader, trainer, wrap(trainer, config, process), optimizer,
-              Accumulator(process.device), checkpointer, watchdog, signals, reporter, phases, Parts(process.device),
-              Work(config.model, trainer.model.vocab_size, trainer.model.latent_dim))
+              Accumulator(process.device), checkpointer, watchdog, signals, Parts(process.device),
+              Work(config.model, trainer.model.vocab_size, trainer.model.latent_dim))  # type: ignore[arg-type]
     start = 0
     if checkpoint is not None:
         saved = checkpointer.load(checkpoint, tensors(job))
@@ -87,28 +84,27 @@ def train(config: Config, run_dir: Path) -> ExitCode:
     checkpointer.prepare(tensors(job))
     say(f"{run_dir}: {sum(p.numel() for p in trainer.parameters()) / 1e6:.1f} M parameters, {len(train_data)} training samples, "
         f"global batch {global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {config.training.num_train_steps}")
-    reason = loop(job, start)
-    if reason is not None:
-        signals.ignore_further()
-        say(f"stopped ({reason}): the same command goes on from here")
-        return ExitCode.STOPPED
-    finish(job)
+    with Reporter(config, run_dir, process, job.phases, dtype=compute_dtype(config.training.dtype, process.device), saves=checkpointer.stats,
+                  silence=lambda: watchdog.seconds_since_beat, gather=distributed.gather, started=started) as job.reporter:
+        reason = loop(job, start)
+        if reason is not None:
+            signals.ignore_further()
+            say(f"stopped ({reason}): the same command goes on from here")
+            return ExitCode.STOPPED
+        finish(job)
     return ExitCode.FINISHED
 
 
 def loop(job: Job, start: int) -> str | None:
     """Steps `start` to num_train_steps. Returns why it stopped before the end, or None."""
-    c, main = job.config, job.process.is_main
+    c = job.config
     total = c.training.num_train_steps
-    log, evaluations = JsonLines(job.run_dir / "training_log.jsonl"), JsonLines(job.run_dir / "evaluation.jsonl")
-    if main:
-        log.continue_from(start)
-        evaluations.continue_from(start if job.evaluated == start else start - 1)
-    progress = Progress(total, start, show=main)
+    job.reporter.begin(start, job.evaluated)
+    progress = Progress(total, start, show=job.process.is_main)
     batches = job.loader.steps(start, total)
-    nonfinite_in_a_row, interval, tokens, last_save = DelayedRead(), start, 0, time.monotonic()
+    nonfinite_in_a_row, interval, last_save = DelayedRead(), start, time.monotonic()
     job.module.train()
-    stopping = evaluate_if_due(job, start, evaluations, progress) if start else None
+    stopping = evaluate_if_due(job, start, progress) if start else None
 
     for step in range(start, total):
         if stopping:
@@ -118,20 +114,18 @@ def loop(job: Job, start: int) -> str | None:
             micro_batches = next(batches)
         job.watchdog.beat(step, "training")
         with job.phases("step"):
-            tokens += int(micro_batches[0]["global_lengths"].sum())
+            job.work.add(micro_batches[0]["global_lengths"].numpy(), passes(job.trainer, step))
             train_step(job, step, micro_batches)
             if nonfinite_in_a_row(job.optimizer.nonfinite_in_a_row) >= c.training.max_nonfinite_steps:
                 raise UserError(describe_nonfinite(job))
         done = step + 1
+        job.reporter.step_ended()
         progress.update(done)
         if done % c.logging.log_freq == 0 or done == total:
-            values = interval_values(job, done, done - interval, tokens)
-            interval, tokens = done, 0
-            progress.log(done, values)
-            if main:
-                log.write(values)
+            progress.log(done, report_interval(job, done, done - interval))
+            interval = done
         stopping = signals.agreed(distributed.agree_max, c.training.max_minutes)
-        stopping = stopping or evaluate_if_due(job, done, evaluations, progress)
+        stopping = stopping or evaluate_if_due(job, done, progress)
         save_due = c.logging.save_minutes is not None and distributed.agree_max(int(time.monotonic() - last_save > 60 * c.logging.save_minutes))
         if stopping or done == total or save_due or (c.logging.save_freq and done % c.logging.save_freq == 0):
             last_save = time.monotonic()
@@ -149,18 +143,23 @@ def train_step(job: Job, step: int, micro_batches: list[Batch]) -> None:
     """One optimizer step: forward and backward of every micro-batch, one reduction over ranks, one update."""
     config, stages = job.config, job.trainer.stages(step)
     for number, batch in enumerate(micro_batches):
-        on_device = {name: tensor.to(job.process.device, non_blocking=True) for name, tensor in batch.items()}
+        on_device: dict[str, Any] = {name: tensor.to(job.process.device, non_blocking=True) for name, tensor in batch.items()}
+        on_device["row_lengths"] = batch["attention_mask"].sum(1).tolist()
         if config.model.dropout:
             torch.manual_seed(seed_for("dropout", config.training.seed, step, number, job.process.rank))
         for stage in range(stages):
             last = number == len(micro_batches) - 1 and stage == stages - 1
             reducing = job.module.no_sync() if isinstance(job.module, DistributedDataParallel) and not last else nullcontext()
             with reducing:
-                with autocast(config.training.dtype, job.process.device):
+                with job.parts("forward"), autocast(config.training.dtype, job.process.device):
                     loss, metrics = job.module(on_device, step, stage=stage)
-                (loss / len(micro_batches)).backward()
+                with job.parts("backward"):
+                    (loss / len(micro_batches)).backward()
         job.accumulator.add(metrics)
-    job.accumulator.end_step(step, job.optimizer.step(step))
+    with job.parts("optimizer"):
+        grad_norm = job.optimizer.step(step)
+    job.accumulator.end_step(step, grad_norm)
+    job.parts.end_step()
 
 
 def save(job: Job, done: int, blocking: bool) -> None:
@@ -170,17 +169,21 @@ def save(job: Job, done: int, blocking: bool) -> None:
         job.checkpointer.save(done, tensors(job), kept, blocking=blocking)
 
 
-def interval_values(job: Job, done: int, steps: int, tokens: int) -> dict[str, float]:
-    """A line of the training log: means over the interval's steps. The only transfer from the device between evaluations."""
+def report_interval(job: Job, done: int, steps: int) -> dict[str, float]:
+    """Give the means over the interval's steps to the logs and to Prometheus. The only transfer from the device between evaluations."""
     with job.phases("step"):
         means = job.accumulator.read(total_over_ranks)
         nonfinite = job.optimizer.nonfinite_steps.item()
-    seconds = job.phases.read()
+    seconds, work = job.phases.read(), job.work.read()
     busy = seconds["step"] + seconds["data_wait"]
-    return {
+    values = {
         "step": done, "epoch": job.loader.sampler.epoch(done), "lr": learning_rate(done - 1, job.config.optimizer, job.config.training), **means,
-        "tokens_per_second": tokens / busy, "step_seconds": busy / steps, "data_wait_seconds": seconds["data_wait"] / steps, "nonfinite_steps": int(nonfinite),
+        "tokens_per_second": work.tokens / busy, "step_seconds": busy / steps, "data_wait_seconds": seconds["data_wait"] / steps,
+        **job.parts.read(), **reduction_seconds(job.module), "model_flops_utilization": work.flops / busy / job.reporter.all_flops,
+        **job.reporter.device_values, "nonfinite_steps": int(nonfinite),
     }
+    job.reporter.interval(values, steps, seconds, work)
+    return values
 
 
 def refuse_unknown(values: DictConfig) -> None:

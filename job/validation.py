@@ -8,7 +8,7 @@ from job.errors import UserError
 from job.files import write_json
 from job.monitoring.curves import write_curves
 from job.monitoring.progress import Progress
-from job.monitoring.training_log import JsonLines, read
+from job.monitoring.training_log import read
 from job.objective.evaluation import evaluate, table
 from job.runtime import distributed
 from job.runtime.precision import autocast
@@ -19,7 +19,7 @@ class Stopped(Exception):
     """A stop was agreed in the middle of an evaluation."""
 
 
-def evaluate_if_due(job: Job, done: int, log: JsonLines, progress: Progress) -> str | None:
+def evaluate_if_due(job: Job, done: int, progress: Progress) -> str | None:
     """Evaluate after `done` steps when it is time and not done yet. Returns why to stop, when a stop came in between."""
     c = job.config
     if job.evaluated == done or not (done == c.training.num_train_steps or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
@@ -41,8 +41,7 @@ def evaluate_if_due(job: Job, done: int, log: JsonLines, progress: Progress) -> 
     except Stopped as stop:
         return str(stop)
     job.evaluated = done
-    if job.process.is_main:
-        log.write({"step": done, **job.metrics})
+    job.reporter.evaluation(done, job.metrics)
     short = ("l2t/ce", "l2t/latent_gain", "t2l/x0_cos", "t2l/text_gain", "t2l2t/token_acc", "l2t2l/cos")
     progress.say(f"evaluation at step {done}  " + "  ".join(f"{name} {job.metrics[name]:.3f}" for name in short))
     return None

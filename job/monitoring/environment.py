@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -26,11 +27,17 @@ def git_commit() -> str | None:
         return None
 
 
+def job_id() -> str:
+    """The scheduler's number of this job, for people who look for it there; `local` without a scheduler."""
+    return os.environ.get("SLURM_JOB_ID", "local")
+
+
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Versions, commit, command line and device of this process."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "python": platform.python_version(), "platform": platform.platform(), "packages": {name: metadata.version(name) for name in PACKAGES},
+        "version": metadata.version("cyclevae"), "python": platform.python_version(),
+        "platform": platform.platform(), "packages": {name: metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(), "command": sys.argv, "device": device.type, "gpu": gpu, "cuda": torch.version.cuda,
         "cpu_threads": torch.get_num_threads(), "world_size": world_size,
     }

@@ -17,3 +17,8 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
         raise UserError(f"training.dtype=bf16: {torch.cuda.get_device_name(device)} has no bf16; use training.dtype=fp32")
     enabled = dtype == "bf16" or (dtype == "auto" and device.type == "cuda" and has_bf16)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """What matrix products are computed in under `autocast`."""
+    return torch.bfloat16 if autocast(dtype, device)._enabled else torch.float32

@@ -30,7 +30,7 @@ training.sick_rank_timeout_seconds=120 logging.log_freq=1 logging.eval_freq=6 lo
 training.eval_batch_size=4""".split()
 CYCLE = ["loss.cycle_text_warmup_steps=3", "loss.cycle_text_ramp_steps=8", "loss.cycle_latent_warmup_steps=3", "loss.cycle_latent_ramp_steps=8",
          "loss.cycle_latent_sampling=categorical"]
-CLOCKED = ("tokens_per_second", "step_seconds", "data_wait_seconds")  # the only values of a log line that a clock makes
+CLOCKED = ("tokens_per_second", "_seconds", "_utilization", "_bytes")  # the ends of names whose values a clock or the machine makes
 KINDS = ("one rank", "everything", "torchrun", "SIGTERM to one rank", "SIGUSR1 to torchrun")
 EXIT_CODES = {"one rank": {134, 137}, "everything": {-9}, "torchrun": {-9}, "SIGTERM to one rank": {143}, "SIGUSR1 to torchrun": {143}}
 
@@ -59,7 +59,7 @@ class Run:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         values = [json.loads(line) for line in lines]
         assert len({line["step"] for line in values}) == len(values), "a step was logged twice"
-        return {line["step"]: {name: value for name, value in line.items() if name not in CLOCKED} for line in values}
+        return {line["step"]: {name: value for name, value in line.items() if not name.endswith(CLOCKED)} for line in values}
 
     def interrupt(self, kind: str, at_step: int, delay: float, dice: random.Random) -> bool:
         """Start, do `kind` of harm `delay` seconds after step `at_step` was logged, wait for the end. False when the run had finished before."""
