@@ -12,6 +12,8 @@ from torch import Tensor
 from job.model.streams import Mixing
 from job.objective.rows import Padding, Rows
 
+SHORT = 64  # tokens
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -50,8 +52,10 @@ class Layout:
         mask = padding.mask
         rows, seq_len = mask.shape
         self.heads = [group.heads for group in groups]
-        self.lengths, self.ragged = padding.lengths, padding.ragged
-        self.key_mask = None if padding.full or self.ragged else F.pad(mask, (0, 1), value=True)[:, None, None]
+        self.padding, self.lengths = padding, padding.lengths
+        # Long rows attend one by one, without their padding; short ones, and all on a GPU, side by side with a mask: a call costs more than it saves.
+        self.row_by_row = padding.ragged and seq_len > SHORT and not mask.is_cuda
+        self.key_mask = None if padding.full or self.row_by_row else F.pad(mask, (0, 1), value=True)[:, None, None]
         self.positions = padding.pack(torch.arange(seq_len, device=mask.device).expand(rows, -1)).repeat(len(groups))
         self.text, self.latent = self._spans(groups, mask.device)
         # what the heads read, of the text tokens and of the rows: groups that a head reads lie side by side
@@ -83,17 +87,18 @@ class Layout:
         Returns outputs [.., h * d] of text and latents; in the last block, of those that a head reads.
         """
         rows, groups = len(self.lengths), len(self.heads)
-        side = 1 if self.ragged else rows  # rows that go through the kernel side by side
-        sizes = self.lengths * groups if self.ragged else [sum(self.lengths)] * groups
+        side = 1 if self.row_by_row else rows  # rows that go through the kernel side by side
+        sizes = self.lengths * groups if self.row_by_row else [sum(self.lengths)] * groups
         outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-        joined = ([torch.cat([t.unflatten(0, (side, -1)), x[:, None]], dim=1).transpose(1, 2)
+        joined = ([torch.cat([t[None] if self.row_by_row else self.padding.unpack(t), x[:, None]], dim=1).transpose(1, 2)
                    for t, x in zip(tokens.split(sizes), latents.split(side), strict=True)] for tokens, latents in zip(text, latent, strict=True))
         for part, (q, k, v) in enumerate(zip(*joined, strict=True)):
             heads = self.heads[part * side // rows] if last else ("text", "latent")
             start, stop = (0 if "text" in heads else -1), (None if "latent" in heads else -1)
             out = F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=self.key_mask).transpose(1, 2).flatten(2)
             if "text" in heads:
-                outputs[0].append(out[:, :-1].flatten(0, 1) if "latent" in heads else out.flatten(0, 1))
+                of_text = out[:, :-1] if "latent" in heads else out
+                outputs[0].append(of_text[0] if self.row_by_row else self.padding.pack(of_text))
             if "latent" in heads:
                 outputs[1].append(out[:, -1])
         return _cat(outputs[0], text[0]), _cat(outputs[1], text[0])

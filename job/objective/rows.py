@@ -33,8 +33,9 @@ class Padding:
         self.place = torch.nonzero_static(mask.flatten(), size=sum(lengths))[:, 0] if self.ragged else None
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, S] as the computed tokens [T]."""
-        return x.flatten() if self.place is None else x.flatten()[self.place]
+        """[B, S, ...] as the computed tokens [T, ...]."""
+        rows = x.flatten(0, 1)
+        return rows if self.place is None else rows[self.place]
 
     def unpack(self, x: Tensor) -> Tensor:
         """Values [T, ...] of computed tokens as [B, S, ...], 0 on others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from objective_cases import MASK, formula_batch, formula_model, model_config, run
 
 from job.config import LossConfig, TrainingConfig
+from job.model import packed
 from job.objective.fast import FastTrainer
 from job.objective.trainer import Trainer
 
@@ -30,16 +32,18 @@ def assert_same(batch: dict[str, torch.Tensor], loss: dict[str, Any], step: int 
 @given(lengths=st.lists(st.integers(1, 10), min_size=1, max_size=4), padded=st.booleans(), streams=st.sampled_from([1, 2, 4]),
        parameterization=st.sampled_from(["x0", "v_param", "epsilon"]), t_mode=st.sampled_from(["full", "random"]), qk_rmsnorm=st.booleans(),
        sampling=st.sampled_from(["argmax", "categorical"]), over_padding=st.booleans(), normalize=st.booleans(), stop=st.booleans(),
-       text_weight=st.sampled_from([0.0, 0.3]), latent_weight=st.sampled_from([0.0, 0.2]),
+       text_weight=st.sampled_from([0.0, 0.3]), latent_weight=st.sampled_from([0.0, 0.2]), short=st.sampled_from([0, 64]),
        loss_type=st.sampled_from(["cycle_vae", "l2t", "t2l", "unconditional"]))
 def test_fast_is_plain(lengths: list[int], padded: bool, streams: int, parameterization: str, t_mode: str, qk_rmsnorm: bool, sampling: str,
-                       over_padding: bool, normalize: bool, stop: bool, text_weight: float, latent_weight: float, loss_type: str) -> None:
+                       over_padding: bool, normalize: bool, stop: bool, text_weight: float, latent_weight: float, short: int,
+                       loss_type: str) -> None:
     batch = formula_batch(tuple(lengths), max(lengths) if not padded else 10)
     loss = {"loss_type": loss_type, "latent_t_mode": t_mode, "cycle_latent_t_max": 0.9, "cycle_latent_sampling": sampling, "ce_over_padding": over_padding,
             "normalize_latent_loss": normalize, "cycle_stop_grad_latent": stop, "cycle_text_weight": text_weight, "cycle_latent_weight": latent_weight}
     if parameterization == "epsilon" and t_mode == "full":
         loss["latent_t_mode"] = "random"  # x0 is divided by 1.6e-5 there, and rounding with it
-    assert_same(batch, loss, num_residual_streams=streams, latent_parameterization=parameterization, qk_rmsnorm=qk_rmsnorm)
+    with mock.patch.object(packed, "SHORT", short):  # rows attend one by one, or side by side
+        assert_same(batch, loss, num_residual_streams=streams, latent_parameterization=parameterization, qk_rmsnorm=qk_rmsnorm)
 
 
 @pytest.mark.parametrize("t_mode", ["full", "random"])
