@@ -20,7 +20,7 @@ def pass_flops(model: ModelConfig, lengths: np.ndarray, vocab_size: int, latent_
     token = 2 * (4 * hidden * inner + 8 * hidden * hidden)  # projections and feed-forward of one token in one block
     keys = 2 * 2 * hidden * inner  # keys and values alone
     attention = 4 * inner * (n + 1)  # of one query over all keys
-    modulation = 2 * 12 * hidden * model.cond_dim * 2 * model.n_blocks  # adaptive norms and gains of a row
+    modulation = 2 * 12 * hidden * model.cond_dim * model.n_blocks  # adaptive norms and gains of a row, 6 H outputs for each modality
     trunk = (model.n_blocks - 1) * (n + 1) * (token + attention) + modulation
     latent_query, text_queries = token + attention, n * (token + attention)
     latent_head, text_head = 2 * (2 * hidden * hidden + 2 * hidden * latent_dim), n * 2 * hidden * vocab_size
