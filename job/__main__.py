@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "measure a run's model on held-out text",
     "sample": "read and write texts through a run's model",
     "benchmark": "measure the speed of settings against each other",
+    "slurm": "submit runs to a SLURM cluster, watch, cancel and resume them",
     "convert": "LGDLM data and checkpoints to ours; export for inference",
 }
 

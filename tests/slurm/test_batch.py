@@ -1,0 +1,125 @@
+"""slurm/train.sbatch on two nodes: whatever ends a job, it goes on as if nothing had happened, or says why it does not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm_lab import ROOT, Slurm, events, losses
+
+pytest_plugins = ["slurm_lab"]
+
+Losses = dict[int, dict[str, float]]
+
+
+def test_requeue_by_an_administrator(slurm: Slurm, quiet: Losses) -> None:
+    job = slurm.sbatch("run")
+    slurm.reached("run", 10, job)
+    slurm.cluster.run("scontrol", "requeue", job)
+    states = slurm.ended(job)
+    assert states[-1] == ("COMPLETED", "0:0")
+    assert states[0][0] == "REQUEUED"
+    assert slurm.field(job, "Restarts") == "1"
+    assert losses(slurm.directory / "run") == quiet
+    assert "told to stop by SIGTERM" in (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
+
+
+@pytest.mark.parametrize("partition", ["main", "abrupt"])
+def test_preemption_by_a_higher_priority(slurm: Slurm, quiet: Losses, partition: str) -> None:
+    job = slurm.sbatch("run", options=(f"--partition={partition}",))
+    slurm.reached("run", 10, job)
+    slurm.cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
+    assert slurm.field(job, "Restarts") == "1"
+    assert losses(slurm.directory / "run") == quiet
+
+
+def test_time_limit_approaching(slurm: Slurm, quiet: Losses) -> None:
+    job = slurm.sbatch("run", options=("--signal=B:USR1@5",))
+    slurm.reached("run", 10, job)
+    slurm.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
+    assert losses(slurm.directory / "run") == quiet
+    assert events(slurm.directory / "run") == ["started", "requeued", "started", "finished"]
+
+
+def test_time_limit_reached_without_warning(slurm: Slurm) -> None:
+    """Also a job that did not end in time is requeued; SLURM itself never does that."""
+    job = slurm.sbatch("run", options=("--time=1", "--signal=B:CONT@1"), env={"CYCLEVAE_PYTHON": f"{ROOT}/tests/slurm/deaf.sh", "REAL": sys.executable})
+    slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", 150, job)
+    assert slurm.sacct(job)[0][0] in ("TIMEOUT", "REQUEUED")
+    assert "time limit reached" in (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
+
+
+def test_scancel_is_final_and_loses_nothing(slurm: Slurm, quiet: Losses) -> None:
+    job = slurm.sbatch("run")
+    slurm.reached("run", 10, job)
+    slurm.cluster.run("scancel", job)
+    assert [state for state, _ in slurm.ended(job)] == ["CANCELLED"]
+    assert slurm.field(job, "Restarts") == "0"
+    again = slurm.sbatch("run")
+    assert slurm.ended(again) == [("COMPLETED", "0:0")]
+    assert losses(slurm.directory / "run") == quiet
+    assert "from step 0 " not in (slurm.directory / "run" / "slurm" / f"{again}.log").read_text()
+
+
+def test_a_node_set_down(slurm: Slurm, quiet: Losses) -> None:
+    job = slurm.sbatch("run")
+    slurm.reached("run", 25, job)
+    node = slurm.cluster.names[1]
+    slurm.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", 60, job)
+    finally:
+        slurm.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    states = slurm.ended(job)
+    assert [state for state, _ in states] == ["NODE_FAIL", "COMPLETED"]
+    assert losses(slurm.directory / "run") == quiet
+
+
+def test_an_exception_on_any_rank_fails_the_job(slurm: Slurm) -> None:
+    job = slurm.sbatch("run", env={"CYCLEVAE_PYTHON": f"{sys.executable} {ROOT}/tests/slurm/faulty.py raise"})
+    assert slurm.ended(job) == [("FAILED", "1:0")]
+    assert events(slurm.directory / "run") == ["started", "failed"]
+    assert "1: ArithmeticError: broken on purpose" in (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
+
+
+def test_a_killed_rank_is_retried_while_there_is_progress(slurm: Slurm) -> None:
+    job = slurm.sbatch("run", "logging.save_freq=5", env={"CYCLEVAE_PYTHON": f"{sys.executable} {ROOT}/tests/slurm/faulty.py kill", "CYCLEVAE_MAX_RESTARTS": "1"})
+    state, code = slurm.ended(job)[-1]
+    assert (state, code) in (("FAILED", "137:0"), ("FAILED", "134:0"))
+    assert events(slurm.directory / "run") == ["started", "requeued", "started", "failed"]
+    log = (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
+    assert "1 restarts without a new checkpoint, max_restarts=1" in log
+
+
+def test_a_finished_run_finds_itself_finished(slurm: Slurm) -> None:
+    job = slurm.sbatch("run", "training.num_train_steps=3")
+    assert slurm.ended(job) == [("COMPLETED", "0:0")]
+    slurm.cluster.run("scontrol", "requeue", job)
+    slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", 30, job)
+    assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
+    assert "is finished: 3 steps" in (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
+    assert sorted(losses(slurm.directory / "run")) == [1, 2, 3]
+
+
+def test_a_signal_before_the_trainer_is_ready(slurm: Slurm) -> None:
+    job = slurm.sbatch("run", "training.num_train_steps=3")
+    slurm.wait(lambda: (slurm.directory / "run" / "slurm" / "alive").exists(), "srun", 60, job)
+    slurm.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
+    assert events(slurm.directory / "run") == ["started", "requeued", "started", "finished"]
+
+
+def test_a_wrong_key_ends_before_the_ranks_start(slurm: Slurm) -> None:
+    job = slurm.sbatch("run", "loss.loss_typ=l2t")
+    assert slurm.ended(job) == [("FAILED", "2:0")]
+    assert "did you mean loss.loss_type" in (slurm.directory / f"{job}.out").read_text()
+
+
+def test_two_jobs_share_a_node(slurm: Slurm) -> None:
+    """Every job has its own rendezvous port."""
+    jobs = [slurm.sbatch(name, "training.num_train_steps=5", options=("--nodes=1", "--ntasks-per-node=2")) for name in ("one", "two")]
+    assert [slurm.ended(job) for job in jobs] == [[("COMPLETED", "0:0")]] * 2
