@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from job.benchmarking.durability import checkpoint_stall, resume_seconds
 from job.benchmarking.measure import Shape, compare
 from job.command import guarded
 from job.errors import UsageError
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=9, help="steps of each setting (%(default)s)")
     p.add_argument("--grow", choices=sorted(GROWTH), help="measure along one axis and fit the exponent of the cost")
     p.add_argument("--values", type=int, nargs="+", help="places along the axis of --grow")
+    p.add_argument("--durability", action="store_true", help="instead: the stall of a checkpoint, and resume time against the size of the data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--peak-tflops", type=float, help="the device's peak for the model FLOPs utilization")
     p.add_argument("--out", type=Path, help="write the figures as JSON here, and the plot of --grow beside it")
@@ -103,6 +105,18 @@ def plot(options: argparse.Namespace, results: dict[int, dict[str, dict[str, Any
     figure.savefig(path)
 
 
+def durability(repeats: int) -> dict[str, Any]:
+    """Print and return what checkpoints and resumes cost."""
+    stalls = [checkpoint_stall(parameters, repeats) for parameters in (4_000_000, 40_000_000)]
+    print(f"{'parameters':>12} {'staged s':>10} {'blocking s':>11} {'torch.save s':>13}  blocking/staged")
+    for s in stalls:
+        print(f"{s['parameters']:>12} {s['staged_seconds']:>10.3f} {s['blocking_seconds']:>11.3f} {s['torch_save_seconds']:>13.3f}  "
+              f"{s['blocking_seconds'] / s['staged_seconds']:.0f}")
+    resumes = {samples: resume_seconds(samples, repeats) for samples in (10_000, 1_000_000, 100_000_000, 10_000_000_000)}
+    print("samples -> seconds to the first batch: " + ", ".join(f"{samples:.0e} -> {seconds:.4f}" for samples, seconds in resumes.items()))
+    return {"stall": stalls, "resume": resumes}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the command line says."""
     options = parser().parse_args(arguments)
@@ -111,8 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
     shape = Shape(options.batch, options.seq_len, options.vocab, options.latent_dim, options.fill)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, {shape}")
-    results: Any = grow(options, shape) if options.grow else measure(options, shape, [])
-    if not options.grow:
+    if options.durability:
+        results: Any = durability(options.repeats)
+    elif options.grow:
+        results = grow(options, shape)
+    else:
+        results = measure(options, shape, [])
         print(table(results))
     if options.out:
         date = datetime.now(UTC).isoformat(timespec="seconds")

@@ -39,7 +39,7 @@ class Run:
     """A run directory and the command that works on it."""
 
     def __init__(self, directory: Path, overrides: list[str], world_size: int = 2) -> None:
-        self.directory, self.output = directory, directory.with_suffix(".txt")
+        self.directory, self.output, self.world_size = directory, directory.with_suffix(".txt"), world_size
         directory.parent.mkdir(parents=True, exist_ok=True)
         self.command = [sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", str(world_size), "-m", "job.train", *SMALL, *overrides,
                         f"logging.save_dir={directory.parent}", f"logging.run_name={directory.name}"]
@@ -71,7 +71,7 @@ class Run:
             time.sleep(0.01)
         time.sleep(delay)
         workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-        if process.poll() is not None or len(workers) < 2:
+        if process.poll() is not None or len(workers) < self.world_size:
             return False
         if kind == "one rank":
             os.kill(dice.choice(workers), signal.SIGKILL)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
-from chaos import CYCLE, chaos
+from chaos import CYCLE, Run, chaos
 
 
 @pytest.mark.timeout(900)  # five starts of two ranks: under a minute on two idle cores, minutes on busy ones
 def test_a_harmed_run_ends_like_one_left_in_peace(tmp_path: Path) -> None:
     chaos(tmp_path, CYCLE, seed=3, kinds=["one rank", "everything", "torchrun"])
+
+
+@pytest.mark.timeout(900)
+def test_another_number_of_ranks_goes_on_with_the_same_samples_and_noise(tmp_path: Path) -> None:
+    overrides = [*CYCLE, "model.dropout=0", "training.gradient_accumulation_steps=1", "training.global_batch_size=8"]
+    dice = random.Random(0)
+    quiet = Run(tmp_path / "quiet", overrides)
+    quiet.finish()
+    for world_size, stop_at in ((2, 4), (1, 9)):
+        assert Run(tmp_path / "moved", overrides, world_size).interrupt("SIGUSR1 to torchrun", stop_at, 0.0, dice)
+    moved = Run(tmp_path / "moved", overrides, world_size=4)
+    moved.finish()
+    expected, found = quiet.log(), moved.log()
+    assert list(found) == list(expected)
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4, abs=1e-6), f"step {step}"
