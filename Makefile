@@ -3,7 +3,7 @@ BIN := .venv/bin
 # PyTorch's CPU threads spin while they wait; on a machine with other work that makes small steps many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint lock clean
+.PHONY: train test lint lock clean monitoring-tools test-monitoring
 
 train: .venv/runtime                  ## set up, prepare the embedded text, train the demo, show what it learned
 	$(BIN)/python -m job.prepare --out data/demo
@@ -11,6 +11,13 @@ train: .venv/runtime                  ## set up, prepare the embedded text, trai
 
 test: .venv/dev                       ## the test suite
 	$(BIN)/python -m pytest
+
+test-monitoring: .venv/dev            ## metrics, rules and dashboards under a real Prometheus and Alertmanager
+	$(BIN)/python -m pytest -m monitoring
+
+monitoring-tools:                     ## Debian's packages for test-monitoring (as root)
+	apt-get update --quiet --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends prometheus prometheus-alertmanager prometheus-pushgateway
 
 lint: .venv/dev                       ## ruff and mypy
 	$(BIN)/ruff check job tests
@@ -37,3 +44,11 @@ lock:                                 ## write requirements*.lock anew from pypr
 
 clean:
 	rm -rf .venv data/demo runs/demo
+
+.PHONY: slurm-tools test-slurm
+slurm-tools:                          ## SLURM and its accounting from Debian or Ubuntu, for test-slurm; starts nothing
+	apt-get update
+	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge slurmdbd mariadb-server-core
+
+test-slurm: .venv/dev                 ## the launchers on a private SLURM cluster of two nodes
+	CYCLEVAE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm

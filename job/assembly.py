@@ -99,7 +99,8 @@ def wrap(trainer: Trainer, config: Config, process: Process) -> nn.Module:
         return trainer
     one_direction = config.loss.loss_type != "cycle_vae"  # then a head, or the last block's other stream, gets no gradient
     return DistributedDataParallel(trainer, device_ids=[process.device.index] if process.device.type == "cuda" else None,
-                                   find_unused_parameters=one_direction, gradient_as_bucket_view=True)
+                                   find_unused_parameters=one_direction, gradient_as_bucket_view=True,
+                                   broadcast_buffers=False)  # they are constants
 
 
 def tensors(job: Job) -> dict[str, Any]:
