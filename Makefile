@@ -46,7 +46,7 @@ clean:
 	rm -rf .venv data/demo runs/demo
 
 .PHONY: slurm-tools test-slurm
-slurm-tools:                          ## SLURM and its accounting from Debian or Ubuntu, for test-slurm; starts nothing
+slurm-tools:                          ## SLURM and its accounting from Debian or Ubuntu, for test-slurm (as root)
 	apt-get update
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge slurmdbd mariadb-server-core
 

@@ -77,7 +77,7 @@ def cancel(options: argparse.Namespace) -> None:
     """End the jobs of runs; they save first and can be resumed."""
     for name in options.runs:
         job = name if name.replace("_", "").isdigit() else RunDirectory.existing(Path(name)).job
-        if job is None:
+        if not job:
             raise UserError(f"{name} has no job")
         scheduler.output("scancel", job)
         print(f"cancelled job {job}")
@@ -119,8 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["submit"]:
         if {"-h", "--help"}.intersection(given):
-            print("cyclevae slurm submit [--dry-run] [--json] [--config-name NAME] OVERRIDES...\n\nThe overrides of `python -m job.train`; a list of values is a "
-                  "sweep: loss.cycle_text_weight=0.05,0.1.\nhydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).")
+            print("cyclevae slurm submit [--dry-run] [--json] [--config-name NAME] OVERRIDES...\n\nThe overrides of `python -m job.train`; a list of "
+                  "values is a sweep: loss.cycle_text_weight=0.05,0.1.\nhydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).")
             return 0
         return answered(lambda: submit(given[1:]))
     options = parser().parse_args(given)

@@ -25,8 +25,8 @@ class SlurmConf(config.SlurmQueueConf):
     _target_: str = "hydra_plugins.cyclevae_slurm.SlurmLauncher"
     submitit_folder: str = "${hydra.sweep.dir}/.submitit"
     name: str = "${logging.run_name}"
-    timeout_min: int | None = None  # type: ignore[assignment]  # minutes; null: the partition's default
-    tasks_per_node: int | None = None  # type: ignore[assignment]  # null: one per GPU
+    timeout_min: int | None = None  # minutes; null: the partition's default
+    tasks_per_node: int | None = None  # null: one per GPU
     signal_delay_s: int = 180  # seconds before the time limit at which the run saves and is requeued
     max_restarts: int = 5  # restarts in a row without a new checkpoint, after which the job fails
     srun_args: list[str] = field(default_factory=list)

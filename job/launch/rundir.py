@@ -18,8 +18,7 @@ from job.launch import scheduler
 
 ALIVE_SECONDS = 90.0  # the batch step renews slurm/alive every 20 s; a network file system shows it later
 COLLATERAL = re.compile(r"lost another rank|gave up|Exited with exit code|Job step aborted|could not join the run")
-FAILURE = re.compile(r"^(?:(\d+): )?\s*(error: .*|\w[\w.]*(?:Error|Exception|Interrupt)\b.*|Fatal Python error.*|.*out of memory.*|srun: error: .*|slurmstepd: error: .*)",
-                     re.IGNORECASE)
+FAILURE = re.compile(r"^(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b|Fatal Python error|srun: error: |slurmstepd: error: )")
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class RunDirectory:
         return list(json_lines(self.path / "slurm" / "events.jsonl"))
 
     @property
-    def job(self) -> str | None:
-        """Id of the latest job."""
-        last = self.events[-1] if self.events else {"time": 0, "job": None}
-        return self.submission["job"] if self.submission.get("time", -1) >= last["time"] else last["job"]
+    def job(self) -> str:
+        """Id of the latest job; empty without one."""
+        told = [*self.events[-1:], *([self.submission] if self.submission else [])]
+        return str(max(told, key=lambda one: float(one["time"]))["job"]) if told else ""
 
     def log(self, job: str | None = None) -> Path:
         """The output of all ranks of a job, over all its restarts."""
@@ -59,7 +58,8 @@ class RunDirectory:
     def outcome(self, job: str) -> str:
         """How a job that left the queue ended: COMPLETED, FAILED (exit code 1), ..."""
         state, code = scheduler.ended([job]).get(job, ("", ""))
-        last = next((event for event in reversed(self.events) if event["job"] == job), {"event": "never started", "exit_code": None})
+        never: dict[str, Any] = {"event": "never started", "exit_code": None}
+        last = next((event for event in reversed(self.events) if event["job"] == job), never)
         if not state:  # accounting comes late, or there is none
             state = {"finished": "COMPLETED", "failed": "FAILED"}.get(last["event"], f"ended without a word ({last['event']})")
         if state == "COMPLETED":
@@ -74,7 +74,7 @@ class RunDirectory:
         starts = [number for number, line in enumerate(lines) if re.match(r"slurm: .*: started", line)]
         said = [line for line in lines[starts[-1] if starts else 0:] if FAILURE.match(line)]
         own = [line for line in said if not COLLATERAL.search(line)]
-        return (own or said or [None])[0]
+        return next(iter(own or said), None)
 
     def status(self, queued: dict[str, str]) -> dict[str, Any]:
         """Job, state, whether it is alive, step, loss, rate, seconds left, restarts, last reason."""
@@ -82,16 +82,15 @@ class RunDirectory:
         lines = list(json_lines(self.path / "training_log.jsonl"))
         values = lines[-1] if lines else {}
         config = self.path / "config.yaml"
-        total = OmegaConf.load(config).training.num_train_steps if config.exists() else None  # type: ignore[union-attr]
+        total = OmegaConf.load(config).training.num_train_steps if config.exists() else None
         step = int(values.get("step", 0))
         sign = self.path / "slurm" / "alive"
         alive = sign.exists() and time.time() - sign.stat().st_mtime < ALIVE_SECONDS
-        job = self.job
         return {
-            "run": str(self.path), "job": job, "state": queued.get(job or "") or last_event.get("event", "submitted").upper(), "alive": alive,
+            "run": str(self.path), "job": self.job, "state": queued.get(self.job) or str(last_event.get("event", "submitted")).upper(), "alive": alive,
             "step": step, "steps": total, "loss": values.get("loss"), "tokens_per_second": values.get("tokens_per_second"),
             "seconds_left": round((total - step) * values["step_seconds"]) if total and "step_seconds" in values else None,
-            "restarts": last_event.get("restarts", 0), "reason": last_event.get("reason"), "log": str(self.log(job)),
+            "restarts": last_event.get("restarts", 0), "reason": last_event.get("reason"), "log": str(self.log()),
         }
 
 

@@ -83,7 +83,6 @@ def points_of(config: DictConfig, context: HydraContext, job_overrides: Sequence
 
 def job_script(points: Sequence[Point], params: dict[str, Any]) -> tuple[Executor, str]:
     """submitit's executor for these points, and the command of its job script."""
-    gpus = params["gpus_per_node"]
     way = container.entry(params["container"], [os.getcwd(), *(str(point.run_dir.parent) for point in points), *(str(point.targets) for point in points)])
     python = shlex.split(params["python"]) if params["python"] else ["python"] if params["container"]["runtime"] else [sys.executable]
     cpus = [f"--cpus-per-task={params['cpus_per_task']}"] if params["cpus_per_task"] else []  # srun does not take it from the job
@@ -93,7 +92,8 @@ def job_script(points: Sequence[Point], params: dict[str, Any]) -> tuple[Executo
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in way.variables.items()]
     executor = Executor(folder=params["submitit_folder"])
     executor.update_parameters(**executor._convert_parameters({
-        **{name: value for name, value in params.items() if name not in OURS and (value is not None or name == "timeout_min")}, "tasks_per_node": params["tasks_per_node"] or gpus or 1,
+        **{name: value for name, value in params.items() if name not in OURS and (value is not None or name == "timeout_min")},
+        "tasks_per_node": params["tasks_per_node"] or params["gpus_per_node"] or 1,
         "setup": [BATCH.read_text(), *(params["setup"] or []), *exports], "use_srun": False, "stderr_to_stdout": True, "wckey": None,
         "additional_parameters": {"requeue": True, "signal": f"B:USR1@{params['signal_delay_s']}"} | params["additional_parameters"],
     }))
@@ -151,6 +151,7 @@ def wait(jobs: dict[str, Point]) -> dict[str, tuple[Point, str]]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, leave_jobs)
     known: dict[str, str] = {}
+    absent = 0
     while True:
         try:
             live = scheduler.queued()
@@ -162,7 +163,8 @@ def wait(jobs: dict[str, Point]) -> dict[str, tuple[Point, str]]:
             if job in live and known.get(job) != live[job]:
                 print(f"job {job}: {live[job]}  ({point.name})", flush=True)
         known |= live
-        if not live.keys() & jobs.keys():
+        absent = 0 if live.keys() & jobs.keys() else absent + 1
+        if absent == 2:  # once may be a job between two lives
             return {job: (point, RunDirectory(point.run_dir).outcome(job)) for job, point in jobs.items()}
         time.sleep(min(POLL_SECONDS, 1.0 + len(jobs) / 10))
 

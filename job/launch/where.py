@@ -1,6 +1,6 @@
-"""Prints the run directory of a command line and the directory of its metrics targets, for batch scripts: `python -m job.launch.where data.dir=... logging.run_name=...`.
+"""For batch scripts: prints the run directory of job.train's arguments, and the directory of its metrics targets.
 
-Takes the arguments of job.train and refuses the same configurations, before any GPU is touched.
+Refuses the configurations that job.train refuses, before any GPU is touched.
 """
 
 from __future__ import annotations

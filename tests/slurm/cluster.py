@@ -169,8 +169,9 @@ class Cluster:
                            input=f"CREATE DATABASE mysql;\nUSE mysql;\nSET @auth_root_socket=NULL;\n{tables}", text=True, check=True,
                            stdout=output, stderr=subprocess.STDOUT)
         (base / "users.sql").write_text(USERS)
-        self._daemon("mariadbd", "--no-defaults", *common, f"--socket={base}/db.sock", "--bind-address=127.0.0.1", f"--port={self._db_port}", f"--pid-file={base}/db.pid",
-                     f"--init-file={base}/users.sql", "--skip-name-resolve", "--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900")
+        self._daemon("mariadbd", "--no-defaults", *common, f"--socket={base}/db.sock", "--bind-address=127.0.0.1", f"--port={self._db_port}",
+                     f"--pid-file={base}/db.pid", f"--init-file={base}/users.sql", "--skip-name-resolve", "--innodb-buffer-pool-size=64M",
+                     "--innodb-lock-wait-timeout=900")
         wait_for(lambda: listens(self._db_port), "mariadbd")
 
     def _daemon(self, *command: str) -> None:

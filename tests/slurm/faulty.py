@@ -17,7 +17,7 @@ if module != "job.train":
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit()
 
-from job import train
+from job import train  # noqa: E402
 
 if fault == "crash":
     os.kill(os.getpid(), signal.SIGSEGV)
