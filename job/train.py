@@ -92,6 +92,7 @@ def train(config: Config, run_dir: Path) -> ExitCode:
             say(f"stopped ({reason}): the same command goes on from here")
             return ExitCode.STOPPED
         finish(job)
+        distributed.barrier()  # or the endpoints of ranks that have nothing to finish would seem to be lost
     return ExitCode.FINISHED
 
 

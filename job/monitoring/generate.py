@@ -23,11 +23,17 @@ class _Block(str):
     """Text that YAML shows line by line."""
 
 
-yaml.SafeDumper.add_representer(_Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|"))
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write what occurs twice twice: people read these files."""
+        return True
+
+
+_Dumper.add_representer(_Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|"))
 
 
 def _yaml(*documents: dict[str, Any]) -> str:
-    return f"# {NOTE}\n" + yaml.safe_dump_all(documents, sort_keys=False, width=160, allow_unicode=True)
+    return f"# {NOTE}\n" + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=160, allow_unicode=True)
 
 
 def _object(kind: str, api_version: str, name: str, labels: dict[str, str] | None = None, **content: Any) -> dict[str, Any]:

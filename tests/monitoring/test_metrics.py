@@ -24,8 +24,6 @@ from job.monitoring.panels import CLUSTER, COMPARISON, OVERVIEW
 from job.monitoring.rules import Durations, alerts, recordings
 from job.objective.evaluation import NOISY_T, ROWS
 
-BASE_UNITS = ("seconds", "bytes", "ratio", "total", "info")
-
 
 def test_names_follow_the_conventions() -> None:
     for metric in METRICS.values():
