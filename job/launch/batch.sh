@@ -14,7 +14,7 @@ field() { scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep -o "\b
 
 note() {  # EVENT REASON [EXIT_CODE]: a line for people in the log, one for programs in events.jsonl
     echo "slurm: $(date '+%F %T') job $job, restart ${SLURM_RESTART_COUNT:-0}: $1 ($2)"
-    [ -z "$notes" ] || printf '{"time": %s, "job": "%s", "restarts": %s, "event": "%s", "reason": "%s", "exit_code": %s, "nodes": "%s"}\n' \
+    printf '{"time": %s, "job": "%s", "restarts": %s, "event": "%s", "reason": "%s", "exit_code": %s, "nodes": "%s"}\n' \
         "$(date +%s)" "$job" "${SLURM_RESTART_COUNT:-0}" "$1" "$2" "${3:-null}" "$SLURM_JOB_NODELIST" >>"$notes/events.jsonl"
 }
 
@@ -23,7 +23,7 @@ on_signal() {
     # SLURM sends TERM to the ranks by itself; a second one would end them without saving, a USR1 more changes nothing.
     [ -z "$ranks" ] || kill -USR1 "$ranks" 2>/dev/null
     # SLURM requeues by itself after preemption and node failures, after a time limit never. At once, as KILL comes soon.
-    if [ "$1" = TERM ] && [ "$(field Reason)" = TimeLimit ]; then requeue "time limit reached" 143; fi
+    if [ "$1" = TERM ] && [ -n "$ranks" ] && [ "$(field Reason)" = TimeLimit ]; then requeue "time limit reached" 143; fi
 }
 for signal in USR1 USR2 TERM; do trap "on_signal $signal" $signal; done
 
@@ -40,6 +40,11 @@ requeue() {  # REASON EXIT_CODE: give up after max_restarts restarts without a n
         note requeued "$1; restart $((fruitless + 1)) of at most $max_restarts from checkpoint $newest" "$2"
         error=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || note failed "cannot be requeued: ${error//\"/}" "$2"
     fi
+}
+
+interrupted_early() {  # EXIT_CODE of what comes before the ranks: requeue if a signal ended it, exit
+    if [ "$1" -ge 128 ] && [ "$(field JobState)" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    exit "$1"
 }
 
 supervise() {  # RUN_DIR TARGETS_DIR MAX_RESTARTS COMMAND...: run srun's COMMAND to its end; returns its exit code
@@ -60,7 +65,7 @@ supervise() {  # RUN_DIR TARGETS_DIR MAX_RESTARTS COMMAND...: run srun's COMMAND
         while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done  # a signal interrupts wait
         wait "$ranks"
         code=$?
-        kill "$heartbeat"
+        kill "$heartbeat" 2>/dev/null
         rm -f "$notes/alive" "$targets"/cyclevae-*@"$SLURM_JOB_ID.json"  # where Prometheus would look for ranks that were killed
     fi
     if [ "$code" = 0 ]; then

@@ -18,7 +18,7 @@ from job.launch import scheduler
 
 ALIVE_SECONDS = 90.0  # the batch step renews slurm/alive every 20 s; a network file system shows it later
 COLLATERAL = re.compile(r"lost another rank|gave up|Exited with exit code|Job step aborted|could not join the run")
-FAILURE = re.compile(r"^(\d+: )?(error: |[\w.]*(Error|Exception|Interrupt)\b|Fatal Python error|srun: error: |slurmstepd: error: )")
+FAILURE = re.compile(r"^(\d+: )?(error: |[\w.]+(Error|Exception|Interrupt)\b|Fatal Python error|srun: error: |slurmstepd: error: )")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RunDirectory:
 
     @cached_property
     def submission(self) -> dict[str, Any]:
-        """What `submit` wrote: job, script, index, time; empty for sbatch slurm/train.sbatch."""
+        """What `submit` wrote: job, command that submits it again, index in its array, time; empty for sbatch slurm/train.sbatch."""
         path = self.path / "slurm" / "submission.json"
         return json.loads(path.read_text()) if path.exists() else {}
 

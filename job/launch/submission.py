@@ -39,10 +39,9 @@ def resubmit(run: RunDirectory, queued: dict[str, str], dry_run: bool) -> str:
         raise UserError(f"{run.path} has job {run.job} in the queue ({queued[run.job]}): nothing to resume")
     if not run.submission:
         raise UserError(f"{run.path} was started by sbatch slurm/train.sbatch: give that command again and it goes on")
-    script, index = run.submission["script"], run.submission["index"]
-    if not Path(script).exists():
-        raise UserError(f"{script} is gone: submit the run again with the same command and it goes on")
-    command = ["sbatch", "--parsable", *([f"--array={index}"] if index is not None else []), script]
+    command, index = run.submission["again"], run.submission["index"]
+    if not Path(command[-1]).exists():
+        raise UserError(f"{command[-1]} is gone: submit the run again with the same command and it goes on")
     if dry_run:
         return shlex.join(command)
     job = scheduler.output(*command).split(";")[0].strip()

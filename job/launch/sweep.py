@@ -111,9 +111,11 @@ def submit(points: Sequence[Point], params: dict[str, Any]) -> list[str]:
     except (FailedJobError, OSError) as error:
         raise UserError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from error
     ids = [f"{job.job_id}_{number}" for number in range(len(points))] if len(points) > 1 else [job.job_id]
+    *sbatch, script = executor._make_submission_command(job.paths.submission_file)
     for number, (point, job_id) in enumerate(zip(points, ids, strict=True)):
+        again = [*sbatch, "--parsable", f"--chdir={os.getcwd()}", *([f"--array={number}"] if len(points) > 1 else []), script]
         write_json(point.run_dir / "slurm" / "submission.json",
-                   {"job": job_id, "script": str(job.paths.submission_file), "index": number if len(points) > 1 else None, "time": time.time()})
+                   {"job": job_id, "again": again, "index": number if len(points) > 1 else None, "time": time.time()})
     return ids
 
 

@@ -63,7 +63,7 @@ def overdue(slurm_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     for kind in ("polite", "deaf"):
         slurm = Slurm(slurm_cluster, tmp_path_factory.mktemp(kind))
         jobs[kind] = slurm, slurm.sbatch("run", options=("--time=1", "--signal=B:USR1@5"), env={"CYCLEVAE_PYTHON": f"{ROOT}/tests/slurm/idle.sh {kind}",
-                                         "CYCLEVAE_TEST_PYTHON": sys.executable})
+                                         "CYCLEVAE_TEST_PYTHON": sys.executable, "CYCLEVAE_MAX_RESTARTS": "1"})
     yield jobs
     for slurm, _ in jobs.values():
         slurm.cancel()

@@ -12,11 +12,11 @@ from pathlib import Path
 from cluster import Cluster, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 80
+STEPS = 60
 SMALL = f"""model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
 data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps={STEPS}
-training.train_batch_size=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10 logging.log_freq=1 logging.eval_freq=30
-logging.save_freq=20 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4""".split()
+training.train_batch_size=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10 logging.log_freq=1 logging.eval_freq=25
+logging.save_freq=12 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4""".split()
 Losses = dict[int, dict[str, float]]
 WAITING = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "PREEMPTED"}
 
@@ -81,4 +81,5 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 
 def events(run: Path) -> list[str]:
-    return [json.loads(line)["event"] for line in (run / "slurm" / "events.jsonl").read_text().splitlines()]
+    path = run / "slurm" / "events.jsonl"
+    return [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.exists() else []

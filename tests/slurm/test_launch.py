@@ -106,6 +106,7 @@ slurm: 2026-01-01 10:00:00 job 7, restart 0: started (2 nodes, 2 tasks)
 slurm: 2026-01-01 10:01:00 job 7, restart 1: started (2 nodes, 2 tasks)
 0: step 1/80  loss 4.7
 0: error: lost another rank: rank 1 on n2 gave up: CUDA error [connection closed]
+1: Error executing job with overrides: ['model=small']
 1: Traceback (most recent call last):
 1: torch.AcceleratorError: CUDA error: device-side assert triggered
 srun: error: n2: task 1: Exited with exit code 1
@@ -146,3 +147,22 @@ def test_the_outcome_without_accounting(run: RunDirectory, monkeypatch: pytest.M
     monkeypatch.setattr(scheduler, "ended", lambda _jobs: {})
     assert run.outcome("7") == "FAILED (exit code 1)"
     assert run.outcome("8") == "ended without a word (never started) (exit code )"
+
+
+def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    script = f"""
+        scontrol() {{ if [ "$1" = requeue ]; then echo requeued; fi >&2; }}
+        SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n1
+        source {ROOT}/job/launch/batch.sh
+        run_dir={run} notes={run}/slurm max_restarts=2
+        for checkpoint in none step_00000010 step_00000010 .step_00000020.tmp step_00000020; do
+            mkdir -p {run}/checkpoints/$checkpoint
+            requeue "exit code 134" 134
+        done"""
+    subprocess.run(["bash", "-c", script], check=True, capture_output=True)
+    events = [json.loads(line) for line in (run / "slurm" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["requeued", "requeued", "requeued", "failed", "requeued"]
+    assert events[3]["reason"] == "exit code 134; not requeued: 2 restarts without a new checkpoint, max_restarts=2"
+    assert events[4]["reason"] == "exit code 134; restart 1 of at most 2 from checkpoint step_00000020"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slurm_runs import ROOT, SMALL, Losses, Slurm, losses
+from slurm_runs import ROOT, SMALL, STEPS, Losses, Slurm, losses
 
 pytest_plugins = ["slurm_lab"]
 TWO_NODES = ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
@@ -68,11 +68,11 @@ def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
     slurm.jobs.append(job_of(run))
     slurm.reached("run", 5, job_of(run))
     (status,) = json.loads(cyclevae(slurm, "slurm", "status", "--json", str(run)))
-    assert (status["state"], status["alive"], status["restarts"], status["steps"]) == ("RUNNING", True, 0, 80)
+    assert (status["state"], status["alive"], status["restarts"], status["steps"]) == ("RUNNING", True, 0, STEPS)
     assert status["step"] >= 5
     assert status["loss"] > 0
     assert status["seconds_left"] is not None
-    assert "0: step 5/80" in cyclevae(slurm, "slurm", "logs", "-n", "1000", str(run))
+    assert f"0: step 5/{STEPS}" in cyclevae(slurm, "slurm", "logs", "-n", "1000", str(run))
     again = cyclevae(slurm, "slurm", "resume", str(run), check=False)
     assert again == "", "it is running"
     cyclevae(slurm, "slurm", "cancel", str(run))
