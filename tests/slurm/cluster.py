@@ -176,8 +176,8 @@ class Cluster:
 
     def _daemon(self, *command: str) -> None:
         with (self.base / "log" / "daemons.out").open("ab") as output:
-            self._daemons.append(subprocess.Popen(command, env=self.env, cwd=self.base, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                                  start_new_session=True))
+            self._daemons.append(subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=self.env, cwd=self.base, stdin=subprocess.DEVNULL,
+                                                  stdout=output, stderr=output, start_new_session=True))
 
     def stop(self) -> None:
         with contextlib.suppress(Exception):  # a cluster that did not come up has nothing to cancel
