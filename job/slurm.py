@@ -31,7 +31,8 @@ def submit(arguments: list[str]) -> None:
 
 def listed(options: argparse.Namespace) -> None:
     """Every run below a directory."""
-    show([run.status(live()) for run in find_runs(options.directory)], options.json)
+    queued = live()
+    show([run.status(queued) for run in find_runs(options.directory)], options.json)
 
 
 def status(options: argparse.Namespace) -> None:
@@ -41,8 +42,12 @@ def status(options: argparse.Namespace) -> None:
 
 
 def live() -> dict[str, str]:
-    """Jobs in the queue; without SLURM's commands, run directories still tell the rest."""
-    return scheduler.queued() if scheduler.available() else {}
+    """Jobs in the queue; without an answer from SLURM, run directories still tell the rest."""
+    try:
+        return scheduler.queued() if scheduler.available() else {}
+    except UserError as error:
+        print(f"warning: {error}; states are those of the run directories", file=sys.stderr)
+        return {}
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:

@@ -24,7 +24,7 @@ def output(*command: str) -> str:
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not installed here: submit from a login node of the SLURM cluster") from error
     except subprocess.CalledProcessError as error:
-        raise UserError(f"{command[0]}: {error.stderr.strip() or f'exit code {error.returncode}'}") from error
+        raise UserError(f"{command[0]}: {(error.stderr.strip().splitlines() or [f'exit code {error.returncode}'])[-1]}") from error
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]}: no answer from the SLURM controller for {error.timeout:.0f} s") from error
 
