@@ -100,7 +100,7 @@ def wrap(trainer: Trainer, config: Config, process: Process) -> nn.Module:
     one_direction = config.loss.loss_type != "cycle_vae"  # then a head, or the last block's other stream, gets no gradient
     return DistributedDataParallel(trainer, device_ids=[process.device.index] if process.device.type == "cuda" else None,
                                    find_unused_parameters=one_direction, gradient_as_bucket_view=True,
-                                   broadcast_buffers=False)  # they are constants
+                                   forward_sync_buffers=False)  # they are constants
 
 
 def tensors(job: Job) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def train(config: Config, run_dir: Path) -> ExitCode:
     checkpointer.prepare(tensors(job))
     say(f"{run_dir}: {sum(p.numel() for p in trainer.parameters()) / 1e6:.1f} M parameters, {len(train_data)} training samples, "
         f"global batch {global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {config.training.num_train_steps}")
-    with Reporter(config, run_dir, process, job.phases, dtype=compute_dtype(config.training.dtype, process.device), saves=checkpointer.stats,
+    with Reporter(config, run_dir, process, job.phases, job.work, dtype=compute_dtype(config.training.dtype, process.device), saves=checkpointer.stats,
                   silence=lambda: watchdog.seconds_since_beat, gather=distributed.gather, started=started) as job.reporter:
         reason = loop(job, start)
         if reason is not None:
@@ -183,7 +183,7 @@ def report_interval(job: Job, done: int, steps: int) -> dict[str, float]:
         **job.parts.read(), **reduction_seconds(job.module), "model_flops_utilization": work.flops / busy / job.reporter.all_flops,
         **job.reporter.device_values, "nonfinite_steps": int(nonfinite),
     }
-    job.reporter.interval(values, steps, seconds, work)
+    job.reporter.interval(values, seconds, work)
     return values
 
 

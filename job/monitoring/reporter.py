@@ -16,7 +16,7 @@ from job.monitoring.device import Device, peak_flops
 from job.monitoring.endpoint import Endpoint
 from job.monitoring.environment import environment
 from job.monitoring.exporter import Metrics
-from job.monitoring.flops import Done
+from job.monitoring.flops import Done, Work
 from job.monitoring.goodput import Goodput
 from job.monitoring.metrics import Series, evaluation_series, training_series
 from job.monitoring.phases import Phases
@@ -57,10 +57,10 @@ class Reporter:
     products are computed in, `started` when the process was.
     """
 
-    def __init__(self, config: Config, run_dir: Path, process: Place, phases: Phases, *, dtype: torch.dtype, saves: Saves, silence: Callable[[], float],
-                 gather: Callable[[Any], list[Any]], started: float) -> None:
+    def __init__(self, config: Config, run_dir: Path, process: Place, phases: Phases, work: Work, *, dtype: torch.dtype, saves: Saves,
+                 silence: Callable[[], float], gather: Callable[[Any], list[Any]], started: float) -> None:
         c = config.monitoring
-        self.config, self.run_dir, self.phases, self.saves, self.main = config, run_dir, phases, saves, process.rank == 0
+        self.config, self.run_dir, self.phases, self.work, self.saves, self.main = config, run_dir, phases, work, saves, process.rank == 0
         self.log, self.evaluations = JsonLines(run_dir / "training_log.jsonl"), JsonLines(run_dir / "evaluation.jsonl")
         self.vitals = Vitals(silence, c.stalled_after_seconds, started)
         self.peak_flops = 1e12 * c.peak_tflops if c.peak_tflops else peak_flops(process.device, dtype)
@@ -69,6 +69,7 @@ class Reporter:
         self.goodput, self._written, self._started = Goodput.of(run_dir / "goodput.json"), 0.0, started
         self.metrics.set(constants(config, process, dtype) | {("cyclevae_device_peak_flops", ()): self.peak_flops})
         self._device, self._busy = Device(process.device), 0.0
+        self._counted = self._done = 0  # steps: in the counters, and done
         self.device_values: dict[str, float] = {}
         self._observe()
         self._tensorboard: Any = None
@@ -83,6 +84,7 @@ class Reporter:
             self.metrics.set({evaluation_series(name): value for line in last for name, value in line.items()})
         if self.main and self.config.monitoring.tensorboard:
             self._tensorboard = tensorboard_writer(self.run_dir / "tensorboard", step + 1)
+        self._counted = self._done = step
         self.goodput.starts += 1
         self.goodput.seconds["starting"] += time.time() - self._started
         self.metrics.set({("cyclevae_step", ()): step, **self.goodput.series()})
@@ -94,17 +96,16 @@ class Reporter:
         busy = self.phases.total["step"] + self.phases.total["data_wait"]
         self.metrics.step_duration.observe(busy - self._busy)
         self._busy = busy
+        self._done += 1
         self.vitals.step_ended()
 
-    def interval(self, values: dict[str, float], steps: int, seconds: Mapping[str, float], work: Done) -> None:
-        """A log interval of so many steps: its values for the logs, the seconds of the loop's phases and the work in it."""
-        done, total = int(values["step"]), self.config.training.num_train_steps
+    def interval(self, values: dict[str, float], seconds: Mapping[str, float], work: Done) -> None:
+        """A log interval: its values for the logs, the seconds of the loop's phases and the work in it."""
         self.vitals.usual_step(values["step_seconds"])
-        self.goodput.steps_done(done - steps, done, work)
-        self.goodput.time_spent(done - steps, done, seconds)
+        self._count(seconds, work)
         found = {series: value for name, value in values.items() if (series := training_series(name))}
         expected = expected_save_interval(self.config, values["step_seconds"])
-        self.metrics.set({**found, **self.goodput.series(), ("cyclevae_progress_ratio", ()): done / total,
+        self.metrics.set({**found, **self.goodput.series(), ("cyclevae_progress_ratio", ()): self._done / self.config.training.num_train_steps,
                           **({("cyclevae_checkpoint_expected_interval_seconds", ()): expected} if expected else {})})
         if self.main:
             self.log.write(values)
@@ -126,11 +127,16 @@ class Reporter:
     def __exit__(self, *error: object) -> None:
         """The run ends, for now: take back what announced it."""
         self.vitals.training = False
-        self.goodput.time_spent(self.goodput.furthest, self.goodput.furthest, self.phases.read())
+        self._count(self.phases.read(), self.work.read())
         self._write_goodput()
         self._endpoint.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _count(self, seconds: Mapping[str, float], work: Done) -> None:
+        self.goodput.steps_done(self._counted, self._done, work)
+        self.goodput.time_spent(self._counted, self._done, seconds)
+        self._counted = self._done
 
     def _to_tensorboard(self, values: Mapping[str, float]) -> None:
         if self._tensorboard is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from job.monitoring.panels import OVERVIEW, Panel
 
@@ -39,7 +41,9 @@ def draw(path: Path, ask: Ask, run: str, end: float, seconds: float, window: str
         if panel.right:
             plot(axes.twinx(), panel, panel.right, lambda query: ask(substitute(query, run, window), end - seconds, end, seconds / POINTS), run,
                  end - seconds, linestyle="--")
-    figure.savefig(path, dpi=62)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=70)
+    Image.open(image).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)  # a small file
 
 
 def plot(axes: Axes, panel: Panel, queries: Any, ask: Callable[[str], list[dict[str, Any]]], run: str, start: float, **style: Any) -> None:
@@ -55,6 +59,7 @@ def plot(axes: Axes, panel: Panel, queries: Any, ask: Callable[[str], list[dict[
     else:
         for name, line in lines.items():
             axes.plot(list(line), list(line.values()), label=name, linewidth=1.2, **style)
+    axes.ticklabel_format(useOffset=False)
     axes.legend(fontsize="xx-small", loc="best" if not style else "lower right")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
@@ -23,7 +24,7 @@ from job.config import Config, LoggingConfig, MonitoringConfig, TrainingConfig
 from job.errors import UserError
 from job.monitoring import targets, vitals
 from job.monitoring.exporter import Metrics, Server
-from job.monitoring.flops import Done
+from job.monitoring.flops import Done, Work
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter, run_label
 from job.monitoring.targets import Targets
@@ -167,14 +168,16 @@ class Run:
     directory: Path
     config: Config = field(init=False)
     saves: SaveStats = field(default_factory=SaveStats)
+    phases: Phases = field(default_factory=Phases)
+    work: Work = field(default_factory=lambda: Work(Config().model, 100, 8))
 
     def __post_init__(self) -> None:
         self.config = Config(logging=LoggingConfig(save_dir=str(self.directory)), training=TrainingConfig(num_train_steps=10),
                              monitoring=MonitoringConfig(host="127.0.0.1"))
 
     def reporter(self) -> Reporter:
-        return Reporter(self.config, self.directory / "demo", Process(0, 0, 1, torch.device("cpu"), "here"), Phases(), dtype=torch.float32, saves=self.saves,
-                        silence=lambda: 1.0, gather=lambda value: [value], started=time.time() - 5)
+        return Reporter(self.config, self.directory / "demo", Process(0, 0, 1, torch.device("cpu"), "here"), self.phases, self.work,
+                        dtype=torch.float32, saves=self.saves, silence=lambda: 1.0, gather=lambda value: [value], started=time.time() - 5)
 
     def scrape(self) -> dict[str, float]:
         """What the announced endpoint says, by series without run and rank."""
@@ -197,8 +200,9 @@ def test_logs_and_metrics_show_the_same_numbers(run: Run) -> None:
         reporter.begin(0, -1)
         with reporter.phases("step"):
             time.sleep(0.01)
-        reporter.step_ended()
-        reporter.interval(VALUES, 5, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6))
+        for _ in range(5):
+            reporter.step_ended()
+        reporter.interval(VALUES, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6))
         reporter.evaluation(5, {"l2t/latent_gain": 0.4, "t2l/x0_cos@0.9": 0.8})
         run.saves.saves, run.saves.bytes = 1, 77
         values = run.scrape()
@@ -213,7 +217,7 @@ def test_logs_and_metrics_show_the_same_numbers(run: Run) -> None:
     assert values['cyclevae_goodput_seconds_total{phase="starting"}'] >= 5
     assert values["cyclevae_eval_l2t_latent_gain"] == 0.4
     assert values['cyclevae_eval_t2l_x0_cos{t="0.9"}'] == 0.8
-    assert values["cyclevae_step_duration_seconds_count"] == 1
+    assert values["cyclevae_step_duration_seconds_count"] == 5
     assert (values["cyclevae_checkpoint_saves_total"], values["cyclevae_checkpoint_share_bytes"]) == (1, 77)
     assert not list((run.directory / ".targets").iterdir())
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -225,15 +229,20 @@ def test_logs_and_metrics_show_the_same_numbers(run: Run) -> None:
 
 
 def test_counters_go_on_after_a_restart(run: Run) -> None:
+    """The first start logs step 5 and ends after step 6, the second goes on from step 3."""
     seconds = {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}
     for start in (0, 3):
         with run.reporter() as reporter:
             reporter.begin(start, -1)
-            reporter.interval({**VALUES, "step": start + 5}, 5, seconds, Done(50, 10, 1e6))
+            for _ in range(5):
+                reporter.step_ended()
+            reporter.interval({**VALUES, "step": start + 5}, seconds, Done(50, 10, 1e6))
             values = run.scrape()
-    assert (values["cyclevae_restarts_total"], values["cyclevae_steps_total"], values["cyclevae_replayed_steps_total"]) == (1, 10, 2)
-    assert values["cyclevae_tokens_total"] == 100
-    assert values['cyclevae_goodput_seconds_total{phase="replayed"}'] == pytest.approx(0.2)
+            run.work.add(np.array([4, 6]), {"l2t": 1})
+            reporter.step_ended()
+    assert (values["cyclevae_restarts_total"], values["cyclevae_steps_total"], values["cyclevae_replayed_steps_total"]) == (1, 11, 3)
+    assert values["cyclevae_tokens_total"] == 110
+    assert values['cyclevae_goodput_seconds_total{phase="replayed"}'] == pytest.approx(0.3)
     assert [json.loads(line)["step"] for line in (run.directory / "demo" / "training_log.jsonl").read_text().splitlines()] == [8]
 
 
@@ -241,7 +250,7 @@ def test_without_an_endpoint_the_logs_go_on(run: Run) -> None:
     run.config.monitoring = MonitoringConfig(enabled=False)
     with run.reporter() as reporter:
         reporter.begin(0, -1)
-        reporter.interval(VALUES, 5, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6))
+        reporter.interval(VALUES, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6))
     assert not (run.directory / ".targets").exists()
     assert (run.directory / "demo" / "training_log.jsonl").exists()
 

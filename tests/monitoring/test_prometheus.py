@@ -24,6 +24,7 @@ from picture import draw, substitute
 from stack import MISSING, PUSHGATEWAY, ROOT, Stack, free_port, until
 
 from job.config import Config, MonitoringConfig
+from job.monitoring.flops import Work
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter
 from job.monitoring.rules import Durations, alerts, recordings
@@ -215,8 +216,8 @@ def test_the_pushgateway_holds_a_short_job_until_its_end(tmp_path: Path) -> None
     try:
         until(lambda: pushed() == "", 20, "the Pushgateway answers")
         config = Config(monitoring=MonitoringConfig(host="127.0.0.1", pushgateway=address, targets_dir=str(tmp_path / "targets")))
-        with Reporter(config, tmp_path / "short", Process(0, 0, 1, torch.device("cpu"), "here"), Phases(), dtype=torch.float32, saves=SaveStats(),
-                      silence=lambda: 0.0, gather=lambda value: [value], started=0.0):
+        with Reporter(config, tmp_path / "short", Process(0, 0, 1, torch.device("cpu"), "here"), Phases(), Work(config.model, 32, 8),
+                      dtype=torch.float32, saves=SaveStats(), silence=lambda: 0.0, gather=lambda value: [value], started=0.0):
             until(lambda: 'run="short"' in pushed(), 20, "the metrics are pushed")
         assert pushed() == ""
     finally:
