@@ -24,7 +24,8 @@ def output(*command: str) -> str:
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not installed here: submit from a login node of the SLURM cluster") from error
     except subprocess.CalledProcessError as error:
-        raise UserError(f"{command[0]}: {(error.stderr.strip().splitlines() or [f'exit code {error.returncode}'])[-1]}") from error
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        raise UserError(f"{command[0]}: {lines[-1].removeprefix(f'{command[0]}: ')}") from error
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]}: no answer from the SLURM controller for {error.timeout:.0f} s") from error
 
