@@ -20,7 +20,7 @@ monitoring-tools:                     ## Debian's packages for test-monitoring (
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends prometheus prometheus-alertmanager prometheus-pushgateway
 
 lint: .venv/dev                       ## ruff and mypy
-	$(BIN)/ruff check job tests
+	$(BIN)/ruff check job tests hydra_plugins
 	$(BIN)/mypy
 
 .venv/runtime: requirements.lock pyproject.toml
