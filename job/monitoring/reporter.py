@@ -78,6 +78,8 @@ class Reporter:
     def begin(self, step: int, evaluated: int) -> None:
         """The loop begins at `step`, last evaluated at `evaluated`: what a killed run logged beyond is dropped."""
         if self.main:
+            logged = [int(line["step"]) for line in read(self.log.path)[-1:]]  # newer than goodput.json when the run was killed
+            self.goodput.furthest = max([self.goodput.furthest, *logged])
             self.log.continue_from(step)
             self.evaluations.continue_from(step if evaluated == step else step - 1)
             last = read(self.evaluations.path)[-1:]

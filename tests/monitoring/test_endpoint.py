@@ -246,6 +246,16 @@ def test_counters_go_on_after_a_restart(run: Run) -> None:
     assert [json.loads(line)["step"] for line in (run.directory / "demo" / "training_log.jsonl").read_text().splitlines()] == [8]
 
 
+def test_replayed_steps_count_from_the_last_log_line(run: Run) -> None:
+    """A killed run leaves a log that is ahead of goodput.json."""
+    (run.directory / "demo" / "training_log.jsonl").write_text('{"step": 5}\n{"step": 10}\n')
+    with run.reporter() as reporter:
+        reporter.begin(5, -1)
+        for _ in range(6):
+            reporter.step_ended()
+    assert json.loads((run.directory / "demo" / "goodput.json").read_text())["replayed_steps"] == 5
+
+
 def test_without_an_endpoint_the_logs_go_on(run: Run) -> None:
     run.config.monitoring = MonitoringConfig(enabled=False)
     with run.reporter() as reporter:
