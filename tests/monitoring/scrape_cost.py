@@ -82,6 +82,8 @@ def main() -> None:
                     time.sleep(WINDOW)
                     times[on] = statistics.median(json.loads(line)["step_seconds"] for line in log.read_text().splitlines()[before:])
                 ratios.append(times[True] / times[False])
+            scraper.on = False
+            time.sleep(1)
             low, middle, high = (statistics.quantiles(ratios, n=4)[i] for i in (0, 1, 2))
             cost, step = scrape_seconds(url), times[False]
             print(f"one scrape: {1000 * cost:.2f} ms of processor time; {options.rate:g} a second: {100 * cost * options.rate:.2f}% of one processor")
