@@ -1,7 +1,5 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# PyTorch's CPU threads spin while they wait; on a machine with other work that makes small steps many times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: train test lint lock clean monitoring-tools test-monitoring
 

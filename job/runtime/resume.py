@@ -21,7 +21,7 @@ def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: 
     different = {}
     for key in keys():
         section, name = key.split(".")
-        before, now = saved["config"][section].get(name), to_dict(config)[section][name]
+        before, now = saved["config"].get(section, {}).get(name), to_dict(config)[section][name]
         if key not in FREE_ON_RESUME and before != now:
             different[key] = f"{before} -> {get(config, key)}"
     if saved["data"] != data_fingerprint:
