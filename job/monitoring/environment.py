@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -15,16 +17,21 @@ import torch
 PACKAGES = ("torch", "mmdit", "hyper-connections", "x-transformers", "hydra-core", "numpy", "tokenizers")
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from (with -dirty when changed), None when installed elsewhere."""
-    root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def source() -> dict[str, str]:
+    """`revision` of the code (with -dirty when changed), and when an image's package was built (ISO 8601).
+
+    The Dockerfile writes build.json into the package; in a checkout git is asked. Empty strings where nobody knows.
+    """
+    package = Path(__file__).resolve().parent.parent
+    if (package / "build.json").exists():
+        made: dict[str, str] = json.loads((package / "build.json").read_text())
+        return made
+    revision = ""
+    if (package.parent / ".git").exists():
+        command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return {"revision": revision, "built": ""}
 
 
 def job_id() -> str:
@@ -34,10 +41,11 @@ def job_id() -> str:
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Versions, commit, command line and device of this process."""
+    code = source()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "version": metadata.version("cyclevae"), "python": platform.python_version(),
         "platform": platform.platform(), "packages": {name: metadata.version(name) for name in PACKAGES},
-        "git_commit": git_commit(), "command": sys.argv, "device": device.type, "gpu": gpu, "cuda": torch.version.cuda,
-        "cpu_threads": torch.get_num_threads(), "world_size": world_size,
+        "git_commit": code["revision"] or None, "built": code["built"] or None, "command": sys.argv,
+        "device": device.type, "gpu": gpu, "cuda": torch.version.cuda, "cpu_threads": torch.get_num_threads(), "world_size": world_size,
     }

@@ -104,7 +104,7 @@ RANK = (
     gauge("last_step_timestamp_seconds", "seconds", "When the last step ended, since 1970."),
     gauge("last_progress_timestamp_seconds", "seconds", "When the rank last came forward, in a step, an evaluation or a save, since 1970."),
     gauge("stall_limit_seconds", "seconds", "Time without progress after which the rank counts as stalled."),
-    gauge("build_info", "1", "What runs; the value is 1.", "version", "commit", "torch", "mmdit", "python"),
+    gauge("build_info", "1", "What runs; the value is 1.", "version", "commit", "torch", "mmdit", "python", "built"),
 )
 RANK_NAMES = frozenset(metric.name for metric in RANK)
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*RUN, *RANK)}

@@ -194,7 +194,7 @@ def expected_save_interval(config: Config, step_seconds: float) -> float | None:
 def constants(config: Config, process: Place, dtype: torch.dtype) -> dict[Series, float]:
     """What does not change while a run trains."""
     loss, made = config.loss, environment(process.device, process.world_size)
-    build = (made["version"], made["git_commit"] or "", made["packages"]["torch"], made["packages"]["mmdit"], made["python"])
+    build = (made["version"], made["git_commit"] or "", made["packages"]["torch"], made["packages"]["mmdit"], made["python"], made["built"] or "")
     words = (loss.loss_type, config.model.latent_parameterization, loss.latent_t_mode, config.model.implementation, str(dtype).removeprefix("torch."),
              made["gpu"] or "cpu", str(process.world_size))
     weights = {term: loss.latent_loss_weight if "latent" in term else 1.0
