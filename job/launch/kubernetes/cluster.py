@@ -1,0 +1,224 @@
+"""A namespace of a Kubernetes cluster as launchers see it: jobs, their pods, what these say. Every failure is one clear line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client, config, watch
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException
+from urllib3.exceptions import HTTPError
+
+from job.errors import UserError
+from job.launch.kubernetes.manifests import LABELS, QUEUE, Object
+
+JOBS = {"group": "kubeflow.org", "version": "v1", "plural": "pytorchjobs"}
+OURS = ",".join(f"{name}={value}" for name, value in LABELS.items())
+JOB_OF_POD, INDEX_OF_POD = "training.kubeflow.org/job-name", "training.kubeflow.org/replica-index"
+NAMESPACE = "cyclevae"  # where the context names none: that of k8s/base
+TIMEOUT = (10.0, 60.0)  # seconds to connect, to answer
+RETRY_SECONDS = 5.0
+
+
+class Unreachable(UserError):
+    """The server does not answer; it may do so later."""
+
+
+class Missing(UserError):
+    """There is no such object."""
+
+
+class Cluster:
+    """The namespace `namespace` of the cluster of `context`; the kubeconfig's current ones by default, or those of the pod this runs in."""
+
+    def __init__(self, namespace: str | None = None, context: str | None = None) -> None:
+        settings = client.Configuration()
+        try:
+            default = _connect(settings, context)
+        except ConfigException as error:
+            raise UserError(f"no cluster: {_first_line(error)}; give a kubeconfig (KUBECONFIG, ~/.kube/config) or run in a pod") from error
+        settings.retries = False  # type: ignore[assignment]  # urllib3's word for: say at once what is wrong
+        connection = client.ApiClient(settings)
+        self.namespace: str = namespace or default or NAMESPACE
+        self.jobs, self.core = client.CustomObjectsApi(connection), client.CoreV1Api(connection)
+        self._where = {**JOBS, "namespace": self.namespace}
+        self._host = settings.host
+
+    @contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """UserError for whatever the server answers but what was asked for."""
+        try:
+            yield
+        except ApiException as error:
+            raise self._explained(error, what) from error
+        except (HTTPError, OSError) as error:
+            raise Unreachable(f"the cluster at {self._host} does not answer: {_first_line(error)}") from error
+
+    def _explained(self, error: ApiException, what: str) -> UserError:
+        try:
+            status = json.loads(error.body or "{}")
+        except ValueError:  # not Kubernetes' own answer
+            status = {}
+        message = str(status.get("message") or _first_line(error.body or error.reason or "no reason given"))
+        if error.status == 404 and not status.get("details"):
+            return Missing(f"the cluster has no PyTorchJob (kubeflow.org/v1) for {what}: install Kubeflow's training operator 1.9")
+        if error.status == 404 and f'namespaces "{self.namespace}"' in message:
+            return Missing(f"namespace {self.namespace} is missing: kubectl apply -k k8s/base creates one, or choose another with --namespace")
+        if error.status == 404:
+            return Missing(f"{what}: {message}")
+        if error.status == 401:
+            return UserError(f"{what}: the cluster does not accept these credentials; log in again, or choose another --context")
+        if error.status == 403:
+            return UserError(f"{what}: {message} (k8s/base/rbac.yaml has the rights that are needed)")
+        if error.status in (429, 500, 502, 503, 504):
+            return Unreachable(f"{what}: the cluster at {self._host} says {error.status}: {message}")
+        return UserError(f"{what}: {message}")
+
+    def get(self, name: str) -> Object:
+        """The job called `name`. Missing without one."""
+        with self.asking(f"job {name}"):
+            return self.jobs.get_namespaced_custom_object(**self._where, name=name, _request_timeout=TIMEOUT)  # type: ignore[no-any-return]
+
+    def list(self, selector: str = OURS) -> list[Object]:
+        """The jobs with these labels."""
+        with self.asking("list of jobs"):
+            answer: Object = self.jobs.list_namespaced_custom_object(**self._where, label_selector=selector, _request_timeout=TIMEOUT)
+            return list(answer["items"])
+
+    def create(self, job: Object, dry_run: bool = False) -> None:
+        """Create a job; with `dry_run` the server only says whether it would."""
+        with self.asking(f"job {job['metadata']['name']}"):
+            self.jobs.create_namespaced_custom_object(**self._where, body=job, field_validation="Strict", _request_timeout=TIMEOUT,
+                                                      **({"dry_run": "All"} if dry_run else {}))
+
+    def delete(self, name: str) -> None:
+        """Delete a job and wait until it and its pods are gone: a run has one writer at a time."""
+        with self.asking(f"job {name}"):
+            self.jobs.delete_namespaced_custom_object(**self._where, name=name, body=client.V1DeleteOptions(propagation_policy="Foreground"),
+                                                      _request_timeout=TIMEOUT)
+        while True:
+            try:
+                self.get(name)
+            except Missing:
+                if not self.pods(name):
+                    return
+            time.sleep(1.0)
+
+    def suspend(self, name: str, suspended: bool) -> None:
+        """Let a job's pods end, or start them again; the job stays."""
+        with self.asking(f"job {name}"):
+            self.jobs.patch_namespaced_custom_object(**self._where, name=name, body={"spec": {"runPolicy": {"suspend": suspended}}},
+                                                     _request_timeout=TIMEOUT)
+
+    def pods(self, job: str) -> list[Any]:
+        """The pods of a job, by replica."""
+        with self.asking(f"pods of job {job}"):
+            answer = self.core.list_namespaced_pod(self.namespace, label_selector=f"{JOB_OF_POD}={job}", _request_timeout=TIMEOUT)
+        return sorted(answer.items, key=lambda pod: int(pod.metadata.labels.get(INDEX_OF_POD, 0)))
+
+    def log(self, pod: str, lines: int | None = None) -> str:
+        """What a pod's ranks have printed; empty before it has started."""
+        with self.asking(f"log of pod {pod}"):
+            answer = self.core.read_namespaced_pod_log(pod, self.namespace, **({"tail_lines": lines} if lines else {}), _request_timeout=TIMEOUT,
+                                                       _preload_content=False)
+            text = bytes(answer.data).decode(errors="replace")
+            if answer.status in (400, 404):  # not started, or gone
+                return ""
+            if answer.status != 200:
+                raise ApiException(status=answer.status, reason=text)
+            return text
+
+    def metrics(self, pod: Any, path: str = "metrics") -> str | None:
+        """What the endpoint of a pod's first rank answers; None when it does not (yet)."""
+        port = next((port.container_port for port in pod.spec.containers[0].ports or [] if port.name == "metrics-0"), None)
+        if port is None or pod.status.phase != "Running":
+            return None
+        try:
+            answer = self.core.connect_get_namespaced_pod_proxy_with_path(f"{pod.metadata.name}:{port}", self.namespace, path, _preload_content=False,
+                                                                          _request_timeout=(5.0, 5.0))
+        except (ApiException, HTTPError, OSError):
+            return None
+        return bytes(answer.data).decode() if answer.status == 200 else None
+
+    def changes(self, selector: str) -> Iterator[dict[str, Object]]:
+        """The jobs with these labels by name: now, and again after every change. An expired watch starts anew, an absent server is waited for."""
+        warned = False
+        while True:
+            try:
+                with self.asking("watch of jobs"):
+                    answer = self.jobs.list_namespaced_custom_object(**self._where, label_selector=selector, _request_timeout=TIMEOUT)
+                    known = {job["metadata"]["name"]: job for job in answer["items"]}
+                    warned = False
+                    yield dict(known)
+                    events = watch.Watch().stream(self.jobs.list_namespaced_custom_object, **self._where, label_selector=selector, timeout_seconds=300,
+                                                  resource_version=answer["metadata"]["resourceVersion"], _request_timeout=(10.0, 330.0))
+                    for event in events:
+                        job = event["object"]
+                        known[job["metadata"]["name"]] = job
+                        if event["type"] == "DELETED":
+                            del known[job["metadata"]["name"]]
+                        yield dict(known)
+            except Unreachable as error:
+                if not warned:
+                    print(f"warning: {error}; asking again", file=sys.stderr, flush=True)
+                warned = True
+                time.sleep(RETRY_SECONDS)
+            except UserError as error:
+                if not (isinstance(error.__cause__, ApiException) and error.__cause__.status == 410):
+                    raise
+
+    @cached_property
+    def _kueue(self) -> str | None:
+        """Version of Kueue's interface."""
+        try:
+            groups = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
+        except ApiException:
+            return None
+        return next((group.preferred_version.version for group in groups if group.name == "kueue.x-k8s.io"), None)
+
+    def refuse_missing(self, job: Object) -> None:
+        """UserError for a claim, a service account or a queue that a job names and the namespace lacks."""
+        spec = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]
+        claims = [volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
+        wanted = [("claim", name, self.core.read_namespaced_persistent_volume_claim) for name in claims]
+        wanted += [("service account", name, self.core.read_namespaced_service_account) for name in [spec.get("serviceAccountName")] if name]
+        for kind, name, read in wanted:
+            try:
+                read(name, self.namespace, _request_timeout=TIMEOUT)
+            except ApiException as error:
+                if error.status == 404:
+                    raise Missing(f"namespace {self.namespace} has no {kind} {name}: kubectl apply -k k8s/base creates it") from error
+                with self.asking(f"{kind} {name}"):
+                    raise
+        queue = job["metadata"]["labels"].get(QUEUE)
+        if queue is None:
+            return
+        if self._kueue is None:
+            raise Missing(f"queue {queue}: the cluster has no Kueue; leave hydra.launcher.queue out")
+        with self.asking(f"queue {queue}"):
+            self.jobs.get_namespaced_custom_object("kueue.x-k8s.io", self._kueue, self.namespace, "localqueues", queue, _request_timeout=TIMEOUT)
+
+
+def _connect(settings: client.Configuration, context: str | None) -> str | None:
+    """Fill in address and credentials; returns the namespace they come with."""
+    try:
+        config.load_kube_config(context=context, client_configuration=settings)
+    except ConfigException:
+        if context is not None:
+            raise
+        config.load_incluster_config(client_configuration=settings)
+        return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text().strip()
+    contexts, current = config.list_kube_config_contexts()
+    chosen = next(one for one in contexts if one["name"] == context) if context else current
+    return chosen["context"].get("namespace")  # type: ignore[no-any-return]
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
