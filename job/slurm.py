@@ -6,16 +6,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from job.errors import UserError
 from job.launch import scheduler
 from job.launch.answer import answered
 from job.launch.rundir import RunDirectory, find_runs
-
-COLUMNS = ("job", "state", "alive", "step", "loss", "rate", "left", "restarts", "run")
+from job.launch.table import show
 
 
 def submit(arguments: list[str]) -> None:
@@ -48,25 +45,6 @@ def live() -> dict[str, str]:
     except UserError as error:
         print(f"warning: {error}; states are those of the run directories", file=sys.stderr)
         return {}
-
-
-def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = [COLUMNS, *(cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
-    for number, line in enumerate(table):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        if number and rows[number - 1]["reason"]:
-            print(f"    {rows[number - 1]['reason']}")
-
-
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    left = row["seconds_left"]
-    return (row["job"] or "-", row["state"], "yes" if row["alive"] else "no", f"{row['step']}/{row['steps'] or '?'}",
-            f"{row['loss']:.4g}" if row["loss"] is not None else "-", f"{row['tokens_per_second']:.0f}/s" if row["tokens_per_second"] else "-",
-            f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}" if left is not None else "-", str(row["restarts"]), row["run"])
 
 
 def logs(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
-from job.config import validate
+from job.config import Config, validate
 from job.errors import UserError
 from job.files import write_json
 from job.launch import container, scheduler
@@ -40,6 +40,7 @@ class Point:
     targets: Path  # where it announces its metrics
     name: str
     arguments: list[str]
+    config: Config
 
 
 class Executor(submitit.SlurmExecutor):
@@ -57,8 +58,8 @@ class Executor(submitit.SlurmExecutor):
         return ["env", *(part for name in unset for part in ("-u", name)), "sbatch", str(submission_file_path)]
 
 
-def points_of(config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]]) -> list[Point]:
-    """The sweep's points. Their configurations are refused here, before they have waited in a queue."""
+def points_of(config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], working_directory: Path | None = None) -> list[Point]:
+    """The sweep's points, for runs that start in `working_directory`. Their configurations are refused here, before they have waited in a queue."""
     given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     fixed = [override.key_or_group for override in given if not override.is_sweep_override()]  # of no interest in a directory's name
     excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
@@ -68,13 +69,14 @@ def points_of(config: DictConfig, context: HydraContext, job_overrides: Sequence
     points = []
     for overrides in job_overrides:
         values = context.config_loader.load_sweep_config(config, [*overrides, excluded])
-        run_dir = (Path(values.hydra.sweep.dir) / values.hydra.sweep.subdir).absolute()
+        run_dir = (working_directory or Path.cwd()) / values.hydra.sweep.dir / values.hydra.sweep.subdir
         OmegaConf.set_struct(values, False)
         del values["hydra"]
-        validate(OmegaConf.to_object(values))  # type: ignore[arg-type]
+        checked: Config = OmegaConf.to_object(values)  # type: ignore[assignment]
+        validate(checked)
         name = " ".join(override for override in overrides if override.split("=")[0].lstrip("+~") not in fixed) or run_dir.name
         escaped = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
-        points.append(Point(run_dir, targets_directory(values), name, [*common, *overrides, f"hydra.run.dir='{escaped}'"]))
+        points.append(Point(run_dir, targets_directory(values), name, [*common, *overrides, f"hydra.run.dir='{escaped}'"], checked))
     for point in points:
         if [other.run_dir for other in points].count(point.run_dir) > 1:
             raise UserError(f"two points of the sweep have the run directory {point.run_dir}: leave one out")
