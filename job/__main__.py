@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "read and write texts through a run's model",
     "benchmark": "measure the speed of settings against each other",
     "slurm": "submit runs to a SLURM cluster, watch, cancel and resume them",
+    "k8s": "the same on a Kubernetes cluster",
     "convert": "LGDLM data and checkpoints to ours; export for inference",
 }
 

@@ -23,10 +23,10 @@ def _never_called(_values: DictConfig) -> None:
     """The launcher starts job.train by its name, not this function."""
 
 
-def submit_sweep(arguments: list[str], dry_run: bool, quiet: bool) -> list[dict[str, str]]:
+def submit_sweep(arguments: list[str], dry_run: bool, quiet: bool, launcher: str = "slurm") -> list[dict[str, str]]:
     """Submit what the arguments of job.train say, one job per point; returns their jobs and run directories."""
-    launcher = [] if any(argument.startswith("hydra/launcher=") for argument in arguments) else ["hydra/launcher=slurm"]
-    sys.argv = ["cyclevae", "--multirun", *launcher, "hydra.launcher.wait=false", f"hydra.launcher.dry_run={str(dry_run).lower()}", *arguments]
+    chosen = [] if any(argument.startswith("hydra/launcher=") for argument in arguments) else [f"hydra/launcher={launcher}"]
+    sys.argv = ["cyclevae", "--multirun", *chosen, "hydra.launcher.wait=false", f"hydra.launcher.dry_run={str(dry_run).lower()}", *arguments]
     before = len(sweep.submitted)
     with contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext():
         _never_called()

@@ -135,6 +135,23 @@ class Cluster:
                 raise ApiException(status=answer.status, reason=text)
             return text
 
+    def log_stream(self, pod: str, lines: int | None) -> Iterator[str]:
+        """Lines of a pod's log, each after its time, as they come; none before it has started."""
+        with self.asking(f"log of pod {pod}"):
+            answer = self.core.read_namespaced_pod_log(pod, self.namespace, follow=True, timestamps=True, **({"tail_lines": lines} if lines else {}),
+                                                       _request_timeout=(10.0, 3600.0), _preload_content=False)
+            if answer.status in (400, 404):  # not started, or gone
+                return
+            if answer.status != 200:
+                raise ApiException(status=answer.status, reason=bytes(answer.data).decode(errors="replace"))
+            yield from watch.watch.iter_resp_lines(answer)
+
+    def phase(self, pod: Any) -> str:
+        """Phase of a pod; Gone when it is deleted, or made anew under its name."""
+        with self.asking(f"pod {pod.metadata.name}"):
+            found = self.core.list_namespaced_pod(self.namespace, field_selector=f"metadata.name={pod.metadata.name}", _request_timeout=TIMEOUT).items
+        return next((str(one.status.phase) for one in found if one.metadata.uid == pod.metadata.uid), "Gone")
+
     def metrics(self, pod: Any, path: str = "metrics") -> str | None:
         """What the endpoint of a pod's first rank answers; None when it does not (yet)."""
         port = next((port.container_port for port in pod.spec.containers[0].ports or [] if port.name == "metrics-0"), None)

@@ -1,0 +1,62 @@
+"""What the pods of a job print, as it comes, through restarts and through pods that are made anew."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from job.launch.kubernetes.cluster import INDEX_OF_POD, Cluster, Unreachable
+from job.launch.kubernetes.status import OVER, state
+
+POLL_SECONDS = 2.0
+
+
+def show(cluster: Cluster, job: str, lines: int) -> None:
+    """Print the last lines of every pod."""
+    pods = cluster.pods(job)
+    for pod in pods:
+        for line in cluster.log(pod.metadata.name, lines).splitlines():
+            print(f"{prefix(pod, len(pods))}{line}")
+
+
+def follow(cluster: Cluster, job: str, lines: int) -> None:
+    """Print the last lines of every pod and all that follow, until the job is over."""
+    readers: dict[str, threading.Thread] = {}
+    while True:
+        try:
+            over = state(cluster.get(job)) in OVER  # asked before the pods: none comes after it
+            pods = cluster.pods(job)
+        except Unreachable:
+            time.sleep(POLL_SECONDS)
+            continue
+        for pod in pods:
+            if pod.metadata.uid not in readers:
+                reader = threading.Thread(target=read, args=(cluster, pod, prefix(pod, len(pods)), lines), daemon=True)
+                readers[pod.metadata.uid] = reader
+                reader.start()
+        if over and not any(reader.is_alive() for reader in readers.values()):
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def read(cluster: Cluster, pod: Any, start: str, lines: int) -> None:
+    """Print what a pod prints until it has ended. A connection that breaks is taken up again after the last line."""
+    last = ""
+    while True:
+        try:
+            for line in cluster.log_stream(pod.metadata.name, lines if not last else None):
+                stamp, _, text = line.partition(" ")
+                if stamp > last:
+                    last = stamp
+                    print(f"{start}{text}", flush=True)
+            if cluster.phase(pod) in ("Succeeded", "Failed", "Gone"):
+                return
+        except Unreachable:
+            pass
+        time.sleep(POLL_SECONDS)
+
+
+def prefix(pod: Any, pods: int) -> str:
+    """Which pod a line is from, where there are several."""
+    return f"{pod.metadata.labels.get(INDEX_OF_POD, '?')}: " if pods > 1 else ""
