@@ -1,0 +1,2 @@
+import runpy
+runpy.run_module("job.train", run_name="__main__", alter_sys=True)  # LGDLM's name of it
