@@ -118,13 +118,12 @@ def pytorch_job(run: Run, settings: Settings) -> Object:
 
 
 def train_job(run: Run, settings: Settings) -> list[Object]:
-    """A ClusterTrainingRuntime with the pods of a run, and the TrainJob that runs them."""
+    """A TrainingRuntime with the pods of a run, and the TrainJob that runs them. (A ClusterTrainingRuntime has the same spec, and needs an administrator.)"""
     settings.refuse_impossible()
     command = [*entry(run, settings), "-m", "job.train", *run.arguments]
     index = from_field("CYCLEVAE_POD_INDEX", "metadata.annotations['batch.kubernetes.io/job-completion-index']")
     template = pod(run, settings, "node", command, [index], "jobset.sigs.k8s.io/jobset-name", gated=True)
     template["spec"]["restartPolicy"] = "Never"
-    container = template["spec"]["containers"][0]
     for_good, again = [ExitCode.FAILED, ExitCode.USAGE], [ExitCode.RETRY, ExitCode.STOPPED]
     job_spec = {
         "backoffLimit": settings.max_restarts,
@@ -134,12 +133,11 @@ def train_job(run: Run, settings: Settings) -> list[Object]:
             {"action": "Ignore", "onExitCodes": {"containerName": "node", "operator": "In", "values": [int(code) for code in again]}}]},
         "template": template}
     replicated = {"name": "node", "template": {"metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}, "spec": job_spec}}
-    runtime = {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "ClusterTrainingRuntime", "metadata": {"name": run.name, "labels": LABELS},
+    runtime = {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainingRuntime", "metadata": {"name": run.name, "labels": LABELS},
                "spec": {"mlPolicy": {"numNodes": settings.nodes, "torch": {}},
                         "template": {"spec": {"network": {"publishNotReadyAddresses": True}, "replicatedJobs": [replicated]}}}}
-    spec: Object = {"runtimeRef": {"name": run.name}, "suspend": settings.queue is not None,
-                    "trainer": {"image": container["image"], "command": container["command"], "numNodes": settings.nodes, "numProcPerNode": settings.tasks,
-                                "resourcesPerNode": container["resources"]}}
+    spec: Object = {"runtimeRef": {"kind": "TrainingRuntime", "name": run.name}, "suspend": settings.queue is not None,
+                    "trainer": {"numNodes": settings.nodes, "numProcPerNode": settings.tasks}}
     if settings.deadline_min is not None:
         spec["activeDeadlineSeconds"] = 60 * settings.deadline_min
     return [runtime, _object("trainer.kubeflow.org/v1alpha1", "TrainJob", run, settings, spec)]
