@@ -1,0 +1,84 @@
+"""Fixtures of the Kubernetes tests: a node, the operator at work on it, namespaces, and what pods said when a test fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from k8s_node import Node, node, unable
+from k8s_operator import TrainingOperator
+
+ROOT = Path(__file__).parent.parent.parent
+CRDS = ROOT.parent / "shared" / "crds"
+
+
+def why_not() -> str | None:
+    """Why the tests on a cluster are skipped; None if they are not."""
+    if "CYCLEVAE_TEST_K8S" not in os.environ:
+        return "minutes on a real Kubernetes: `make k8s-tools test-k8s`"
+    if not CRDS.is_dir():
+        return f"the definition of PyTorchJob is not here ({CRDS})"
+    return unable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    ours = [item for item in items if here in item.path.parents and "kubernetes" in getattr(item, "fixturenames", ())]
+    if ours and (why := why_not()):
+        for item in ours:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    one = getattr(item, "funcargs", {}).get("kubernetes")
+    if report.failed and isinstance(one, Node):  # type: ignore[attr-defined]
+        report.sections.append(("Kubernetes", _state(one)))  # type: ignore[attr-defined]
+    return report
+
+
+def _state(one: Node) -> str:
+    said = [one.kubectl("get", "pytorchjobs,pods,pvc,nodes", "--all-namespaces", "--output=wide", check=False),
+            one.kubectl("get", "events", "--all-namespaces", "--sort-by=.lastTimestamp", check=False)[-6000:]]
+    for line in one.kubectl("get", "pods", "--all-namespaces", "--no-headers", check=False).splitlines():
+        namespace, pod = line.split()[:2]
+        said.append(f"--- {namespace}/{pod}\n" + one.kubectl("logs", f"--namespace={namespace}", pod, "--all-containers", "--tail=40", check=False))
+    return "\n".join(said)
+
+
+@pytest.fixture(scope="session")
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A node that knows PyTorchJobs. Logs of its daemons are kept in pytest's directory."""
+    with node(keep_logs=tmp_path_factory.getbasetemp() / "kubernetes") as one:
+        one.kubectl("create", "--validate=false", "--filename", str(next(CRDS.glob("kubeflow.org_pytorchjobs.*.yaml"))))
+        one.kubectl("wait", "--for=condition=Established", "crd/pytorchjobs.kubeflow.org", "--timeout=60s")
+        yield one
+
+
+@pytest.fixture(scope="session")
+def operator(kubernetes: Node) -> Iterator[TrainingOperator]:
+    """The training operator, played."""
+    one = TrainingOperator(kubernetes.base / "kubeconfig")
+    yield one
+    one.stop()
+    assert one.failure is None, one.failure
+
+
+@pytest.fixture
+def namespace(kubernetes: Node, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own."""
+    name = request.node.name.replace("_", "-")[:50].rstrip("-").lower()
+    kubernetes.kubectl("create", "namespace", name)
+    yield name
+    kubernetes.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def cyclevae(kubernetes: Node, *arguments: str, kubeconfig: Path | None = None, seconds: float = 240) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS...` with the cluster as the current one."""
+    env = {**kubernetes.env, "KUBECONFIG": str(kubeconfig or kubernetes.env["KUBECONFIG"])}
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, text=True, capture_output=True, timeout=seconds)
