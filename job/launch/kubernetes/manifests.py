@@ -103,8 +103,9 @@ def pytorch_job(run: Run, settings: Settings) -> Object:
     settings.refuse_impossible()
     several = settings.nodes > 1
     command = [*entry(run, settings), *([] if several else ["--standalone"]), "-m", "job.train", *run.arguments]
-    environment = [from_field("CYCLEVAE_POD_INDEX", "metadata.labels['training.kubeflow.org/replica-index']"),
-                   *([from_field("PET_LOCAL_ADDR", "status.podIP")] if several else [])]  # addresses need no DNS
+    environment = [from_field("CYCLEVAE_POD_INDEX", "metadata.labels['training.kubeflow.org/replica-index']")]
+    if several:  # addresses need no DNS; with a store shared between rendezvous, ranks never start again after a node has joined
+        environment += [from_field("PET_LOCAL_ADDR", "status.podIP"), {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"}]
     template = pod(run, settings, "pytorch", command, environment, "training.kubeflow.org/job-name", gated=not several)
     policy: Object = {"cleanPodPolicy": "Running", "backoffLimit": max(1, settings.max_restarts), "suspend": settings.queue is not None}
     if settings.deadline_min is not None:
