@@ -27,7 +27,7 @@ def listed(options: argparse.Namespace) -> None:
     from job.launch.kubernetes import status
 
     cluster = connect(options)
-    show([status.row(cluster, job) for job in cluster.list()], options.json)
+    show([status.row(cluster, job) for job in cluster.all()], options.json)
 
 
 def told(options: argparse.Namespace) -> None:
@@ -109,7 +109,7 @@ def chosen(cluster: Any, name: str) -> list[Any]:
     try:
         return [cluster.get(name)]
     except Missing:
-        found = cluster.list(f"{SWEEP}={name}")
+        found = cluster.all(f"{SWEEP}={name}")
         if not found:
             raise
         return list(found)

@@ -44,10 +44,11 @@ class Cluster:
             default = _connect(settings, context)
         except ConfigException as error:
             raise UserError(f"no cluster: {_first_line(error)}; give a kubeconfig (KUBECONFIG, ~/.kube/config) or run in a pod") from error
-        settings.retries = False  # type: ignore[assignment]  # urllib3's word for: say at once what is wrong
+        settings.retries = False  # urllib3's word for: say at once what is wrong
         connection = client.ApiClient(settings)
         self.namespace: str = namespace or default or NAMESPACE
-        self.jobs, self.core = client.CustomObjectsApi(connection), client.CoreV1Api(connection)
+        self.jobs: Any = client.CustomObjectsApi(connection)  # the client's own types allow nothing that is not spelt out
+        self.core: Any = client.CoreV1Api(connection)
         self._where = {**JOBS, "namespace": self.namespace}
         self._host = settings.host
 
@@ -84,9 +85,9 @@ class Cluster:
     def get(self, name: str) -> Object:
         """The job called `name`. Missing without one."""
         with self.asking(f"job {name}"):
-            return self.jobs.get_namespaced_custom_object(**self._where, name=name, _request_timeout=TIMEOUT)  # type: ignore[no-any-return]
+            return self.jobs.get_namespaced_custom_object(**self._where, name=name, _request_timeout=TIMEOUT)
 
-    def list(self, selector: str = OURS) -> list[Object]:
+    def all(self, selector: str = OURS) -> list[Object]:
         """The jobs with these labels."""
         with self.asking("list of jobs"):
             answer: Object = self.jobs.list_namespaced_custom_object(**self._where, label_selector=selector, _request_timeout=TIMEOUT)
@@ -195,7 +196,7 @@ class Cluster:
     def _kueue(self) -> str | None:
         """Version of Kueue's interface."""
         try:
-            groups = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
+            groups: Any = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
         except ApiException:
             return None
         return next((group.preferred_version.version for group in groups if group.name == "kueue.x-k8s.io"), None)
@@ -204,7 +205,7 @@ class Cluster:
         """UserError for a claim, a service account or a queue that a job names and the namespace lacks."""
         spec = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]
         claims = [volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
-        wanted = [("claim", name, self.core.read_namespaced_persistent_volume_claim) for name in claims]
+        wanted: list[tuple[str, str, Any]] = [("claim", name, self.core.read_namespaced_persistent_volume_claim) for name in claims]
         wanted += [("service account", name, self.core.read_namespaced_service_account) for name in [spec.get("serviceAccountName")] if name]
         for kind, name, read in wanted:
             try:
@@ -234,7 +235,7 @@ def _connect(settings: client.Configuration, context: str | None) -> str | None:
         return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text().strip()
     contexts, current = config.list_kube_config_contexts()
     chosen = next(one for one in contexts if one["name"] == context) if context else current
-    return chosen["context"].get("namespace")  # type: ignore[no-any-return]
+    return chosen["context"].get("namespace")
 
 
 def _first_line(error: object) -> str:
