@@ -28,31 +28,37 @@ def _norm(norm: Any, x: Tensor, cond: Tensor, spans: Spans) -> Tensor:
     return spans.norm(x, gamma, beta, norm.ln.eps)
 
 
-class _UnitLength(torch.autograd.Function):
-    """x / |x| over the last dimension in float32 and its gradient, in fewer passes than F.normalize takes."""
+class _HeadNorm(torch.autograd.Function):
+    """RMS norm of the heads of x [N, h, d] in float32, x / |x| * gain [h, d], and its gradient, in fewer passes than autograd's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-12).reciprocal_()
         unit = x * inverse
-        ctx.save_for_backward(unit, inverse)
-        return unit
+        ctx.save_for_backward(unit, inverse, gain)
+        return unit * gain
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        unit, inverse = ctx.saved_tensors
-        along = (unit * gradient).sum(-1, keepdim=True)
-        return torch.addcmul(gradient, unit, along, value=-1).mul_(inverse)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        unit, inverse, gain = ctx.saved_tensors
+        product = unit * gradient
+        along = torch.einsum("nhd,hd->nh", product, gain)[..., None]
+        return (gradient * gain).addcmul_(unit, along, value=-1).mul_(inverse), product.sum(0)
 
 
-def _enter(block: Any, modality: int, streams: Tensor, cond: Tensor, spans: Spans) -> tuple[tuple[Tensor, ...], Mixing | None]:
-    """Queries, keys and values [N, h, d] of streams [N, s, H], and the weights of the way back."""
+def _enter(block: Any, modality: int, streams: Tensor, cond: Tensor, spans: Spans, asking: slice) -> tuple[tuple[Tensor, ...], Mixing | None]:
+    """Queries [.., h, d] of the `asking` tokens, keys and values [N, h, d] of streams [N, s, H], and the weights of the way back."""
     attention = block.joint_attn
     x, weights = read(block.attn_residual_fns[modality], streams)
-    qkv = attention.to_qkv[modality](_norm(block.attn_layernorms[modality], x, cond, spans))
-    q, k, v = qkv.unflatten(-1, (3, attention.split_heads.axes_lengths["h"], -1)).unbind(1)
+    x, weight = _norm(block.attn_layernorms[modality], x, cond, spans), attention.to_qkv[modality].weight
+    if asking == slice(0, len(x)):
+        parts: Any = F.linear(x, weight).chunk(3, dim=-1)
+    else:
+        width = len(weight) // 3
+        parts = F.linear(x[asking], weight[:width]), *F.linear(x, weight[width:]).chunk(2, dim=-1)
+    q, k, v = (part.unflatten(-1, (attention.split_heads.axes_lengths["h"], -1)) for part in parts)
     if attention.qk_rmsnorm:
-        q, k = (_UnitLength.apply(x).mul(norms[modality].gamma[:, 0] * norms[modality].scale).to(v.dtype)
+        q, k = (_HeadNorm.apply(x, norms[modality].gamma[:, 0] * norms[modality].scale).to(v.dtype)
                 for x, norms in ((q, attention.q_rmsnorms), (k, attention.k_rmsnorms)))
     return (q, k, v), weights
 
@@ -74,8 +80,8 @@ def _compiled(function: Any) -> Any:
 
 def _block(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool) -> Streams:
     enter, leave = (_compiled(_enter), _compiled(_leave)) if compiled else (_enter, _leave)
-    text_qkv, text_weights = enter(block, 0, text, cond, layout.text)
-    latent_qkv, latent_weights = enter(block, 1, latent, cond, layout.latent)
+    text_qkv, text_weights = enter(block, 0, text, cond, layout.text, layout.read_text if last else slice(0, len(text)))
+    latent_qkv, latent_weights = enter(block, 1, latent, cond, layout.latent, slice(0, len(latent)))
     text_out, latent_out = layout.attend(text_qkv, latent_qkv, last)
     text_spans, latent_spans = layout.text, layout.latent
     if last:

@@ -81,27 +81,35 @@ class Layout:
         """The tokens of a slice, with their weights and spans."""
         return streams[part], weights and Mixing(*(w[part] for w in weights)), spans.select(part)
 
+    def _joined(self, text: Tensor | None, latent: Tensor | None) -> Tensor:
+        """Rows [.., h, n, d] of the text's tokens with the latent behind them, or of one of the two."""
+        parts = [] if text is None else [text[None] if self.row_by_row else self.padding.unpack(text)]
+        if latent is not None:
+            parts.append(latent[:, None])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
+
     def attend(self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], last: bool) -> tuple[Tensor, Tensor]:
         """Attention within rows: queries, keys and values of text, [T, h, d] each, and of latents, [R, h, d] each.
 
-        Returns outputs [.., h * d] of text and latents; in the last block, of those that a head reads.
+        Returns outputs [.., h * d] of text and latents; in the last block, whose text queries are only those that a head reads, of those.
         """
         rows, groups = len(self.lengths), len(self.heads)
         side = 1 if self.row_by_row else rows  # rows that go through the kernel side by side
         sizes = self.lengths * groups if self.row_by_row else [sum(self.lengths)] * groups
+        read = [self.heads[part * side // rows] if last else ("text", "latent") for part in range(len(sizes))]
+        text_q = iter(text[0].split([size for size, heads in zip(sizes, read, strict=True) if "text" in heads]))
+        keys_and_values = zip(*(x.split(sizes) for x in text[1:]), *(x.split(side) for x in latent), read, strict=True)
         outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-        joined = ([torch.cat([t[None] if self.row_by_row else self.padding.unpack(t), x[:, None]], dim=1).transpose(1, 2)
-                   for t, x in zip(tokens.split(sizes), latents.split(side), strict=True)] for tokens, latents in zip(text, latent, strict=True))
-        for part, (q, k, v) in enumerate(zip(*joined, strict=True)):
-            heads = self.heads[part * side // rows] if last else ("text", "latent")
-            start, stop = (0 if "text" in heads else -1), (None if "latent" in heads else -1)
-            out = F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=self.key_mask).transpose(1, 2).flatten(2)
+        for text_k, text_v, latent_q, latent_k, latent_v, heads in keys_and_values:
+            q = self._joined(next(text_q) if "text" in heads else None, latent_q if "latent" in heads else None)
+            out = F.scaled_dot_product_attention(q, self._joined(text_k, latent_k), self._joined(text_v, latent_v), attn_mask=self.key_mask)
+            out = out.transpose(1, 2).flatten(2)
             if "text" in heads:
                 of_text = out[:, :-1] if "latent" in heads else out
                 outputs[0].append(of_text[0] if self.row_by_row else self.padding.pack(of_text))
             if "latent" in heads:
                 outputs[1].append(out[:, -1])
-        return _cat(outputs[0], text[0]), _cat(outputs[1], text[0])
+        return _cat(outputs[0], text[1]), _cat(outputs[1], text[1])
 
 
 def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
