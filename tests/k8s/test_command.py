@@ -14,18 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from k8s_node import free_ports, wait_for
 from k8s_operator import environment, labels, trainer, with_defaults
 
 from job.launch.kubernetes.manifests import Container, Run, Settings, pytorch_job
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 40
+STEPS = 24
 SMALL = f"""model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
 data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps={STEPS}
 training.global_batch_size=4 training.train_batch_size=1 model.dropout=0.1 training.warmup_steps=10 logging.log_freq=1 logging.eval_freq=0
-logging.save_freq=5 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4 monitoring.enabled=false""".split()
+logging.save_freq=4 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4 monitoring.enabled=false""".split()
 
 
 class Pods:
@@ -73,9 +72,9 @@ class Pods:
                 process.wait()
 
 
-def job(directory: Path, nodes: int, tasks: int) -> dict[str, Any]:
+def job_of(directory: Path) -> dict[str, Any]:
     run = Run("run", str(directory), [*SMALL, f"logging.save_dir={directory.parent}", f"logging.run_name={directory.name}"], port=None)
-    made = pytorch_job(run, Settings(nodes=nodes, tasks_per_node=tasks, container=Container(image="cyclevae:test")))
+    made = pytorch_job(run, Settings(nodes=2, container=Container(image="cyclevae:test")))
     made["metadata"]["uid"] = "1"
     return made
 
@@ -85,25 +84,23 @@ def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
-@pytest.mark.parametrize(("nodes", "tasks"), [(2, 1), (1, 2)])
-def test_a_rank_is_killed_and_the_pods_started_again_go_on(tmp_path: Path, nodes: int, tasks: int) -> None:
-    """Workers that find each other through the rendezvous, and a Master alone with two ranks."""
+def test_a_worker_is_killed_and_the_run_goes_on_when_the_pods_are_made_again(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     (tmp_path / "logs").mkdir()
-    pods = Pods(job(run, nodes, tasks), tmp_path / "logs")
+    pods = Pods(job_of(run), tmp_path / "logs")
     with pods.ended_afterwards():
         pods.start()
-        wait_for(lambda: len(steps(run)) >= 12, "step 12")
+        wait_for(lambda: len(steps(run)) >= 9, "step 9")
         os.kill(rank(pods.processes[-1].pid), signal.SIGKILL)
         codes = pods.codes()
-        assert len(codes) == nodes
+        assert len(codes) == 2
         assert all(code >= 128 for code in codes), "the operator retries exit codes of 128 and more"
         before = len(steps(run))
         assert before < STEPS
         pods.start()
-        assert pods.codes() == [0] * nodes
+        assert pods.codes() == [0, 0]
     assert steps(run) == list(range(1, STEPS + 1))
-    assert sorted(map(int, re.findall(rf"from step (\d+) to {STEPS}", pods.said())))[1] >= 5, "it went on from a checkpoint"
+    assert sorted(map(int, re.findall(rf"from step (\d+) to {STEPS}", pods.said())))[1] > 0, "it went on from a checkpoint"
 
 
 def rank(torchrun: int) -> int:
