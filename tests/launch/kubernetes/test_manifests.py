@@ -1,0 +1,185 @@
+"""The manifests in k8s/ and those that launchers send: valid, generated from one place, and consistent with the trainer."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from schemas import CRDS, ROOT, problems
+
+from job.errors import ExitCode, UserError
+from job.launch.kubernetes.attempt import fruitless_restarts
+from job.launch.kubernetes.generate import OVERLAYS, files
+from job.launch.kubernetes.manifests import STOP, Container, Run, Settings, pytorch_job, train_job
+from job.monitoring.generate import PORTS, pod_monitor
+
+RUN = Run("first", "/runs/first", ["--config-name", "demo"])
+SETTINGS = Settings(container=Container("image:1"))
+needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"no CRDs of the operators in {CRDS}")
+
+
+def render(directory: Path) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would send."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("no kubectl to render with")
+    done = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def pods_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pod templates of a job or runtime."""
+    if manifest["kind"] == "PyTorchJob":
+        return [replica["template"] for replica in manifest["spec"]["pytorchReplicaSpecs"].values()]
+    if manifest["kind"] == "TrainingRuntime":
+        return [job["template"]["spec"]["template"] for job in manifest["spec"]["template"]["spec"]["replicatedJobs"]]
+    return []
+
+
+def variables(container: dict[str, Any]) -> dict[str, Any]:
+    return {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
+
+
+@pytest.mark.parametrize("path", sorted(files()))
+def test_generated_files_are_up_to_date(path: str) -> None:
+    assert (ROOT / path).read_text() == files()[path], "run: python -m job.launch.kubernetes.generate"
+
+
+def test_every_overlay_is_generated() -> None:
+    assert {path.name for path in (ROOT / "k8s" / "overlays").iterdir()} == set(OVERLAYS)
+
+
+@needs_crds
+@pytest.mark.parametrize("name", sorted(OVERLAYS))
+def test_an_overlay_renders_and_is_valid(name: str) -> None:
+    manifests = render(ROOT / "k8s" / "overlays" / name)
+    pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod["spec"]} for one in manifests for pod in pods_of(one)]
+    assert pods
+    assert [problem for manifest in [*manifests, *pods] for problem in problems(manifest)] == []
+    assert {manifest["metadata"].get("namespace") for manifest in manifests if manifest["kind"] not in ("Namespace", "PriorityClass")} == {"cyclevae"}
+    named = {container["image"] for pod in pods for container in [*pod["spec"]["containers"], *pod["spec"]["initContainers"]]}  # type: ignore[index]
+    assert named == {"registry.example/cyclevae:0.1.0"}
+
+
+@needs_crds
+def test_components_render_on_top(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    path = tmp_path / "k8s" / "overlays" / "elastic" / "kustomization.yaml"
+    path.write_text(path.read_text().replace("# components:", "components:").replace("# - ../", "- ../"))
+    manifests = render(path.parent)
+    assert {problem.split(":")[1] for manifest in manifests for problem in problems(manifest)} == {
+        " no schema of monitoring.coreos.com/v1 PodMonitor", " no schema of monitoring.coreos.com/v1 PrometheusRule"}
+    (job,) = (manifest for manifest in manifests if manifest["kind"] == "PyTorchJob")
+    (container,) = pods_of(job)[0]["spec"]["containers"]
+    assert container["resources"]["limits"]["rdma/ib"] == "1"
+    assert variables(container)["NCCL_IB_HCA"] == "mlx5"
+
+
+@needs_crds
+def test_validation_finds_what_is_wrong() -> None:
+    job = pytorch_job(RUN, SETTINGS)
+    assert problems(job) == []
+    assert "replicas" in " ".join(problems({**job, "spec": {**job["spec"], "replicas": 1}}))
+    broken = copy.deepcopy(job)
+    pods_of(broken)[0]["spec"]["containers"][0]["livenessProbe"]["httpget"] = {}
+    assert "httpget" in " ".join(problems(broken))
+    assert "no schema" in " ".join(problems({**job, "kind": "PyTorchJobs"}))
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "runs"}, "spec": {"accessMode": ["ReadWriteMany"]}}
+    assert "accessMode" in " ".join(problems(claim))
+
+
+@pytest.mark.parametrize("name", sorted(OVERLAYS))
+def test_grace_times_are_in_order(name: str) -> None:
+    """Kubernetes kills after torchrun would, and torchrun after a step and a save have had their time."""
+    manifests = list(yaml.safe_load_all((ROOT / "k8s" / "overlays" / name / "job.yaml").read_text()))
+    needed = next(int(one["metadata"]["annotations"][STOP]) for one in manifests if "annotations" in one["metadata"])
+    for pod in (pod for one in manifests for pod in pods_of(one)):
+        torchrun = int(variables(pod["spec"]["containers"][0])["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+        assert pod["spec"]["terminationGracePeriodSeconds"] > torchrun > needed >= 60
+
+
+@pytest.mark.parametrize("name", sorted(OVERLAYS))
+def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None:
+    settings, _ = OVERLAYS[name]
+    manifests = yaml.safe_load_all((ROOT / "k8s" / "overlays" / name / "job.yaml").read_text())
+    (pod,) = [pod for one in manifests for pod in pods_of(one)]
+    spec = pod["spec"]
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False
+    for container in [*spec["containers"], *spec["initContainers"]]:
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    monitored = pod_monitor()["spec"]
+    assert monitored["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (trainer,) = spec["containers"]
+    ports = {port["name"]: port["containerPort"] for port in trainer["ports"]}
+    assert {f"metrics-{rank}": 9400 + rank for rank in range(settings.tasks)}.items() <= ports.items()
+    assert settings.tasks <= PORTS
+    assert "monitoring.port=9400" in trainer["command"]
+
+
+def test_one_node_is_a_master_and_several_are_workers_that_nothing_keeps_from_finding_each_other() -> None:
+    """The operator publishes the DNS names of ready pods alone: whatever delays readiness would delay the rendezvous, and so readiness."""
+    one, several = pytorch_job(RUN, SETTINGS)["spec"], pytorch_job(RUN, Settings(nodes=4, min_nodes=2, container=Container("image:1")))["spec"]
+    assert list(one["pytorchReplicaSpecs"]) == ["Master"]
+    assert "elasticPolicy" not in one
+    assert list(several["pytorchReplicaSpecs"]) == ["Worker"]
+    assert several["elasticPolicy"] == {"rdzvBackend": "c10d", "rdzvId": "first", "minReplicas": 2, "maxReplicas": 4, "maxRestarts": 0}
+    (alone,), (worker,) = one["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"], \
+        several["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= alone.keys()
+    assert not {"startupProbe", "readinessProbe"} & worker.keys()
+    assert worker["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics-0"}
+    assert variables(worker)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    probe = worker["livenessProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] > 300, "training.sick_rank_timeout_seconds comes first"
+
+
+def test_exit_codes_decide_on_a_restart() -> None:
+    """ExitCode retries from 128 on; a Job under Trainer v2 is told the codes."""
+    (replica,) = pytorch_job(RUN, SETTINGS)["spec"]["pytorchReplicaSpecs"].values()
+    assert replica["restartPolicy"] == "ExitCode"
+    assert {code for code in ExitCode if code >= 128} == {ExitCode.RETRY, ExitCode.STOPPED}
+    runtime, _ = train_job(RUN, SETTINGS)
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    told = {code: rule["action"] for rule in job["template"]["spec"]["podFailurePolicy"]["rules"] for code in rule.get("onExitCodes", {"values": []})["values"]}
+    assert told == {1: "FailJob", 2: "FailJob", 134: "Ignore", 143: "Ignore"}
+
+
+def test_settings_reach_the_pod() -> None:
+    settings = Settings(gpus_per_node=8, cpus_per_task=4, mem_gb=100, shm_gb=16, queue="gold", node_selector={"gpu": "h200"}, fs_group=None,
+                        container=Container("image:1", pull_secrets=["registry"], env={"NCCL_DEBUG": "INFO"}),
+                        pod={"runtimeClassName": "nvidia", "securityContext": {"runAsUser": 7}})
+    job = pytorch_job(RUN, settings)
+    spec = pods_of(job)[0]["spec"]
+    (container,) = spec["containers"]
+    assert container["resources"] == {"requests": {"cpu": "32", "memory": "100Gi", "nvidia.com/gpu": "8"}, "limits": {"memory": "100Gi", "nvidia.com/gpu": "8"}}
+    assert variables(container)["NCCL_DEBUG"] == "INFO"
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    assert spec["nodeSelector"] == {"gpu": "h200"}
+    assert spec["runtimeClassName"] == "nvidia"
+    assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}, "runAsUser": 7}
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}} in spec["volumes"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gold"
+    assert job["spec"]["runPolicy"]["suspend"], "Kueue starts it"
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (Settings(), "container.image"), (Settings(nodes=2, min_nodes=3, container=Container("i")), "min_nodes=3"),
+    (Settings(nodes=0, container=Container("i")), "nodes=0"), (Settings(max_restarts=-1, container=Container("i")), "max_restarts=-1")])
+def test_impossible_settings(settings: Settings, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        pytorch_job(RUN, settings)
+
+
+def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> None:
+    assert [fruitless_restarts(tmp_path) for _ in range(3)] == [0, 1, 2]
+    (tmp_path / "checkpoints" / "step_000000090").mkdir(parents=True)
+    assert [fruitless_restarts(tmp_path) for _ in range(2)] == [0, 1]
+    (tmp_path / "checkpoints" / "step_000000100").mkdir()
+    assert fruitless_restarts(tmp_path) == 0
