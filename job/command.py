@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -14,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from job.config import LGDLM_KEYS, keys
 from job.errors import ExitCode, UserError
+
+NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(error: BaseException) -> str:
@@ -49,11 +52,14 @@ def guarded(command: Callable[[], object]) -> None:
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         sys.exit(ExitCode.FAILED)
-    except Exception:
-        if not distributed.is_distributed():
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
+            message, code = f"error: {error.filename}: {error.strerror}", ExitCode.FAILED
+        elif not distributed.is_distributed():
             raise
-        traceback.print_exc()
-        message, code = "error: an unexpected failure, see its traceback", ExitCode.FAILED
+        else:
+            traceback.print_exc()
+            message, code = "error: an unexpected failure, see its traceback", ExitCode.FAILED
     else:
         return
     sys.stdout.flush()

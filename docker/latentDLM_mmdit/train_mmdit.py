@@ -1,2 +1,3 @@
 import runpy
-runpy.run_module("job.train", run_name="__main__", alter_sys=True)  # LGDLM's name of it
+
+runpy.run_module("job.train", run_name="__main__", alter_sys=True)
