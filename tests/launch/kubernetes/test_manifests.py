@@ -62,7 +62,7 @@ def test_an_overlay_renders_and_is_valid(name: str) -> None:
     assert pods
     assert [problem for manifest in [*manifests, *pods] for problem in problems(manifest)] == []
     assert {manifest["metadata"].get("namespace") for manifest in manifests if manifest["kind"] not in ("Namespace", "PriorityClass")} == {"cyclevae"}
-    named = {container["image"] for pod in pods for container in [*pod["spec"]["containers"], *pod["spec"]["initContainers"]]}  # type: ignore[index]
+    named = {container["image"] for pod in pods for container in [*pod["spec"]["containers"], *pod["spec"]["initContainers"]]}
     assert named == {"registry.example/cyclevae:0.1.0"}
 
 

@@ -47,7 +47,7 @@ def manifests(submit: Callable[..., str]) -> Manifests:
 def trainer(job: dict[str, Any]) -> dict[str, Any]:
     (replica,) = job["spec"]["pytorchReplicaSpecs"].values()
     (container,) = replica["template"]["spec"]["containers"]
-    return container  # type: ignore[no-any-return]
+    return container
 
 
 def test_a_run_is_a_job_of_its_name(manifests: Manifests) -> None:
