@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -192,36 +191,28 @@ class Cluster:
                 if not (isinstance(error.__cause__, ApiException) and error.__cause__.status == 410):
                     raise
 
-    @cached_property
-    def _kueue(self) -> str | None:
-        """Version of Kueue's interface."""
-        try:
-            groups: Any = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
-        except ApiException:
-            return None
-        return next((group.preferred_version.version for group in groups if group.name == "kueue.x-k8s.io"), None)
-
     def refuse_missing(self, job: Object) -> None:
         """UserError for a claim, a service account or a queue that a job names and the namespace lacks."""
         spec = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]
         claims = [volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
-        wanted: list[tuple[str, str, Any]] = [("claim", name, self.core.read_namespaced_persistent_volume_claim) for name in claims]
-        wanted += [("service account", name, self.core.read_namespaced_service_account) for name in [spec.get("serviceAccountName")] if name]
-        for kind, name, read in wanted:
-            try:
-                read(name, self.namespace, _request_timeout=TIMEOUT)
-            except ApiException as error:
-                if error.status == 404:
+        accounts = [spec["serviceAccountName"]] if "serviceAccountName" in spec else []
+        for kind, read, names in (("claim", self.core.read_namespaced_persistent_volume_claim, claims),
+                                  ("service account", self.core.read_namespaced_service_account, accounts)):
+            for name in names:
+                try:
+                    with self.asking(f"{kind} {name}"):
+                        read(name, self.namespace, _request_timeout=TIMEOUT)
+                except Missing as error:
                     raise Missing(f"namespace {self.namespace} has no {kind} {name}: kubectl apply -k k8s/base creates it") from error
-                with self.asking(f"{kind} {name}"):
-                    raise
         queue = job["metadata"]["labels"].get(QUEUE)
         if queue is None:
             return
-        if self._kueue is None:
-            raise Missing(f"queue {queue}: the cluster has no Kueue; leave hydra.launcher.queue out")
         with self.asking(f"queue {queue}"):
-            self.jobs.get_namespaced_custom_object("kueue.x-k8s.io", self._kueue, self.namespace, "localqueues", queue, _request_timeout=TIMEOUT)
+            groups: Any = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
+            version = next((group.preferred_version.version for group in groups if group.name == "kueue.x-k8s.io"), None)
+            if version is None:
+                raise Missing(f"queue {queue}: the cluster has no Kueue; leave hydra.launcher.queue out")
+            self.jobs.get_namespaced_custom_object("kueue.x-k8s.io", version, self.namespace, "localqueues", queue, _request_timeout=TIMEOUT)
 
 
 def _connect(settings: client.Configuration, context: str | None) -> str | None:

@@ -44,7 +44,7 @@ class Settings:
     container: Container = field(default_factory=Container)
     runs_claim: str = "runs"
     data_claim: str = "data"
-    prepare: list[str] = field(default_factory=list)  # arguments of job.prepare, run first; a finished dataset is left as it is
+    prepare: list[str] = field(default_factory=list)  # arguments of job.prepare, run before training; a finished dataset is left as it is
     queue: str | None = None  # Kueue's LocalQueue
     priority_class: str | None = None
     service_account: str | None = None
@@ -113,7 +113,8 @@ def pytorch_job(run: Run, settings: Settings) -> Object:
     spec: Object = {"runPolicy": policy, "nprocPerNode": str(settings.tasks)}
     if several:
         spec["elasticPolicy"] = {"rdzvBackend": "c10d", "rdzvId": run.name, "minReplicas": settings.min_nodes or settings.nodes,
-                                 "maxReplicas": settings.nodes, "maxRestarts": 0}
+                                 "maxReplicas": settings.nodes, "maxRestarts": 0,
+                                 "rdzvConf": [{"key": "join_timeout", "value": str(60 * settings.start_min)}]}
     spec["pytorchReplicaSpecs"] = {"Worker" if several else "Master": {"replicas": settings.nodes, "restartPolicy": "ExitCode", "template": template}}
     return _object("kubeflow.org/v1", "PyTorchJob", run, settings, spec)
 
@@ -145,15 +146,15 @@ def train_job(run: Run, settings: Settings) -> list[Object]:
 
 
 def entry(run: Run, settings: Settings) -> list[str]:
-    """The head of the container's command; the arguments of torchrun follow."""
-    return ["tini", "--", "python", "-m", "job.launch.kubernetes.attempt", run.directory, str(settings.max_restarts)]
+    """The head of a container's command; the arguments of torchrun follow."""
+    return ["tini", "--", "python", "-m", "job.launch.kubernetes.attempt", run.directory, str(settings.max_restarts), *settings.prepare, "--"]
 
 
 def pod(run: Run, settings: Settings, name: str, command: list[str], environment: list[Object], job_label: str, gated: bool) -> Object:
     """Template of a node's pod. `gated`: it may count as ready only when it trains (nothing looks it up by name before)."""
     trainer = {"name": name, **_image(settings), "command": command, "workingDir": "/", **_ports(run, settings),
                "env": [*_variables(settings), *environment], "resources": _resources(settings), **(probes(settings, gated) if run.port else {}),
-               "securityContext": SECURITY, "volumeMounts": [*_MOUNTS, {"name": "data", "mountPath": DATA, "readOnly": True}]}
+               "securityContext": SECURITY, "volumeMounts": [*_MOUNTS, {"name": "data", "mountPath": DATA, "readOnly": not settings.prepare}]}
     spec: Object = {
         "automountServiceAccountToken": False, "enableServiceLinks": False, "terminationGracePeriodSeconds": settings.grace_seconds,
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"},
@@ -163,11 +164,6 @@ def pod(run: Run, settings: Settings, name: str, command: list[str], environment
                     {"name": "data", "persistentVolumeClaim": {"claimName": settings.data_claim}},
                     {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{settings.shm_gb}Gi"}}, {"name": "tmp", "emptyDir": {}}],
     }
-    if settings.prepare:  # the pods of a run take turns; the first does the work
-        spec["initContainers"] = [{
-            "name": "prepare", **_image(settings), "command": ["flock", f"{DATA}/.prepare.lock", "python", "-m", "job.prepare", *settings.prepare],
-            "workingDir": "/", "env": _variables(settings), "resources": _resources(settings, gpus=False), "securityContext": SECURITY,
-            "volumeMounts": [*_MOUNTS, {"name": "data", "mountPath": DATA}]}]
     if settings.nodes > 1:
         spec["topologySpreadConstraints"] = [{"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway",
                                               "labelSelector": {"matchLabels": {job_label: run.name}}}]
@@ -209,11 +205,11 @@ def _variables(settings: Settings) -> list[Object]:
     return [{"name": name, "value": str(value)} for name, value in values.items()]
 
 
-def _resources(settings: Settings, gpus: bool = True) -> Object:
+def _resources(settings: Settings) -> Object:
     """Memory and GPUs as limits; processors are only requested, since a limit would throttle the loader."""
     cpu = {"cpu": str(settings.cpus_per_task * settings.tasks)} if settings.cpus_per_task else {}
     memory = {"memory": f"{settings.mem_gb}Gi"} if settings.mem_gb else {}
-    gpu = {settings.gpu_resource: str(settings.gpus_per_node)} if gpus and settings.gpus_per_node else {}
+    gpu = {settings.gpu_resource: str(settings.gpus_per_node)} if settings.gpus_per_node else {}
     return {key: value for key, value in (("requests", {**cpu, **memory, **gpu}), ("limits", {**memory, **gpu})) if value}
 
 

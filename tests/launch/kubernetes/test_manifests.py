@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ def test_an_overlay_renders_and_is_valid(name: str) -> None:
     assert pods
     assert [problem for manifest in [*manifests, *pods] for problem in problems(manifest)] == []
     assert {manifest["metadata"].get("namespace") for manifest in manifests if manifest["kind"] not in ("Namespace", "PriorityClass")} == {"cyclevae"}
-    named = {container["image"] for pod in pods for container in [*pod["spec"]["containers"], *pod["spec"]["initContainers"]]}
+    named = {container["image"] for pod in pods for container in pod["spec"]["containers"]}
     assert named == {"registry.example/cyclevae:0.1.0"}
 
 
@@ -112,7 +115,7 @@ def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert spec["automountServiceAccountToken"] is False
-    for container in [*spec["containers"], *spec["initContainers"]]:
+    for container in spec["containers"]:
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
     monitored = pod_monitor()["spec"]
     assert monitored["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
@@ -129,7 +132,8 @@ def test_one_node_is_a_master_and_several_are_workers_that_nothing_keeps_from_fi
     assert list(one["pytorchReplicaSpecs"]) == ["Master"]
     assert "elasticPolicy" not in one
     assert list(several["pytorchReplicaSpecs"]) == ["Worker"]
-    assert several["elasticPolicy"] == {"rdzvBackend": "c10d", "rdzvId": "first", "minReplicas": 2, "maxReplicas": 4, "maxRestarts": 0}
+    assert several["elasticPolicy"] == {"rdzvBackend": "c10d", "rdzvId": "first", "minReplicas": 2, "maxReplicas": 4, "maxRestarts": 0,
+                                        "rdzvConf": [{"key": "join_timeout", "value": "1800"}]}
     (alone,), (worker,) = one["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"], \
         several["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= alone.keys()
@@ -178,8 +182,49 @@ def test_impossible_settings(settings: Settings, words: str) -> None:
 
 
 def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> None:
-    assert [fruitless_restarts(tmp_path) for _ in range(3)] == [0, 1, 2]
+    def started(trained: bool = True) -> int:
+        restarts = fruitless_restarts(tmp_path)
+        if trained:
+            (tmp_path / "environment.json").write_text("{}")
+            os.utime(tmp_path / "environment.json", (0, next(seconds)))
+        return restarts
+
+    seconds = itertools.count(1)
+    assert [started() for _ in range(3)] == [0, 1, 2]
+    assert [started(trained=False) for _ in range(3)] == [3, 3, 3], "nothing counts while other nodes are waited for"
     (tmp_path / "checkpoints" / "step_000000090").mkdir(parents=True)
-    assert [fruitless_restarts(tmp_path) for _ in range(2)] == [0, 1]
+    assert [started() for _ in range(2)] == [0, 1]
     (tmp_path / "checkpoints" / "step_000000100").mkdir()
-    assert fruitless_restarts(tmp_path) == 0
+    assert started() == 0
+
+
+def attempt(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "job.launch.kubernetes.attempt", *arguments], cwd=directory, capture_output=True, text=True, timeout=250,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def test_data_are_prepared_once_and_a_mistake_in_it_is_final(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "texts.txt").write_text("".join(f"A line of text with the number {number}.\n" for number in range(60)))
+    prepare = ["--out", "data/mine", "--source", "texts.txt", "--vocab-size", "300", "--latent-dim", "4", "--validation-fraction", "0.2"]
+    first = attempt(tmp_path, "runs/r", "5", *prepare, "--", "--nproc-per-node=1", "--max-restarts=7", "x.py")
+    assert first.returncode == ExitCode.USAGE, "torchrun was started, and refused its arguments"
+    assert "training and" in first.stdout
+    again = attempt(tmp_path, "runs/r", "5", *prepare, "--", "--max-restarts=7", "x.py")
+    assert "finished already" in again.stdout
+    wrong = attempt(tmp_path, "runs/r", "5", "--out", "data/other", "--source", "absent.txt", "--", "x.py")
+    assert (wrong.returncode, "absent.txt" in wrong.stderr) == (ExitCode.FAILED, True)
+
+
+def test_a_run_that_comes_no_further_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "kubernetes").mkdir()
+    (tmp_path / "kubernetes" / "attempts.json").write_text('{"checkpoint": null, "trained": 1.0, "fruitless": 5}')
+    done = attempt(tmp_path, str(tmp_path), "5", "--", "x.py")
+    assert done.returncode == ExitCode.FAILED
+    assert "6 starts in a row without a new checkpoint (max_restarts=5)" in done.stderr
+
+
+def test_a_claim_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = attempt(tmp_path, f"{tmp_path}/file/run", "5", "--", "x.py")
+    assert (done.returncode, "Traceback" in done.stderr, "fs_group" in done.stderr) == (ExitCode.FAILED, False, True)

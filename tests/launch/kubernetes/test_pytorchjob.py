@@ -57,8 +57,8 @@ def test_a_run_is_a_job_of_its_name(manifests: Manifests) -> None:
     assert job["metadata"]["annotations"][RUN] == "/runs/r"
     assert job["spec"]["nprocPerNode"] == "8"
     assert trainer(job)["command"] == [
-        "tini", "--", "python", "-m", "job.launch.kubernetes.attempt", "/runs/r", "5", "--standalone", "-m", "job.train", "--config-name", "mmdit_cycle_vae",
-        "data=synthetic", "logging.run_name=r", "hydra.run.dir='/runs/r'", "monitoring.port=9400"]
+        "tini", "--", "python", "-m", "job.launch.kubernetes.attempt", "/runs/r", "5", "--", "--standalone", "-m", "job.train", "--config-name",
+        "mmdit_cycle_vae", "data=synthetic", "logging.run_name=r", "hydra.run.dir='/runs/r'", "monitoring.port=9400"]
     assert {"name": "NCCL_DEBUG", "value": "INFO"} in trainer(job)["env"]
 
 
