@@ -58,4 +58,4 @@ k8s-tools:                            ## Kubernetes for test-k8s: programs from 
 	tests/k8s/build.sh "$${XDG_CACHE_HOME:-$$HOME/.cache}/cyclevae/kubernetes"
 
 test-k8s: .venv/dev                   ## manifests, launcher and image on a real Kubernetes of one node (as root)
-	CYCLEVAE_TEST_K8S=1 $(BIN)/python -m pytest tests/k8s
+	CYCLEVAE_TEST_K8S=1 $(BIN)/python -m pytest tests/k8s tests/launch/kubernetes/test_elastic.py
