@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -103,12 +104,14 @@ class Cluster:
         with self.asking(f"job {name}"):
             self.jobs.delete_namespaced_custom_object(**self._where, name=name, body=client.V1DeleteOptions(propagation_policy="Foreground"),
                                                       _request_timeout=TIMEOUT)
-        while True:
+        for second in itertools.count():
             try:
                 self.get(name)
             except Missing:
                 if not self.pods(name):
                     return
+            if second == 10:
+                print(f"job {name}: waiting until its pods have ended", file=sys.stderr, flush=True)
             time.sleep(1.0)
 
     def suspend(self, name: str, suspended: bool) -> None:
