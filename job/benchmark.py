@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from job.benchmarking import startup
 from job.benchmarking.durability import checkpoint_stall, resume_seconds
 from job.benchmarking.measure import Shape, compare
+from job.benchmarking.ranks import step_seconds
 from job.command import guarded
 from job.errors import UsageError
 
-GROWTH = {"seq_len": (128, 256, 512, 1024, 2048, 4096), "batch": (1, 2, 4, 8, 16), "n_blocks": (1, 2, 4, 8), "vocab": (4096, 8192, 16384, 32768)}
+# LGDLM decodes the predicted latent whatever the cycle's weight is: a baseline with a weight that does not show does so too.
+TARGETS = {
+    "all four terms, full rows": (1.0, "", ""),
+    "all four terms, rows of 60%": (0.6, "", ""),
+    "cycle weights zero, full rows": (1.0, ",loss.cycle_text_weight=1e-30,loss.cycle_latent_weight=0", ",loss.cycle_text_weight=0,loss.cycle_latent_weight=0"),
+}
+GROWTH = {"seq_len": (128, 256, 512, 1024, 2048, 4096), "batch": (1, 2, 4, 8, 16), "n_blocks": (1, 2, 4, 8), "vocab": (4096, 8192, 16384, 32768),
+          "ranks": (1, 2, 4)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=9, help="steps of each setting (%(default)s)")
     p.add_argument("--grow", choices=sorted(GROWTH), help="measure along one axis and fit the exponent of the cost")
     p.add_argument("--values", type=int, nargs="+", help="places along the axis of --grow")
+    p.add_argument("--targets", action="store_true", help="instead: the speed-ups that the README tells, in float32 and beside them in bf16")
+    p.add_argument("--startup", type=Path, metavar="DATA", help="instead: seconds to the first step of the demo on prepared data, and the wait for data")
     p.add_argument("--durability", action="store_true", help="instead: the stall of a checkpoint, and resume time against the size of the data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--peak-tflops", type=float, help="the device's peak for the model FLOPs utilization")
@@ -57,6 +69,17 @@ def measure(options: argparse.Namespace, shape: Shape, more: list[str]) -> dict[
     settings = {name: setting(options.set + more, name, shape) for name in options.compare}
     peak = options.peak_tflops * 1e12 if options.peak_tflops else None
     return compare(settings, shape, torch.device(options.device), options.repeats, peak)
+
+
+def targets(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """Print and return the figures of every target."""
+    results = {}
+    for name, (fill, plain, fast) in TARGETS.items():
+        fast = f"model.implementation=fast{fast}"
+        options.compare = [f"model.implementation=plain{plain}", fast, f"{fast},training.dtype=bf16"]
+        results[name] = measure(options, replace(shape, fill=fill), [])
+        print(f"\n{name}\n{table(results[name])}", flush=True)
+    return results
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
@@ -83,7 +106,12 @@ def grow(options: argparse.Namespace, shape: Shape) -> dict[int, dict[str, dict[
     """Figures along one axis."""
     results = {}
     for value in options.values or GROWTH[options.grow]:
-        here = Shape(**{**vars(shape), options.grow: value}) if options.grow != "n_blocks" else shape
+        if options.grow == "ranks":
+            results[value] = {name: {"step_seconds": step_seconds(setting(options.set, name, shape), shape, options.device, value, options.repeats)}
+                              for name in options.compare}
+            print(f"{value} ranks: " + ", ".join(f"{name} {f['step_seconds']:.3f} s" for name, f in results[value].items()), flush=True)
+            continue
+        here = replace(shape, **{options.grow: value}) if options.grow != "n_blocks" else shape
         results[value] = measure(options, here, [f"model.n_blocks={value}"] if options.grow == "n_blocks" else [])
         print(f"\n{options.grow} = {value}\n{table(results[value])}", flush=True)
     for name in options.compare if len(results) > 1 else []:
@@ -117,6 +145,15 @@ def durability(repeats: int) -> dict[str, Any]:
     return {"stall": stalls, "resume": resumes}
 
 
+def starts(data: Path, repeats: int) -> dict[str, Any]:
+    """Print and return what a run costs before its first step, and its wait for data."""
+    figures = startup.compare(data, repeats)
+    print(f"{'':<22} {'first step s':>12} {'step s':>8} {'waiting for data':>17}")
+    for name, f in figures.items():
+        print(f"{name:<22} {f['first_step_seconds']:>12.1f} {f['step_seconds']:>8.3f} {f['data_wait']:>17.2%}")
+    return figures
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the command line says."""
     options = parser().parse_args(arguments)
@@ -127,6 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{machine}, torch {torch.__version__}, {shape}")
     if options.durability:
         results: Any = durability(options.repeats)
+    elif options.startup:
+        results = starts(options.startup, options.repeats)
+    elif options.targets:
+        results = targets(options, shape)
     elif options.grow:
         results = grow(options, shape)
     else:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from job.benchmarking.flops import step_flops
+from job.assembly import passes
 from job.config import Config, from_dict, validate
 from job.model.multimodal import build_model
+from job.monitoring.flops import pass_flops
 from job.objective.fast import build_trainer
 from job.runtime.optimizer import Optimizer
 from job.runtime.precision import autocast
@@ -62,6 +67,7 @@ class Case:
         self.optimizer = Optimizer(model, self.config, device)
         called = AllHeads(model) if self.config.model.implementation == "plain" else model
         self.trainer = build_trainer(called, self.config.model, self.config.loss, self.config.training, MASK).to(device)
+        self.module = DistributedDataParallel(self.trainer, gradient_as_bucket_view=True) if dist.is_initialized() else self.trainer
         generator = torch.Generator().manual_seed(0)
         mask = torch.arange(shape.seq_len) < torch.tensor(shape.lengths())[:, None]
         tokens = torch.randint(4, shape.vocab, mask.shape, generator=generator) * mask
@@ -72,14 +78,17 @@ class Case:
         """Seconds of each part of one training step, and its loss."""
         seconds = dict.fromkeys(PARTS, 0.0)
         self.trainer.zero_grad()
-        for stage in range(self.trainer.stages(0)):
-            start = self._now()
-            with autocast(self.config.training.dtype, self.device):
-                loss, metrics = self.trainer(self.batch, 0, None, stage)
-            middle = self._now()
-            loss.backward()
-            seconds["forward"] += middle - start
-            seconds["backward"] += self._now() - middle
+        stages = self.trainer.stages(0)
+        for stage in range(stages):
+            reducing = self.module.no_sync() if isinstance(self.module, DistributedDataParallel) and stage < stages - 1 else nullcontext()
+            with reducing:
+                start = self._now()
+                with autocast(self.config.training.dtype, self.device):
+                    loss, metrics = self.module(self.batch, 0, stage=stage)
+                middle = self._now()
+                loss.backward()
+                seconds["forward"] += middle - start
+                seconds["backward"] += self._now() - middle
         start = self._now()
         self.optimizer.step(0)
         seconds["optimizer"] = self._now() - start
@@ -92,7 +101,8 @@ class Case:
 
     @property
     def flops(self) -> float:
-        return step_flops(self.config, self.shape.lengths(), self.shape.vocab, self.shape.latent_dim)
+        of_pass = pass_flops(self.config.model, np.array(self.shape.lengths()), self.shape.vocab, self.shape.latent_dim)
+        return sum(count * of_pass[name] for name, count in passes(self.trainer, 0).items())
 
 
 def compare(settings: dict[str, dict[str, Any]], shape: Shape, device: torch.device, repeats: int,

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from job.benchmark import exponent, main
-from job.benchmarking.flops import step_flops
 from job.benchmarking.measure import Shape
-from job.config import Config
 
 SMALL = ["--set", "model.hidden_size=32", "model.n_blocks=2", "model.cond_dim=32", "--batch", "2", "--seq-len", "16", "--vocab", "64", "--latent-dim", "8",
          "--repeats", "2", "--device", "cpu"]
@@ -36,13 +34,10 @@ def test_row_lengths_have_the_mean_asked_for() -> None:
     assert max(lengths) <= 100
 
 
-def test_operations_of_the_text_head_and_of_the_cycle() -> None:
-    config = Config()
-    one, two = (step_flops(config, [7], vocab, 16) for vocab in (100, 200))
-    assert two - one == 2 * 3 * 7 * 2 * config.model.hidden_size * 100  # two decoding passes, forward and twice that backward
-    config.loss.cycle_text_weight = config.loss.cycle_latent_weight = 0.0
-    assert step_flops(config, [7], 100, 16) == one / 2
-
-
 def test_exponent() -> None:
     assert exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+
+
+def test_cost_along_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*SMALL, "--grow", "ranks", "--values", "1", "2", "--compare", "model.implementation=fast"])
+    assert "2 ranks: model.implementation=fast" in capsys.readouterr().out
