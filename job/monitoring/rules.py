@@ -75,7 +75,7 @@ def liveness(d: Durations) -> list[Alert]:
               "The process died, is stopped or its node is away. Look at the job in the scheduler (`squeue -j JOB_ID`, `kubectl get pods`) and at the end "
               "of its output. If the job is over, it was killed: start the run again, it goes on from its checkpoint; or delete the file that announces it "
               "in monitoring.targets_dir."),
-        Alert("CyclevaeRunEndedEarly", f"max by (run) (cyclevae_progress_ratio offset {d(5 * MINUTE)})",
+        Alert("CyclevaeRunEndedEarly", f"max by (run) (max_over_time(cyclevae_progress_ratio[{d(30 * MINUTE)}]))",
               "< 1 unless on (run) max by (run) (cyclevae_progress_ratio)", MINUTE, "warning",
               "Run {{ $labels.run }} is gone before its last step",
               "It stopped or failed and has not been started again. Read the last lines of its output and its exit code: 143 stopped with a checkpoint, "

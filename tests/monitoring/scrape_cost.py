@@ -70,9 +70,9 @@ def main() -> None:
                    "training.num_train_steps=1000000", "logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=0"]
         run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
-            target = until(lambda: next(Path(directory, ".targets").glob("*.json"), None), 120, "the run listens")
+            target = until(lambda: next(Path(directory, ".targets").glob("*.json"), None), "the run listens")
             url = f"http://{json.loads(target.read_text())[0]['targets'][0]}/metrics"
-            until(lambda: log.exists() and len(log.read_text().splitlines()) > 20, 300, "it trains")
+            until(lambda: log.exists() and len(log.read_text().splitlines()) > 20, "it trains")
             scraper, ratios = Scraper(url, options.rate), []
             for number in range(options.pairs):
                 times = {}

@@ -36,11 +36,11 @@ def free_port() -> int:
 
 
 def get(url: str, **parameters: str) -> Any:
-    with urllib.request.urlopen(f"{url}?{urllib.parse.urlencode(parameters)}", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}?{urllib.parse.urlencode(parameters)}", timeout=60) as answer:
         return json.load(answer)
 
 
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
     """The first true value of a condition, asked for four times a second."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -55,12 +55,13 @@ class Receiver:
     """Where Alertmanager sends its notifications."""
 
     def __init__(self) -> None:
-        self.alerts: list[dict[str, Any]] = []
-        alerts = self.alerts
+        self.status: dict[frozenset[tuple[str, str]], str] = {}  # what was last told of every alert, by its labels
+        status = self.status
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                alerts.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["alerts"])
+                for alert in json.loads(self.rfile.read(int(self.headers["Content-Length"])))["alerts"]:
+                    status[frozenset(alert["labels"].items())] = alert["status"]
                 self.send_response(200)
                 self.end_headers()
 
@@ -98,7 +99,7 @@ class Stack:
         for number, command in enumerate(commands):
             with (directory / f"{number}.log").open("w") as log:
                 self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
-        until(self._ready, 30, f"Prometheus and Alertmanager answer (see the logs in {directory})")
+        until(self._ready, f"Prometheus and Alertmanager answer (see the logs in {directory})")
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Result of an instant query. A query that Prometheus refuses raises HTTPError."""
@@ -119,9 +120,9 @@ class Stack:
                 if alert["labels"]["alertname"] == name and labels.items() <= alert["labels"].items()]
 
     def notified(self, status: str, name: str, **labels: str) -> bool:
-        """Whether the receiver was told that an alert is `firing` or `resolved`."""
-        return any(alert["status"] == status and alert["labels"]["alertname"] == name and labels.items() <= alert["labels"].items()
-                   for alert in list(self.receiver.alerts))
+        """Whether the last that the receiver was told of an alert is that it is `firing` or `resolved`."""
+        wanted = {"alertname": name, **labels}.items()
+        return any(wanted <= alert and last == status for alert, last in list(self.receiver.status.items()))
 
     def close(self) -> None:
         for process in self.processes:

@@ -1,6 +1,7 @@
 """A real run of two ranks under a real Prometheus and Alertmanager: every panel and rule has something to show, and what goes wrong is told.
 
 The tests share the run and follow each other. Rules' times are 60 times shorter: 5 minutes are 5 seconds.
+None of them waits for a moment that can be missed: what is looked for stays until it was seen, on a machine that is as busy as it likes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,17 +30,19 @@ from job.monitoring.flops import Work
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter
 from job.monitoring.rules import Durations, alerts, recordings
+from job.monitoring.training_log import read
 from job.runtime.checkpoint import SaveStats
 from job.runtime.distributed import Process
 
 pytestmark = [pytest.mark.monitoring,
-              pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not found: `make monitoring-tools` installs Debian's packages")]
+              pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not found: `make monitoring-tools` installs Debian's packages"),
+              pytest.mark.timeout(1200)]
 SPEED = 60.0
 RUN = "lab/a=1"
 MOST_SERIES = {"0": 130, "1": 50}  # of the run and its first rank; of every further rank
 SETTINGS = """model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
 data.synthetic_samples=64 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps=100000
-training.train_batch_size=2 training.sick_rank_timeout_seconds=120 training.max_nonfinite_steps=100000 logging.log_freq=2 logging.eval_freq=20
+training.train_batch_size=2 training.sick_rank_timeout_seconds=900 training.max_nonfinite_steps=100000 logging.log_freq=2 logging.eval_freq=20
 logging.save_freq=20 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4 monitoring.host=127.0.0.1
 monitoring.stalled_after_seconds=3"""
 
@@ -94,13 +98,6 @@ def stack(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Itera
     stack.close()
 
 
-@pytest.fixture(autouse=True)
-def no_old_news(request: pytest.FixtureRequest) -> None:
-    """What a test is told happened in it."""
-    if "stack" in request.fixturenames:
-        request.getfixturevalue("stack").receiver.alerts.clear()
-
-
 def addresses(training: Training) -> dict[str, str]:
     groups = [group for path in (training.runs / ".targets").glob("*.json") for group in json.loads(path.read_text())]
     return {group["labels"]["rank"]: group["targets"][0] for group in groups}
@@ -124,13 +121,20 @@ def test_every_panel_and_rule_has_something_to_show(training: Training, stack: S
                 *((alert.name, alert.signal) for alert in alerts(Durations(SPEED))),
                 *((title, substitute(query, ".*", "5s")) for title, query in dashboard_queries())]
 
-    def empty() -> list[tuple[str, str]]:
-        return [(name, expression) for name, expression in expected if not stack.query(expression)]
+    def all_seen() -> bool:
+        """A query over the last second is empty whenever the machine was too busy to scrape in it."""
+        expected[:] = [(name, expression) for name, expression in expected if not stack.query(expression)]
+        return not expected
 
-    until(lambda: stack.value(f'cyclevae_eval_step{{run="{RUN}"}}'), 240, "the run evaluates")
-    until(lambda: not empty(), 60, "nothing is empty") if empty() else None
-    assert {(r["metric"]["run"], r["metric"]["rank"], r["metric"]["job_id"]) for r in stack.query('up{job="cyclevae"} == 1')} == {
-        (RUN, "0", "local"), (RUN, "1", "local")}
+    def targets() -> set[tuple[str, str, str]]:
+        return {(r["metric"]["run"], r["metric"]["rank"], r["metric"]["job_id"]) for r in stack.query('up{job="cyclevae"} == 1')}
+
+    until(lambda: stack.value(f'cyclevae_eval_step{{run="{RUN}"}}'), "the run evaluates")
+    try:
+        until(all_seen, "nothing is empty")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {expected}") from error
+    until(lambda: targets() == {(RUN, "0", "local"), (RUN, "1", "local")}, "both ranks answer")
     assert not stack.query('{exported_run!=""}')  # labels of metrics and targets agree
 
 
@@ -150,17 +154,15 @@ def test_promtool_accepts_the_metrics_and_they_are_few(training: Training, stack
         assert (checked.stdout + checked.stderr).strip() == ""
         assert len([line for line in exposed.splitlines() if not line.startswith("#")]) <= MOST_SERIES[rank]
     for rank, most in MOST_SERIES.items():
-        count = stack.value(f'count({{__name__=~"cyclevae_.+",run="{RUN}",rank="{rank}"}})')
-        assert count is not None
-        assert count <= most
+        query = f'count({{__name__=~"cyclevae_.+",run="{RUN}",rank="{rank}"}})'
+        assert until(lambda query=query: stack.value(query), "a scrape") <= most  # type: ignore[misc]
 
 
 def test_the_log_holds_what_prometheus_has(training: Training, stack: Stack) -> None:
-    lines = [json.loads(line) for line in (training.runs / RUN / "training_log.jsonl").read_text().splitlines()]
-    logged = {line["base_l2t_text_loss"] for line in lines}
     end = time.time()
-    series = stack.range(f'cyclevae_loss{{run="{RUN}",term="base_l2t_text"}}', end - 10, end, 1)[0]
-    assert {float(value) for _, value in series["values"]} <= logged
+    series = stack.range(f'cyclevae_loss{{run="{RUN}",term="base_l2t_text"}}', end - 60, end, 1)[0]
+    shown = {float(value) for _, value in series["values"]}
+    until(lambda: shown <= {line["base_l2t_text_loss"] for line in read(training.runs / RUN / "training_log.jsonl")}, "what is shown is logged")
 
 
 def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
@@ -169,37 +171,41 @@ def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
 
 
 def test_a_frozen_rank(training: Training, stack: Stack) -> None:
-    healthz = f"http://{addresses(training)['0']}/healthz"
-    assert urllib.request.urlopen(healthz).status == 200
+    def health() -> int | None:
+        try:
+            return urllib.request.urlopen(f"http://{addresses(training)['0']}/healthz").status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    until(lambda: health() == 200, "it is well")
     frozen = training.workers()["1"]
     os.kill(frozen, signal.SIGSTOP)
     try:
-        until(lambda: stack.notified("firing", "CyclevaeTargetGone", run=RUN, rank="1"), 60, "the frozen rank is gone")
-        until(lambda: stack.notified("firing", "CyclevaeRunStalled", run=RUN, rank="0"), 60, "the other rank is stalled")
-        with pytest.raises(urllib.error.HTTPError, match="503"):
-            urllib.request.urlopen(healthz)
+        until(lambda: stack.notified("firing", "CyclevaeTargetGone", run=RUN, rank="1"), "the frozen rank is gone")
+        until(lambda: stack.notified("firing", "CyclevaeRunStalled", run=RUN, rank="0"), "the other rank is stalled")
+        assert health() == 503
     finally:
         os.kill(frozen, signal.SIGCONT)
-    until(lambda: stack.notified("resolved", "CyclevaeTargetGone", run=RUN, rank="1"), 60, "the rank is back")
-    until(lambda: stack.notified("resolved", "CyclevaeRunStalled", run=RUN, rank="0"), 60, "the run goes on")
-    assert urllib.request.urlopen(healthz).status == 200
+    until(lambda: stack.notified("resolved", "CyclevaeTargetGone", run=RUN, rank="1"), "the rank is back")
+    until(lambda: stack.notified("resolved", "CyclevaeRunStalled", run=RUN, rank="0"), "the run goes on")
+    until(lambda: health() == 200, "it is well again")
 
 
 def test_losses_that_are_not_finite(training: Training, stack: Stack) -> None:
     training.poison.touch()
-    until(lambda: stack.notified("firing", "CyclevaeNonfiniteSteps", run=RUN), 60, "skipped steps are told")
+    until(lambda: stack.notified("firing", "CyclevaeNonfiniteSteps", run=RUN), "skipped steps are told")
     training.poison.unlink()
-    until(lambda: stack.notified("resolved", "CyclevaeNonfiniteSteps", run=RUN), 60, "no more are skipped")
+    until(lambda: not stack.active("CyclevaeNonfiniteSteps", run=RUN), "no more are skipped")  # a critical alert may mute the notification
 
 
 def test_checkpoints_that_do_not_fit(training: Training, stack: Stack) -> None:
     """No file may grow beyond 10 kB, as if the disk or the quota were full."""
     for pid in training.workers().values():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-    until(lambda: stack.notified("firing", "CyclevaeCheckpointFailing", run=RUN), 60, "failed saves are told")
+    until(lambda: stack.notified("firing", "CyclevaeCheckpointFailing", run=RUN), "failed saves are told")
     for pid in training.workers().values():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    until(lambda: stack.notified("resolved", "CyclevaeCheckpointFailing", run=RUN), 90, "saves succeed again")
+    until(lambda: stack.notified("resolved", "CyclevaeCheckpointFailing", run=RUN), "saves succeed again")
 
 
 def test_the_pushgateway_holds_a_short_job_until_its_end(tmp_path: Path) -> None:
@@ -214,11 +220,11 @@ def test_the_pushgateway_holds_a_short_job_until_its_end(tmp_path: Path) -> None
             return "not ready"
 
     try:
-        until(lambda: pushed() == "", 20, "the Pushgateway answers")
+        until(lambda: pushed() == "", "the Pushgateway answers")
         config = Config(monitoring=MonitoringConfig(host="127.0.0.1", pushgateway=address, targets_dir=str(tmp_path / "targets")))
         with Reporter(config, tmp_path / "short", Process(0, 0, 1, torch.device("cpu"), "here"), Phases(), Work(config.model, 32, 8),
                       dtype=torch.float32, saves=SaveStats(), silence=lambda: 0.0, gather=lambda value: [value], started=0.0):
-            until(lambda: 'run="short"' in pushed(), 20, "the metrics are pushed")
+            until(lambda: 'run="short"' in pushed(), "the metrics are pushed")
         assert pushed() == ""
     finally:
         gateway.terminate()
@@ -233,24 +239,24 @@ def test_a_killed_job_and_its_restart(training: Training, stack: Stack) -> None:
     training.kill()
     reached = json.loads((training.runs / RUN / "goodput.json").read_text())
     for rank in old:
-        until(lambda rank=rank: stack.active("CyclevaeTargetGone", run=RUN, rank=rank), 60, f"rank {rank} does not answer")  # type: ignore[misc]
+        until(lambda rank=rank: stack.active("CyclevaeTargetGone", run=RUN, rank=rank), f"rank {rank} does not answer")  # type: ignore[misc]
     assert addresses(training) == old  # nobody was left to remove the file
     training.start()
-    until(lambda: counter("restarts_total") == 1 and counter("steps_total") > reached["steps"], 120, "it goes on where its counters were")
+    until(lambda: counter("restarts_total") == 1 and counter("steps_total") > reached["steps"], "it goes on where its counters were")
     new = addresses(training)
     assert new.keys() == old.keys()
     assert set(new.values()).isdisjoint(old.values())
-    assert counter("tokens_total") > reached["tokens"]
-    until(lambda: counter("step") > reached["furthest"], 60, "it is as far as it was")
-    until(lambda: not stack.active("CyclevaeTargetGone", run=RUN), 60, "its endpoints answer")
+    until(lambda: counter("tokens_total") > reached["tokens"], "tokens are counted on")
+    until(lambda: counter("step") > reached["furthest"], "it is as far as it was")
+    until(lambda: not stack.active("CyclevaeTargetGone", run=RUN), "its endpoints answer")
 
 
 def test_a_stopped_job_leaves_nothing_behind(training: Training, stack: Stack) -> None:
     assert training.process is not None
     training.process.send_signal(signal.SIGTERM)
-    assert training.process.wait(60) == 143, training.output[-3000:]
+    assert training.process.wait(240) == 143, training.output[-3000:]
     assert addresses(training) == {}
-    until(lambda: not stack.query('up{job="cyclevae"}'), 30, "Prometheus has no target left")
-    until(lambda: stack.notified("firing", "CyclevaeRunEndedEarly", run=RUN), 60, "its early end is told")
-    assert not stack.active("CyclevaeTargetGone")
+    until(lambda: not stack.query('up{job="cyclevae"}'), "Prometheus has no target left")
+    until(lambda: stack.notified("firing", "CyclevaeRunEndedEarly", run=RUN), "its early end is told")
+    until(lambda: not stack.active("CyclevaeTargetGone"), "nothing is missed")
     assert "Traceback" not in training.output
