@@ -182,4 +182,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    sys.exit(guarded(main))

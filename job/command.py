@@ -6,9 +6,11 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -38,33 +40,37 @@ def unknown_key(key: str) -> str:
     return f"unknown configuration key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "; the keys and their meanings are in job/config.py")
 
 
-def guarded(command: Callable[[], object]) -> None:
-    """Run a command and exit with its code; mistakes of the user end in one line, anything else in a traceback."""
+def guarded(command: Callable[[], object]) -> int:
+    """Run a command; returns its exit code. A user's mistake ends in one line, anything else in a traceback; other ranks are told."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise instead of printing and exiting
-    from job.runtime import distributed
-
     try:
-        command()
+        return int(command() or ExitCode.FINISHED)  # type: ignore[call-overload]
     except UserError as error:
         message, code = f"error: {error}", error.exit_code
     except (HydraException, OmegaConfBaseException) as error:
         message, code = f"error: {explain(error)}", ExitCode.USAGE
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
-        sys.exit(ExitCode.FAILED)
+        return ExitCode.FAILED
+    except KeyboardInterrupt:  # the usual end of `logs -f`
+        return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
             message, code = f"error: {error.filename}: {error.strerror}", ExitCode.FAILED
-        elif not distributed.is_distributed():
+        elif ranks() is None:
             raise
         else:
             traceback.print_exc()
             message, code = "error: an unexpected failure, see its traceback", ExitCode.FAILED
-    else:
-        return
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    distributed.give_up(message, code)
-    if distributed.is_distributed():
+    if distributed := ranks():
+        distributed.give_up(message, code)
         distributed.leave(code)  # destructors of a broken process group would wait for lost ranks
-    sys.exit(code)
+    return code
+
+
+def ranks() -> Any:
+    """job.runtime.distributed in one of several ranks, else None. Who never loaded it is none: it imports torch, launchers do not."""
+    distributed = sys.modules.get("job.runtime.distributed")
+    return distributed if distributed is not None and distributed.is_distributed() else None

@@ -7,8 +7,8 @@ import json
 import sys
 from typing import Any
 
+from job.command import guarded
 from job.errors import UserError
-from job.launch.answer import answered
 from job.launch.table import show
 
 
@@ -147,13 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options, rest = parser().parse_known_args(given)
     if options.function is submit:
-        return answered(lambda: submit(rest, options))
+        return guarded(lambda: submit(rest, options))
     if rest:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        return answered(lambda: options.function(options))
-    except KeyboardInterrupt:  # the usual end of `logs -f`
-        return 128 + 2
+    return guarded(lambda: options.function(options))
 
 
 if __name__ == "__main__":

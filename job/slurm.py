@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+from job.command import guarded
 from job.errors import UserError
 from job.launch import scheduler
-from job.launch.answer import answered
 from job.launch.rundir import RunDirectory, find_runs
 from job.launch.table import show
 
@@ -105,9 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
             print("cyclevae slurm submit [--dry-run] [--json] [--config-name NAME] OVERRIDES...\n\nThe overrides of `python -m job.train`; a list of "
                   "values is a sweep: loss.cycle_text_weight=0.05,0.1.\nhydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).")
             return 0
-        return answered(lambda: submit(given[1:]))
+        return guarded(lambda: submit(given[1:]))
     options = parser().parse_args(given)
-    return answered(lambda: options.function(options))
+    return guarded(lambda: options.function(options))
 
 
 if __name__ == "__main__":

@@ -236,15 +236,15 @@ def run(values: DictConfig) -> None:
         failures.append(known_failure(error))
 
 
-def main() -> None:
-    """Run what the command line says and exit with the worst outcome."""
+def main() -> ExitCode:
+    """Run what the command line says; returns the worst outcome."""
     run()
     for failure in failures[:-1]:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
         raise failures[-1]
-    sys.exit(max(codes, default=ExitCode.FINISHED))
+    return max(codes, default=ExitCode.FINISHED)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    sys.exit(guarded(main))

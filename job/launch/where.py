@@ -12,8 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from job.command import guarded
 from job.config import config_dir, validate
-from job.launch.answer import answered
 from job.launch.rundir import targets_directory
 
 
@@ -26,4 +26,4 @@ def show(values: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(answered(show))
+    sys.exit(guarded(show))

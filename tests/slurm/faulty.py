@@ -34,4 +34,4 @@ def train_step(job: Any, step: int, micro_batches: Any) -> None:
 
 train.train_step = train_step
 train.signals.install()
-train.guarded(train.main)
+sys.exit(train.guarded(train.main))
