@@ -129,25 +129,22 @@ class Cluster:
     def log(self, pod: str, lines: int | None = None) -> str:
         """What a pod's ranks have printed; empty before it has started."""
         with self.asking(f"log of pod {pod}"):
-            answer = self.core.read_namespaced_pod_log(pod, self.namespace, **({"tail_lines": lines} if lines else {}), _request_timeout=TIMEOUT,
-                                                       _preload_content=False)
-            text = bytes(answer.data).decode(errors="replace")
-            if answer.status in (400, 404):  # not started, or gone
-                return ""
-            if answer.status != 200:
-                raise ApiException(status=answer.status, reason=text)
-            return text
+            answer = self._log(pod, lines, _request_timeout=TIMEOUT)
+            return bytes(answer.data).decode(errors="replace") if answer else ""
 
     def log_stream(self, pod: str, lines: int | None) -> Iterator[str]:
         """Lines of a pod's log, each after its time, as they come; none before it has started."""
         with self.asking(f"log of pod {pod}"):
-            answer = self.core.read_namespaced_pod_log(pod, self.namespace, follow=True, timestamps=True, **({"tail_lines": lines} if lines else {}),
-                                                       _request_timeout=(10.0, 3600.0), _preload_content=False)
-            if answer.status in (400, 404):  # not started, or gone
-                return
-            if answer.status != 200:
-                raise ApiException(status=answer.status, reason=bytes(answer.data).decode(errors="replace"))
-            yield from watch.watch.iter_resp_lines(answer)
+            answer = self._log(pod, lines, follow=True, timestamps=True, _request_timeout=(10.0, 3600.0))
+            yield from watch.watch.iter_resp_lines(answer) if answer else ()
+
+    def _log(self, pod: str, lines: int | None, **options: Any) -> Any:
+        try:
+            return self.core.read_namespaced_pod_log(pod, self.namespace, **({"tail_lines": lines} if lines else {}), **options, _preload_content=False)
+        except ApiException as error:
+            if error.status in (400, 404):  # not started, or gone
+                return None
+            raise
 
     def phase(self, pod: Any) -> str:
         """Phase of a pod; Gone when it is deleted, or made anew under its name."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import Any
 
+from job.errors import UserError
 from job.launch.kubernetes.cluster import INDEX_OF_POD, Cluster, Unreachable
 from job.launch.kubernetes.status import OVER, state
 
@@ -54,6 +56,9 @@ def read(cluster: Cluster, pod: Any, start: str, lines: int) -> None:
                 return
         except Unreachable:
             pass
+        except UserError as error:
+            print(f"{start}error: {error}", file=sys.stderr, flush=True)
+            return
         time.sleep(POLL_SECONDS)
 
 
