@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import subprocess
-import sys
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from k8s_node import Node, node, unable
+from k8s_node import Node, node, unable, wait_for
 from k8s_operator import TrainingOperator
+from k8s_runs import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 CRDS = ROOT.parent / "shared" / "crds"
+
+_numbers = itertools.count()
 
 
 def why_not() -> str | None:
@@ -37,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     one = getattr(item, "funcargs", {}).get("kubernetes")
-    if report.failed and isinstance(one, Node):  # type: ignore[attr-defined]
+    if isinstance(one, Node) and report.failed and one.base.exists():  # type: ignore[attr-defined]
         report.sections.append(("Kubernetes", _state(one)))  # type: ignore[attr-defined]
     return report
 
@@ -56,14 +58,14 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A node that knows PyTorchJobs. Logs of its daemons are kept in pytest's directory."""
     with node(keep_logs=tmp_path_factory.getbasetemp() / "kubernetes") as one:
         one.kubectl("create", "--validate=false", "--filename", str(next(CRDS.glob("kubeflow.org_pytorchjobs.*.yaml"))))
-        one.kubectl("wait", "--for=condition=Established", "crd/pytorchjobs.kubeflow.org", "--timeout=60s")
+        wait_for(lambda: one.kubectl("get", "--raw", "/apis/kubeflow.org/v1/pytorchjobs", check=False), "PyTorchJobs")
         yield one
 
 
 @pytest.fixture(scope="session")
 def operator(kubernetes: Node) -> Iterator[TrainingOperator]:
     """The training operator, played."""
-    one = TrainingOperator(kubernetes.base / "kubeconfig")
+    one = TrainingOperator(kubernetes)
     yield one
     one.stop()
     assert one.failure is None, one.failure
@@ -72,13 +74,7 @@ def operator(kubernetes: Node) -> Iterator[TrainingOperator]:
 @pytest.fixture
 def namespace(kubernetes: Node, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of the test's own."""
-    name = request.node.name.replace("_", "-")[:50].rstrip("-").lower()
+    name = f"{re.sub('[^a-z0-9]+', '-', request.node.name.lower())[:50]}-{next(_numbers)}"
     kubernetes.kubectl("create", "namespace", name)
     yield name
     kubernetes.kubectl("delete", "namespace", name, "--wait=false")
-
-
-def cyclevae(kubernetes: Node, *arguments: str, kubeconfig: Path | None = None, seconds: float = 240) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS...` with the cluster as the current one."""
-    env = {**kubernetes.env, "KUBECONFIG": str(kubeconfig or kubernetes.env["KUBECONFIG"])}
-    return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, text=True, capture_output=True, timeout=seconds)

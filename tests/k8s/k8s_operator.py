@@ -15,16 +15,14 @@ import json
 import re
 import threading
 import traceback
-from pathlib import Path
 from typing import Any
 
-from k8s_node import free_ports
-from kubernetes import client, config
-from kubernetes.client.exceptions import ApiException
+import urllib3
+from k8s_node import Node, free_ports
 from urllib3.exceptions import HTTPError
 
 Object = dict[str, Any]
-GROUP = {"group": "kubeflow.org", "version": "v1", "plural": "pytorchjobs"}
+GROUP = "apis/kubeflow.org/v1"
 LABEL = "training.kubeflow.org/"
 PORT_NAME, PORT = "pytorchjob-port", 23456
 NO_EXIT_CODE = 0xBEEF  # of a pod that failed without a container's word, by eviction for instance: counts as one to retry
@@ -161,13 +159,21 @@ def _seconds_since(time: str) -> float:
     return (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(time)).total_seconds()
 
 
+class Refused(Exception):
+    """What the API server answers but success."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status}: {text}")
+        self.status = status
+
+
 class TrainingOperator:
     """The operator at work in a thread, on all namespaces, until `stop`. An exception of its own ends it and is kept in `failure`."""
 
-    def __init__(self, kubeconfig: Path) -> None:
-        connection = config.new_client_from_config(str(kubeconfig))
-        self._jobs: Any = client.CustomObjectsApi(connection)
-        self._core: Any = client.CoreV1Api(connection)
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._pool = urllib3.PoolManager(ca_certs=f"{node.base}/ca.crt", cert_file=f"{node.base}/admin.crt", key_file=f"{node.base}/admin.key",
+                                         retries=False, timeout=10)
         self._meeting_ports: dict[str, int] = {}
         self._stopped = threading.Event()
         self.failure: str | None = None
@@ -178,16 +184,24 @@ class TrainingOperator:
         self._stopped.set()
         self._thread.join(60)
 
+    def _ask(self, method: str, path: str, body: Object | None = None) -> Object:
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        answer = self._pool.request(method, f"{self._node.server}/{path}", body=json.dumps(body) if body else None, headers={"Content-Type": kind})
+        if answer.status >= 400:
+            raise Refused(answer.status, answer.data.decode(errors="replace"))
+        return dict(answer.json())
+
     def _work(self) -> None:
         while not self._stopped.wait(0.3):
             try:
-                for job in self._jobs.list_custom_object_for_all_namespaces(**GROUP, _request_timeout=10)["items"]:
+                for job in self._ask("GET", f"{GROUP}/pytorchjobs")["items"]:
                     if "deletionTimestamp" not in job["metadata"]:
                         self._reconcile(job)
-            except (HTTPError, OSError):  # the server is away
+            except HTTPError:  # the server is away
                 continue
-            except ApiException as error:
-                if error.status not in (404, 409, 429, 500, 503):  # otherwise: no such resource yet, a change that came in between, a server coming up
+            except Refused as error:
+                # Otherwise: a namespace that ends, a resource that is not there yet, a change that came in between, a server coming up.
+                if error.status not in (403, 404, 409, 429, 500, 503):
                     self.failure = traceback.format_exc()
                     return
             except Exception:
@@ -200,6 +214,7 @@ class TrainingOperator:
         job = with_defaults(job)
         name, policy = job["metadata"]["name"], job["spec"]["runPolicy"]
         pods = self._pods(job)
+        set_condition(status, "Created", True, "Created", f"PyTorchJob {name} is created.")
         if is_true(status, "Succeeded") or is_true(status, "Failed"):
             self._clean_up(pods, policy["cleanPodPolicy"])
         elif policy.get("suspend"):
@@ -210,20 +225,18 @@ class TrainingOperator:
                 set_condition(status, "Running", False, "Suspended", f"PyTorchJob {name} is suspended.")
             set_condition(status, "Suspended", True, "Suspended", f"PyTorchJob {name} is suspended.")
         else:
-            set_condition(status, "Created", True, "Created", f"PyTorchJob {name} is created.")
             if is_true(status, "Suspended"):
                 set_condition(status, "Suspended", False, "Resumed", f"PyTorchJob {name} is resumed.")
                 status["startTime"] = _now()
             if not self._past_limits(job, status, pods):
                 self._reconcile_replicas(job, status, pods)
         if status != before:
-            self._jobs.patch_namespaced_custom_object_status(**GROUP, namespace=job["metadata"]["namespace"], name=name, _request_timeout=10,
-                                                             body={"metadata": {"resourceVersion": job["metadata"]["resourceVersion"]}, "status": status})
+            self._ask("PATCH", f"{GROUP}/namespaces/{job['metadata']['namespace']}/pytorchjobs/{name}/status",
+                      {"metadata": {"resourceVersion": job["metadata"]["resourceVersion"]}, "status": status})
 
     def _pods(self, job: Object) -> list[Object]:
-        answer = self._core.list_namespaced_pod(job["metadata"]["namespace"], label_selector=f"{LABEL}job-name={job['metadata']['name']}",
-                                                _preload_content=False, _request_timeout=10)
-        pods = json.loads(answer.data)["items"]
+        selector = f"labelSelector={LABEL}job-name={job['metadata']['name']}"
+        pods = self._ask("GET", f"api/v1/namespaces/{job['metadata']['namespace']}/pods?{selector}")["items"]
         return [pod for pod in pods if any(owner["uid"] == job["metadata"]["uid"] for owner in pod["metadata"].get("ownerReferences", []))]
 
     def _clean_up(self, pods: list[Object], policy: str) -> None:
@@ -231,14 +244,14 @@ class TrainingOperator:
             if policy == "All" or (policy == "Running" and pod["status"]["phase"] in ("Running", "Pending")):
                 self._delete(pod)
                 try:
-                    self._core.delete_namespaced_service(pod["metadata"]["name"], pod["metadata"]["namespace"], _request_timeout=10)
-                except ApiException as error:
+                    self._ask("DELETE", f"api/v1/namespaces/{pod['metadata']['namespace']}/services/{pod['metadata']['name']}")
+                except Refused as error:
                     if error.status != 404:
                         raise
 
     def _delete(self, pod: Object) -> None:
         if "deletionTimestamp" not in pod["metadata"]:
-            self._core.delete_namespaced_pod(pod["metadata"]["name"], pod["metadata"]["namespace"], _request_timeout=10)
+            self._ask("DELETE", f"api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}")
 
     def _past_limits(self, job: Object, status: Object, pods: list[Object]) -> bool:
         """Fail a job that has restarted or lasted too long."""
@@ -315,11 +328,11 @@ class TrainingOperator:
         uid, namespace = job["metadata"]["uid"], job["metadata"]["namespace"]
         meeting_port = self._meeting_ports.setdefault(uid, free_ports(1)[0])
         pod = for_a_cluster_without_network(pod_of(job, kind, index), meeting_port)
-        self._core.create_namespaced_pod(namespace, pod, _request_timeout=10)
+        self._ask("POST", f"api/v1/namespaces/{namespace}/pods", pod)
         service = {"metadata": {"name": pod["metadata"]["name"], "labels": labels(job, kind, index), "ownerReferences": [_owner(job)]},
                    "spec": {"clusterIP": "None", "selector": labels(job, kind, index), "ports": [{"name": PORT_NAME, "port": PORT}]}}
         try:
-            self._core.create_namespaced_service(namespace, service, _request_timeout=10)
-        except ApiException as error:
+            self._ask("POST", f"api/v1/namespaces/{namespace}/services", service)
+        except Refused as error:
             if error.status != 409:  # that of the pod before this one
                 raise
