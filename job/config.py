@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from job.errors import UserError
+from job.files import file_name
 
 LOSS_TYPES = ("cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential")
 MODES = ("unconditional", "l2t", "t2l")  # what one step of `random` and `sequential` can be, in the order of mode_weights
@@ -179,6 +180,7 @@ class Config:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("file_name", file_name, replace=True)  # configs/base.yaml names the points of a sweep by it
 
 # Keys of LGDLM's configurations that mean nothing here, and what to use instead.
 LGDLM_KEYS = {
@@ -308,6 +310,11 @@ def validate(config: Config) -> list[str]:
     _refuse_combinations(config)
     warning = _refuse_degenerate_epsilon(config)
     return [warning] if warning else []
+
+
+def targets_dir(config: Config) -> Path:
+    """Where a run announces its metrics' addresses to Prometheus."""
+    return Path(config.monitoring.targets_dir or Path(config.logging.save_dir, ".targets")).absolute()
 
 
 def from_dict(values: dict[str, Any]) -> Config:

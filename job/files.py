@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"
+LONGEST_NAME = 150  # bytes; file systems take 255, and names are parts of other names
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -39,6 +40,12 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def file_name(text: str) -> str:
+    """`text` as the name of a directory: no slashes, at most LONGEST_NAME bytes (the end of a longer one becomes a digest)."""
+    name = text.replace("/", "_").encode()
+    return (name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME - 9] + b"-" + hashlib.sha256(name).hexdigest()[:8].encode()).decode(errors="ignore")
 
 
 def file_entry(path: Path) -> dict[str, Any]:

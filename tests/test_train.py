@@ -149,3 +149,18 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(arguments: list[str], code
     assert len(printed.err.splitlines()) == 1
     assert words in printed.err
     assert "Traceback" not in printed.err + printed.out
+
+
+def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the values would make a name that no file system takes."""
+    directories: list[Path] = []
+    monkeypatch.setattr(main_job, "train", lambda _config, run_dir: directories.append(run_dir) or ExitCode.FINISHED)
+    long = [f"/data/{'x' * 300}/{number}" for number in (1, 2)]
+    for sweep in ("training.seed=1,2", f"training.init_from={','.join(long)}"):
+        monkeypatch.setattr("sys.argv", ["train", "--multirun", *TINY, f"logging.save_dir={tmp_path}", "logging.run_name=s", sweep])
+        assert guarded(main_job.main) == ExitCode.FINISHED
+    assert {path.parent for path in directories} == {tmp_path / "s"}
+    short, long = [path.name for path in directories[:2]], [path.name for path in directories[2:]]
+    assert short == ["training.seed=1", "training.seed=2"]
+    assert [(name[:29], len(name)) for name in long] == [("training.init_from=_data_xxxx", 150)] * 2
+    assert len(set(long)) == 2

@@ -107,8 +107,3 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue
-
-
-def targets_directory(values: Any) -> Path:
-    """Where a run with these values announces its metrics' addresses (the trainer's rule: monitoring.targets_dir, else save_dir/.targets)."""
-    return Path(values.monitoring.targets_dir or Path(values.logging.save_dir) / ".targets").absolute()

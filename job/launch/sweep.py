@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
-from job.config import Config, validate
+from job.config import Config, targets_dir, validate
 from job.errors import UserError
 from job.files import write_json
 from job.launch import container, scheduler
-from job.launch.rundir import RunDirectory, targets_directory
+from job.launch.rundir import RunDirectory
 
 OURS = ("submitit_folder", "max_num_timeout", "max_restarts", "python", "container", "wait", "dry_run", "setup", "additional_parameters", "srun_args")
-LAUNCHING = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper", "hydra.mode", "hydra.run.dir")  # not for the runs
+LAUNCHING = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper", "hydra.mode", "hydra.run.dir",
+             "hydra.job.config.override_dirname")  # not for the runs
 BATCH = Path(__file__).with_name("batch.sh")
 POLL_SECONDS = 10.0
 submitted: list[dict[str, str]] = []  # by this process: job, run directory
@@ -60,23 +60,21 @@ class Executor(submitit.SlurmExecutor):
 
 def points_of(config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], working_directory: Path | None = None) -> list[Point]:
     """The sweep's points, for runs that start in `working_directory`. Their configurations are refused here, before they have waited in a queue."""
-    given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    fixed = [override.key_or_group for override in given if not override.is_sweep_override()]  # of no interest in a directory's name
-    excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
     hydra = [override for override in config.hydra.overrides.hydra if not override.lstrip("+~").startswith(LAUNCHING)]
     sources = [source.path for source in config.hydra.runtime.config_sources if source.provider == "command-line"]
-    common = ["--config-name", config.hydra.job.config_name, *(part for path in sources for part in ("--config-dir", path)), *hydra]
+    shared = ["--config-name", config.hydra.job.config_name, *(part for path in sources for part in ("--config-dir", path)), *hydra]
     points = []
     for overrides in job_overrides:
-        values = context.config_loader.load_sweep_config(config, [*overrides, excluded])
+        values = context.config_loader.load_sweep_config(config, list(overrides))
         run_dir = (working_directory or Path.cwd()) / values.hydra.sweep.dir / values.hydra.sweep.subdir
+        common = values.hydra.job.config.override_dirname.exclude_keys
+        name = " ".join(override for override in overrides if override.split("=")[0].lstrip("+~") not in common) or run_dir.name
         OmegaConf.set_struct(values, False)
         del values["hydra"]
         checked: Config = OmegaConf.to_object(values)  # type: ignore[assignment]
         validate(checked)
-        name = " ".join(override for override in overrides if override.split("=")[0].lstrip("+~") not in fixed) or run_dir.name
         escaped = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
-        points.append(Point(run_dir, targets_directory(values), name, [*common, *overrides, f"hydra.run.dir='{escaped}'"], checked))
+        points.append(Point(run_dir, targets_dir(checked), name, [*shared, *overrides, f"hydra.run.dir='{escaped}'"], checked))
     for point in points:
         if [other.run_dir for other in points].count(point.run_dir) > 1:
             raise UserError(f"two points of the sweep have the run directory {point.run_dir}: leave one out")

@@ -13,16 +13,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from job.command import guarded
-from job.config import config_dir, validate
-from job.launch.rundir import targets_directory
+from job.config import Config, config_dir, targets_dir, validate
 
 
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
 def show(values: DictConfig) -> None:
     """Print the two directories, a line each."""
-    validate(OmegaConf.to_object(values))  # type: ignore[arg-type]
+    config: Config = OmegaConf.to_object(values)  # type: ignore[assignment]
+    validate(config)
     print(Path(HydraConfig.get().runtime.output_dir).absolute())
-    print(targets_directory(values))
+    print(targets_dir(config))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client import delete_from_gateway, push_to_gateway
 
-from job.config import Config
+from job.config import Config, targets_dir
 from job.monitoring.environment import job_id
 from job.monitoring.exporter import Metrics, Server
 from job.monitoring.targets import Targets
@@ -35,7 +35,7 @@ class Endpoint:
             node = socket.gethostname()
             everyone = gather((node if c.host in (None, "0.0.0.0", "::") else c.host, self._server.port, node))
             if metrics.rank == 0:
-                self._announce(Path(c.targets_dir or Path(config.logging.save_dir) / ".targets"), everyone)
+                self._announce(targets_dir(config), everyone)
         self._warned = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitoring", daemon=True)

@@ -55,6 +55,9 @@ def test_a_sweep_is_an_array_named_after_what_varies(script: Script, tmp_path: P
     directories = re.findall(r"supervise (\S+) ", text)
     assert directories == [f"{tmp_path}/runs/r/loss.cycle_text_weight={weight}" for weight in ("0.05", "0.1", "0.2")]
     assert "loss.cycle_text_weight=0.2 training.seed=1" in sruns(text)[2]
+    assert "hydra.job." not in text
+    long = re.findall(r"supervise (\S+) ", script(f"training.init_from={','.join('/data/' + number * 300 for number in '12')}"))
+    assert [len(directory.removeprefix(f"{tmp_path}/runs/r/")) for directory in long] == [150, 150]
 
 
 def test_scripts_are_valid_bash(script: Script, tmp_path: Path) -> None:
