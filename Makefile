@@ -54,7 +54,7 @@ test-slurm: .venv/dev                 ## the launchers on a private SLURM cluste
 	CYCLEVAE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 .PHONY: k8s-tools test-k8s
-k8s-tools:                            ## Kubernetes for test-k8s: programs from Debian, and the node's built from Debian's source into a cache, minutes (as root)
+k8s-tools: image-tools                ## Kubernetes for test-k8s: programs from Debian, and the node's built from Debian's source into a cache, minutes (as root)
 	apt-get update
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends golang-go dpkg-dev etcd-server docker.io busybox-static openssl
 	tests/k8s/build.sh "$${XDG_CACHE_HOME:-$$HOME/.cache}/cyclevae/kubernetes"

@@ -29,7 +29,7 @@ import yaml
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cyclevae" / "kubernetes"
 BUSYBOX = Path("/bin/busybox")
-PROGRAMS = ("kubectl", "etcd", "dockerd", "docker", "runc", "openssl", "setpriv")
+PROGRAMS = ("kubectl", "etcd", "dockerd", "docker", "runc", "openssl", "setpriv", "buildah", "debootstrap")
 PREFIX = "cyclevae-k8s-"
 NODE = "127.0.0.1"  # its name, and so its address
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from k8s_node import Node
+import yaml
+from k8s_node import Node, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -15,3 +17,38 @@ def cyclevae(kubernetes: Node, *arguments: str, kubeconfig: Path | None = None, 
     """`python ARGUMENTS...` with the cluster as the current one."""
     env = {**kubernetes.env, "KUBECONFIG": str(kubeconfig or kubernetes.env["KUBECONFIG"])}
     return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, text=True, capture_output=True, timeout=seconds)
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    """What no clock makes of a run's training log, by step."""
+    path = run / "training_log.jsonl"
+    lines = [json.loads(line) for line in (path.read_text().split("\n")[:-1] if path.exists() else [])]
+    assert len({line["step"] for line in lines}) == len(lines), "a step was logged twice"
+    return {line["step"]: {name: value for name, value in line.items() if "loss" in name or name in ("lr", "grad_norm", "epoch")} for line in lines}
+
+
+class Claims:
+    """The claims of runs and data of a namespace, kept in a directory of this machine."""
+
+    def __init__(self, kubernetes: Node, namespace: str, directory: Path) -> None:
+        self.kubernetes, self.namespace, self.runs = kubernetes, namespace, directory / "runs"
+        objects = []
+        for claim in yaml.safe_load_all((ROOT / "k8s" / "base" / "claims.yaml").read_text()):
+            name, spec = claim["metadata"]["name"], claim["spec"]
+            (directory / name).mkdir()
+            (directory / name).chmod(0o777)  # what fsGroup does on volumes of a cluster, but not on a directory of the node
+            objects.append({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"{namespace}-{name}"}, "spec": {
+                "accessModes": spec["accessModes"], "capacity": spec["resources"]["requests"], "hostPath": {"path": str(directory / name)},
+                "claimRef": {"namespace": namespace, "name": name}}})
+        kubernetes.kubectl("create", "--filename=-", stdin=yaml.safe_dump_all(objects))
+
+    def apply(self) -> None:
+        self.kubernetes.kubectl("apply", f"--namespace={self.namespace}", "--filename", str(ROOT / "k8s" / "base" / "claims.yaml"))
+
+    def reached(self, run: str, step: int, seconds: float = 200) -> None:
+        """Wait until a run has logged a step."""
+        wait_for(lambda: max(losses(self.runs / run), default=0) >= step, f"{run}: step {step}", seconds)
+
+    def job(self, name: str, condition: str, seconds: float = 200) -> None:
+        """Wait for a job's condition."""
+        self.kubernetes.kubectl("wait", f"--for=condition={condition}", f"pytorchjob/{name}", f"--namespace={self.namespace}", f"--timeout={seconds}s")

@@ -1,0 +1,146 @@
+"""Runs of the real image in real pods, which the training operator, played, makes and makes again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from k8s_node import NODE, Node, wait_for
+from k8s_operator import TrainingOperator
+from k8s_runs import ROOT, Claims, cyclevae, losses
+
+pytest_plugins = ["k8s_lab"]
+STEPS = 40
+IMAGE = "cyclevae:test"
+SMALL = f"""model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
+data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu model.dropout=0.1 training.warmup_steps=10
+logging.log_freq=1 logging.eval_freq=0 logging.save_freq=50 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4
+hydra.launcher.container.image={IMAGE} hydra.launcher.cpus_per_task=1""".split()
+
+
+@pytest.fixture(scope="session")
+def image(kubernetes: Node) -> None:
+    """cyclevae:test in the node's dockerd."""
+    kubernetes.run(sys.executable, str(ROOT / "tests" / "image" / "build.py"), "--load", seconds=1500)
+
+
+@pytest.fixture
+def claims(kubernetes: Node, namespace: str, tmp_path: Path) -> Claims:
+    one = Claims(kubernetes, namespace, tmp_path)
+    one.apply()
+    return one
+
+
+@pytest.fixture
+def demo(kubernetes: Node, operator: TrainingOperator, image: None, tmp_path: Path) -> Iterator[Claims]:
+    """The claims of the overlays' namespace."""
+    kubernetes.kubectl("delete", "namespace", "cyclevae", "--ignore-not-found")
+    yield Claims(kubernetes, "cyclevae", tmp_path)
+    kubernetes.kubectl("delete", "namespace", "cyclevae", "--wait=false")
+
+
+def shortened_demo(directory: Path) -> Path:
+    """The overlay cpu-demo with the image of the tests, and fewer steps."""
+    command = "/spec/pytorchReplicaSpecs/Worker/template/spec/containers/0/command/-"
+    overrides = [f"training.num_train_steps={STEPS}", "logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=10", "logging.num_samples=1",
+                 "logging.num_eval_batches=1"]
+    (directory / "overlay").mkdir()
+    (directory / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump({
+        "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-demo", directory / "overlay")],
+        "images": [{"name": "registry.example/cyclevae", "newName": IMAGE.split(":")[0], "newTag": IMAGE.split(":")[1]}],
+        "patches": [{"target": {"kind": "PyTorchJob"}, "patch": yaml.safe_dump([{"op": "add", "path": command, "value": one} for one in overrides])}]}))
+    return directory / "overlay"
+
+
+@pytest.mark.timeout(900)
+def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(kubernetes: Node, demo: Claims, tmp_path: Path) -> None:
+    overlay, pods = shortened_demo(tmp_path), ("get", "pods", "--namespace=cyclevae", "--output=jsonpath={.items[*].metadata.uid}")
+
+    def apply() -> None:
+        kubernetes.kubectl("apply", "-k", str(overlay), "--validate=false")  # endPort is newer than the server
+
+    apply()
+    demo.job("cpu-demo", "Succeeded", 400)
+    calm = losses(demo.runs / "cpu-demo")
+    assert list(calm) == list(range(1, STEPS + 1))
+    kubernetes.kubectl("delete", "pytorchjob", "cpu-demo", "--namespace=cyclevae", "--cascade=foreground")
+    (demo.runs / "cpu-demo").rename(demo.runs / "calm")
+
+    apply()
+    demo.reached("cpu-demo", 5)
+    first = set(kubernetes.kubectl(*pods).split())
+    assert len(first) == 2
+    status = cyclevae(kubernetes, "-m", "job", "k8s", "status", "--json", "--namespace=cyclevae", "cpu-demo")
+    (row,) = json.loads(status.stdout)
+    assert (row["state"], row["alive"], row["steps"]) == ("RUNNING", True, STEPS), row
+    kubernetes.kubectl("delete", "pod", "cpu-demo-worker-1", "--namespace=cyclevae")
+    wait_for(lambda: not first & set(kubernetes.kubectl(*pods).split()), "new pods")
+    stopped = max(losses(demo.runs / "cpu-demo"))
+    demo.reached("cpu-demo", stopped + 5)
+    kubernetes.kubectl("drain", NODE, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=120s")
+    evicted = max(losses(demo.runs / "cpu-demo"))
+    assert stopped < evicted < STEPS
+    kubernetes.kubectl("uncordon", NODE)
+    demo.job("cpu-demo", "Succeeded")
+    assert losses(demo.runs / "cpu-demo") == calm
+
+
+@pytest.mark.timeout(600)
+def test_a_sweep_of_which_one_point_fails(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
+    """The point of batch size 3 cannot make batches of 4 of it."""
+    done = cyclevae(kubernetes, "-m", "job.train", "--multirun", "hydra/launcher=pytorchjob", f"hydra.launcher.namespace={claims.namespace}", *SMALL,
+                    "logging.run_name=sweep", "training.num_train_steps=5", "training.global_batch_size=4", "training.train_batch_size=2,3")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: 1 of 2 runs did not finish" in done.stderr
+    assert "COMPLETED  (training.train_batch_size=2)" in done.stdout
+    assert "FAILED (exit code 1)  (training.train_batch_size=3)" in done.stdout
+    assert "training.global_batch_size=4 is not a multiple of training.train_batch_size=3" in done.stdout
+    assert sorted(losses(claims.runs / "sweep" / "training.train_batch_size=2")) == [1, 2, 3, 4, 5]
+    rows = json.loads(cyclevae(kubernetes, "-m", "job", "k8s", "list", "--json", f"--namespace={claims.namespace}").stdout)
+    assert {row["run"][-1]: row["state"] for row in rows} == {"2": "COMPLETED", "3": "FAILED"}
+
+
+@pytest.mark.timeout(600)
+def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
+    where = f"--namespace={claims.namespace}"
+    train = [*SMALL, "logging.run_name=long", "training.num_train_steps=300"]
+
+    def k8s(*arguments: str) -> str:
+        done = cyclevae(kubernetes, "-m", "job", "k8s", *arguments, where)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    k8s("submit", *train)
+    claims.reached("long", 2)
+    with subprocess.Popen([sys.executable, "-m", "job", "k8s", "logs", "-f", "long", where], env=kubernetes.env, cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE) as following:
+        assert following.stdout is not None
+        assert "300 " in following.stdout.readline()
+        k8s("cancel", "long")
+        assert "step " in following.stdout.read()
+        assert following.wait() == 0, "it ends with the job"
+    wait_for(lambda: kubernetes.kubectl("get", "pods", where, "--output=name") == "", "the pods to be gone")
+    saved = max(int(path.name[5:]) for path in (claims.runs / "long" / "checkpoints").glob("step_*"))
+    assert saved == max(losses(claims.runs / "long")) < 300, "a run that is told to stop saves"
+    assert json.loads(k8s("list", "--json"))[0]["state"] == "SUSPENDED"
+    k8s("resume", "long")
+    claims.job("long", "Running")
+    command = ["-m", "job.train", "--multirun", "hydra/launcher=pytorchjob", f"hydra.launcher.namespace={claims.namespace}", *train]
+    with subprocess.Popen([sys.executable, *command], env=kubernetes.env, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as waiting:
+        assert waiting.stdout is not None
+        assert "RUNNING already" in waiting.stdout.readline()
+        assert "RUNNING" in waiting.stdout.readline()
+        kubernetes.kill_server()
+        kubernetes.start_server()
+        out, err = waiting.communicate(timeout=300)
+    assert waiting.returncode == 0, err
+    assert "asking again" in err
+    assert "job long: COMPLETED" in out
+    assert list(losses(claims.runs / "long")) == list(range(1, 301))
