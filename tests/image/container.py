@@ -9,6 +9,7 @@ from pathlib import Path
 
 import build
 
+IMAGE = "localhost/cyclevae:tested"  # not build.IMAGE, which others may build at the same time
 USER = "123456"  # no such user, and of group 0: what OpenShift gives
 LOCKED = ("--network=none", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", f"--user={USER}", "--env=OMP_NUM_THREADS=1")
 
@@ -23,7 +24,7 @@ class Container:
         self.output = directory / f"{self.name}.log"
         volumes = [f"--volume={directory / name}:/workspace/{name}" for name in ("runs", "data")]
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(["podman", "run", "--rm", f"--name={self.name}", *LOCKED, *volumes, *options, build.IMAGE, *arguments],
+            self.process = subprocess.Popen(["podman", "run", "--rm", f"--name={self.name}", *LOCKED, *volumes, *options, IMAGE, *arguments],
                                             stdout=output, stderr=subprocess.STDOUT, env=build.environment())
 
     @property
