@@ -154,7 +154,12 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(arguments: list[str], code
 def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the values would make a name that no file system takes."""
     directories: list[Path] = []
-    monkeypatch.setattr(main_job, "train", lambda _config, run_dir: directories.append(run_dir) or ExitCode.FINISHED)
+
+    def note(_config: Config, run_dir: Path) -> ExitCode:
+        directories.append(run_dir)
+        return ExitCode.FINISHED
+
+    monkeypatch.setattr(main_job, "train", note)
     long = [f"/data/{'x' * 300}/{number}" for number in (1, 2)]
     for sweep in ("training.seed=1,2", f"training.init_from={','.join(long)}"):
         monkeypatch.setattr("sys.argv", ["train", "--multirun", *TINY, f"logging.save_dir={tmp_path}", "logging.run_name=s", sweep])

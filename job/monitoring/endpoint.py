@@ -12,7 +12,6 @@ from typing import Any
 from prometheus_client import delete_from_gateway, push_to_gateway
 
 from job.config import Config, targets_dir
-from job.monitoring.environment import job_id
 from job.monitoring.exporter import Metrics, Server
 from job.monitoring.targets import Targets
 from job.monitoring.vitals import Vitals
@@ -24,8 +23,8 @@ JOB = "cyclevae"  # the label `job` of everything we export
 class Endpoint:
     """Server and thread of one rank. `observe` is called by the thread every few seconds; `gather` by the caller's, on every rank."""
 
-    def __init__(self, config: Config, metrics: Metrics, vitals: Vitals, local_rank: int, gather: Callable[[Any], list[Any]],
-                 observe: Callable[[], None]) -> None:
+    def __init__(self, config: Config, metrics: Metrics, vitals: Vitals, local_rank: int, job_id: str,
+                 gather: Callable[[Any], list[Any]], observe: Callable[[], None]) -> None:
         c = config.monitoring
         self._metrics, self._observe = metrics, observe
         self._targets: Targets | None = None
@@ -35,7 +34,7 @@ class Endpoint:
             node = socket.gethostname()
             everyone = gather((node if c.host in (None, "0.0.0.0", "::") else c.host, self._server.port, node))
             if metrics.rank == 0:
-                self._announce(targets_dir(config), everyone)
+                self._announce(targets_dir(config), job_id, everyone)
         self._warned = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitoring", daemon=True)
@@ -59,9 +58,9 @@ class Endpoint:
     def _grouping(self) -> dict[str, str]:
         return {"run": self._metrics.run, "rank": str(self._metrics.rank)}
 
-    def _announce(self, directory: Path, everyone: list[tuple[str, int, str]]) -> None:
+    def _announce(self, directory: Path, job_id: str, everyone: list[tuple[str, int, str]]) -> None:
         try:
-            self._targets = Targets(directory, self._metrics.run, job_id(), everyone)
+            self._targets = Targets(directory, self._metrics.run, job_id, everyone)
         except OSError as error:
             print(f"warning: {directory} cannot be written ({error}), so Prometheus will not find this run there; set monitoring.targets_dir", file=sys.stderr)
 

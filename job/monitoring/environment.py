@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -32,11 +31,6 @@ def source() -> dict[str, str]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return {"revision": revision, "built": ""}
-
-
-def job_id() -> str:
-    """The scheduler's number of this job, for people who look for it there; `local` without a scheduler."""
-    return os.environ.get("SLURM_JOB_ID", "local")
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Place(Protocol):
     def world_size(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def job_id(self) -> str: ...
 
 
 class Saves(Protocol):
@@ -73,7 +75,7 @@ class Reporter:
         self.device_values: dict[str, float] = {}
         self._observe()
         self._tensorboard: Any = None
-        self._endpoint = Endpoint(config, self.metrics, self.vitals, process.local_rank, gather, self._observe)
+        self._endpoint = Endpoint(config, self.metrics, self.vitals, process.local_rank, process.job_id, gather, self._observe)
 
     def begin(self, step: int, evaluated: int) -> None:
         """The loop begins at `step`, last evaluated at `evaluated`: what a killed run logged beyond is dropped."""

@@ -40,6 +40,7 @@ class Process:
     world_size: int
     device: torch.device
     node: str
+    job_id: str = "local"  # the scheduler's, for people who look for it there
 
     @property
     def is_main(self) -> bool:
@@ -117,7 +118,8 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Pro
     here = place(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _stop_with_parent()
-    process = Process(here.rank, here.local_rank, here.world_size, _device(device, here.local_rank), socket.gethostname())
+    process = Process(here.rank, here.local_rank, here.world_size, _device(device, here.local_rank), socket.gethostname(),
+                      os.environ.get("SLURM_JOB_ID", "local"))
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if here.address is None:

@@ -13,6 +13,7 @@ FAULTY = f"{sys.executable} {ROOT}/tests/slurm/faulty.py"
 def test_requeue_by_an_administrator(slurm: Slurm, quiet: Losses) -> None:
     job = slurm.sbatch("run")
     slurm.reached("run", 10, job)
+    assert [path.name for path in (slurm.directory / ".targets").iterdir()] == [f"cyclevae-run@{job}.json"]
     slurm.cluster.run("scontrol", "requeue", job)
     states = slurm.ended(job)
     assert states[-1] == ("COMPLETED", "0:0")
