@@ -42,6 +42,17 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one a line, none without the file; a line that a kill cut short, or that is being written, is left out."""
+    objects = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return objects
+
+
 def file_name(text: str) -> str:
     """`text` as the name of a directory: no slashes, at most LONGEST_NAME bytes (the end of a longer one becomes a digest)."""
     name = text.replace("/", "_").encode()

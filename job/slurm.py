@@ -15,14 +15,12 @@ from job.launch.rundir import RunDirectory, find_runs
 from job.launch.table import show
 
 
-def submit(arguments: list[str]) -> None:
-    """Submit a run or a sweep and return: the arguments of job.train, and --dry-run, --json."""
+def submit(arguments: list[str], options: argparse.Namespace) -> None:
+    """Submit a run or a sweep and return."""
     from job.launch.submission import submit_sweep
 
-    flags = {"--dry-run", "--json"}
-    given = flags.intersection(arguments)
-    jobs = submit_sweep([argument for argument in arguments if argument not in flags], dry_run="--dry-run" in given, quiet="--json" in given)
-    if "--json" in given:
+    jobs = submit_sweep(arguments, options.dry_run, quiet=options.json)
+    if options.json:
         print(json.dumps(jobs))
 
 
@@ -78,35 +76,33 @@ def resume(options: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cyclevae slurm", description=__doc__)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    verbs.add_parser("submit", help="submit a run or a sweep: the arguments of job.train, and --dry-run, --json", add_help=False)
+    verb = verbs.add_parser("submit", help="submit a run or a sweep: the arguments of job.train", usage="cyclevae slurm submit [--dry-run] [--json] "
+                            "[--config-name NAME] OVERRIDES...", description="The overrides of `python -m job.train`; a list of values is a sweep: "
+                            "loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).")
+    verb.set_defaults(function=submit)
     for name, function, runs in (("list", listed, None), ("status", status, Path), ("logs", logs, None), ("cancel", cancel, str), ("resume", resume, Path)):
         verb = verbs.add_parser(name, help=function.__doc__)
         verb.set_defaults(function=function)
         if runs is not None:
             verb.add_argument("runs", type=runs, nargs="+", metavar="RUN", help="run directory" + (" or job id" if runs is str else ""))
-        if name in ("list", "status", "resume"):
-            verb.add_argument("--json", action="store_true", help="for programs")
-        if name == "list":
-            verb.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
-        if name == "logs":
-            verb.add_argument("run", type=Path, metavar="RUN")
-            verb.add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
-            verb.add_argument("-n", "--lines", type=int, default=50)
-        if name == "resume":
-            verb.add_argument("--dry-run", action="store_true", help="print the command only")
+    verbs.choices["list"].add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
+    verbs.choices["logs"].add_argument("run", type=Path, metavar="RUN")
+    verbs.choices["logs"].add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
+    verbs.choices["logs"].add_argument("-n", "--lines", type=int, default=50)
+    for name in ("submit", "list", "status", "resume"):
+        verbs.choices[name].add_argument("--json", action="store_true", help="for programs")
+    for name in ("submit", "resume"):
+        verbs.choices[name].add_argument("--dry-run", action="store_true", help="print what would be submitted, no more")
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`cyclevae slurm VERB ...`."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["submit"]:
-        if {"-h", "--help"}.intersection(given):
-            print("cyclevae slurm submit [--dry-run] [--json] [--config-name NAME] OVERRIDES...\n\nThe overrides of `python -m job.train`; a list of "
-                  "values is a sweep: loss.cycle_text_weight=0.05,0.1.\nhydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).")
-            return 0
-        return guarded(lambda: submit(given[1:]))
-    options = parser().parse_args(given)
+    options, rest = parser().parse_known_args(arguments)
+    if options.function is submit:
+        return guarded(lambda: submit(rest, options))
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
     return guarded(lambda: options.function(options))
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from job.assembly import Job
 from job.data.loader import evaluation_batches
 from job.errors import UserError
-from job.files import write_json
+from job.files import json_lines, write_json
 from job.monitoring.curves import write_curves
 from job.monitoring.progress import Progress
-from job.monitoring.training_log import read
 from job.objective.evaluation import evaluate, table
 from job.runtime import distributed
 from job.runtime.precision import autocast
@@ -49,7 +48,7 @@ def evaluate_if_due(job: Job, done: int, progress: Progress) -> str | None:
 
 def last_evaluation(job: Job, step: int) -> dict[str, float]:
     """The metrics of an evaluation after `step` steps that the run already made; empty when there is none."""
-    lines = read(job.run_dir / "evaluation.jsonl")
+    lines = json_lines(job.run_dir / "evaluation.jsonl")
     return next((line for line in lines if line["step"] == step), {})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from job.errors import UserError
+from job.files import json_lines
 from job.launch import scheduler
 
 ALIVE_SECONDS = 90.0  # the batch step renews slurm/alive every 20 s; a network file system shows it later
@@ -43,7 +43,7 @@ class RunDirectory:
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """What the batch steps noted."""
-        return list(json_lines(self.path / "slurm" / "events.jsonl"))
+        return json_lines(self.path / "slurm" / "events.jsonl")
 
     @property
     def job(self) -> str:
@@ -79,7 +79,7 @@ class RunDirectory:
     def status(self, queued: dict[str, str]) -> dict[str, Any]:
         """Job, state, whether it is alive, step, loss, rate, seconds left, restarts, last reason."""
         last_event = self.events[-1] if self.events else {}
-        lines = list(json_lines(self.path / "training_log.jsonl"))
+        lines = json_lines(self.path / "training_log.jsonl")
         values = lines[-1] if lines else {}
         config = self.path / "config.yaml"
         total = OmegaConf.load(config).training.num_train_steps if config.exists() else None
@@ -98,12 +98,3 @@ def find_runs(root: Path) -> list[RunDirectory]:
     """Every run directory below `root` that SLURM has or had a job for."""
     found = {path.parent.parent for name in ("submission.json", "events.jsonl") for path in root.rglob(f"slurm/{name}")}
     return [RunDirectory(path) for path in sorted(found)]
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; a last line that is being written is left out."""
-    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue

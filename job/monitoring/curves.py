@@ -9,8 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from job.files import write_whole
-from job.monitoring.training_log import read
+from job.files import json_lines, write_whole
 
 Log = list[dict[str, float]]
 
@@ -38,7 +37,7 @@ def write_curves(run_dir: Path) -> None:
 
     A metric that a log does not hold, and a panel without any, is left out.
     """
-    logs = {"train": read(run_dir / "training_log.jsonl"), "eval": read(run_dir / "evaluation.jsonl")}
+    logs = {"train": json_lines(run_dir / "training_log.jsonl"), "eval": json_lines(run_dir / "evaluation.jsonl")}
     panels = [(title, logs[log], names) for title, log, names in PANELS if any(name in line for line in logs[log] for name in names)]
     rows = max(1, math.ceil(len(panels) / COLUMNS))
     figure = Figure(figsize=(5 * COLUMNS, 3 * rows), layout="constrained")

@@ -12,6 +12,7 @@ import torch
 
 from job.config import Config
 from job.errors import UserError
+from job.files import json_lines
 from job.monitoring.device import Device, peak_flops
 from job.monitoring.endpoint import Endpoint
 from job.monitoring.environment import environment
@@ -20,7 +21,7 @@ from job.monitoring.flops import Done, Work
 from job.monitoring.goodput import Goodput
 from job.monitoring.metrics import Series, evaluation_series, training_series
 from job.monitoring.phases import Phases
-from job.monitoring.training_log import JsonLines, read
+from job.monitoring.training_log import JsonLines
 from job.monitoring.vitals import Vitals
 
 WRITE_SECONDS = 10.0  # between two writes of goodput.json
@@ -80,11 +81,11 @@ class Reporter:
     def begin(self, step: int, evaluated: int) -> None:
         """The loop begins at `step`, last evaluated at `evaluated`: what a killed run logged beyond is dropped."""
         if self.main:
-            logged = [int(line["step"]) for line in read(self.log.path)[-1:]]  # newer than goodput.json when the run was killed
+            logged = [int(line["step"]) for line in json_lines(self.log.path)[-1:]]  # newer than goodput.json when the run was killed
             self.goodput.furthest = max([self.goodput.furthest, *logged])
             self.log.continue_from(step)
             self.evaluations.continue_from(step if evaluated == step else step - 1)
-            last = read(self.evaluations.path)[-1:]
+            last = json_lines(self.evaluations.path)[-1:]
             self.metrics.set({evaluation_series(name): value for line in last for name, value in line.items()})
         if self.main and self.config.monitoring.tensorboard:
             self._tensorboard = tensorboard_writer(self.run_dir / "tensorboard", step + 1)

@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from job.files import json_lines, write_text
+
 
 class JsonLines:
     """An append-only file of objects that carry a `step`."""
@@ -18,15 +20,8 @@ class JsonLines:
 
     def continue_from(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint of `step` that this run goes on from, and a half-written last line."""
-        if not self.path.exists():
-            return
-        lines = read(self.path)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        if self.path.exists():
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in json_lines(self.path) if line["step"] <= step))
 
     def write(self, values: dict[str, float]) -> None:
         """Append an object. What a full disk refuses is kept and written with a later one: a log must not end a run."""
@@ -40,14 +35,3 @@ class JsonLines:
             print(f"warning: {self.path} cannot be written ({error}); kept in memory for now", file=sys.stderr)
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)
-
-
-def read(path: Path) -> list[dict[str, float]]:
-    """The objects of a log; a last line cut short by a kill is left out."""
-    objects = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return objects

@@ -26,11 +26,11 @@ from picture import draw, substitute
 from stack import MISSING, PUSHGATEWAY, ROOT, Stack, free_port, until
 
 from job.config import Config, MonitoringConfig
+from job.files import json_lines
 from job.monitoring.flops import Work
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter
 from job.monitoring.rules import Durations, alerts, recordings
-from job.monitoring.training_log import read
 from job.runtime.checkpoint import SaveStats
 from job.runtime.distributed import Process
 
@@ -162,7 +162,7 @@ def test_the_log_holds_what_prometheus_has(training: Training, stack: Stack) -> 
     end = time.time()
     series = stack.range(f'cyclevae_loss{{run="{RUN}",term="base_l2t_text"}}', end - 60, end, 1)[0]
     shown = {float(value) for _, value in series["values"]}
-    until(lambda: shown <= {line["base_l2t_text_loss"] for line in read(training.runs / RUN / "training_log.jsonl")}, "what is shown is logged")
+    until(lambda: shown <= {line["base_l2t_text_loss"] for line in json_lines(training.runs / RUN / "training_log.jsonl")}, "what is shown is logged")
 
 
 def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
