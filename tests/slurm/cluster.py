@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+DEADLINE = 120.0  # seconds, for a machine that is as busy as it likes
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "sacct")
 BASIC_TABLES = ("mysql_system_tables.sql", "mysql_performance_tables.sql", "mysql_system_tables_data.sql")
 
@@ -105,7 +106,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
     """Poll until `condition()` is true; TimeoutError naming `what`."""
     end = time.monotonic() + seconds
     while not condition():
@@ -144,7 +145,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Standard output of a command of SLURM."""
-        return subprocess.run(command, env=self.env, text=True, capture_output=True, check=check, timeout=60).stdout.strip()
+        return subprocess.run(command, env=self.env, text=True, capture_output=True, check=check, timeout=DEADLINE).stdout.strip()
 
     def start(self) -> None:
         base = self.base
@@ -182,7 +183,7 @@ class Cluster:
     def stop(self) -> None:
         with contextlib.suppress(Exception):  # a cluster that did not come up has nothing to cancel
             self.run("scancel", "-f", "-u", self.user)
-            wait_for(lambda: not self.run("squeue", "-h"), "jobs to end", 30)
+            wait_for(lambda: not self.run("squeue", "-h"), "jobs to end")
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:

@@ -1,6 +1,8 @@
 """job.train in which something goes wrong: `python faulty.py FAULT -m job.train ...`; other modules run as they are.
 
 raise: rank 1 raises an exception in step 10.  kill: rank 1 is killed in step 10.  crash: every rank is killed before its first step.
+wait: a run that begins at its first step takes a second for every step from 20 on, until it is told to stop.
+early: what runs before the ranks in a job's first start waits for a signal.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ import os
 import runpy
 import signal
 import sys
+import time
 from typing import Any
 
 fault, module = sys.argv[1], sys.argv[3]
 del sys.argv[1:4]
-if module != "job.train":
+if fault == "early" and module == "job.launch.where" and "SLURM_RESTART_COUNT" not in os.environ:
+    signal.pause()
+if module != "job.train" or fault == "early":
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit()
 
@@ -22,13 +27,18 @@ from job import train  # noqa: E402
 if fault == "crash":
     os.kill(os.getpid(), signal.SIGSEGV)
 step_of_the_job = train.train_step
+steps: list[int] = []
 
 
 def train_step(job: Any, step: int, micro_batches: Any) -> None:
-    if step == 10 and job.process.rank == 1:
+    if step == 10 and job.process.rank == 1 and fault in ("kill", "raise"):
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("broken on purpose")
+    steps.append(step)
+    end = time.monotonic() + (fault == "wait" and steps[0] == 0 and step >= 20)
+    while time.monotonic() < end and train.signals.requested is None:
+        time.sleep(0.02)
     step_of_the_job(job, step, micro_batches)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cluster import Cluster, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 60
+DEADLINE = 300.0  # seconds
 SMALL = f"""model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
 data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps={STEPS}
 training.train_batch_size=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10 logging.log_freq=1 logging.eval_freq=25
@@ -40,7 +40,7 @@ class Slurm:
         """End what is left of this test's jobs, and wait until their nodes are free."""
         if self.jobs:
             self.cluster.run("scancel", "--full", *self.jobs, check=False)
-            wait_for(lambda: not self.cluster.run("squeue", "--noheader", "--jobs", ",".join(self.jobs), check=False), "jobs to end", 40)
+            wait_for(lambda: not self.cluster.run("squeue", "--noheader", "--jobs", ",".join(self.jobs), check=False), "jobs to end", DEADLINE)
 
     def field(self, job: str, name: str) -> str:
         """A field of `scontrol show job`."""
@@ -52,16 +52,17 @@ class Slurm:
         lines = self.cluster.run("sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode", "-j", job).splitlines()
         return [(line.split("|")[0].split()[0], line.split("|")[1]) for line in lines]
 
-    def ended(self, job: str, seconds: float = 240) -> list[tuple[str, str]]:
+    def ended(self, job: str) -> list[tuple[str, str]]:
         """Wait for a job's end; what sacct says of it, once accounting has caught up."""
-        self.wait(lambda: self.field(job, "JobState") not in WAITING, f"job {job} to end", seconds, job)
-        time.sleep(1)
-        wait_for(lambda: self.sacct(job) and self.sacct(job)[-1][0] not in WAITING, "sacct", 20)
+        self.wait(lambda: self.field(job, "JobState") not in WAITING, f"job {job} to end", job)
+        state = self.field(job, "JobState")
+        self.wait(lambda: [line[0] for line in self.sacct(job)[-1:]] == [state], f"sacct to say {state}", job)
         return self.sacct(job)
 
-    def wait(self, condition: Callable[[], object], what: str, seconds: float, job: str) -> None:
+    def wait(self, condition: Callable[[], object], what: str, job: str) -> None:
+        """Wait for what must come, however busy the machine is."""
         try:
-            wait_for(condition, what, seconds)
+            wait_for(condition, what, DEADLINE)
         except TimeoutError as error:
             text = self.cluster.run("scontrol", "show", "job", job, check=False)
             logs = "\n".join(path.read_text()[-3000:] for path in sorted(self.directory.rglob("*.log")) + sorted(self.directory.rglob("*.out")))
@@ -69,7 +70,7 @@ class Slurm:
 
     def reached(self, name: str, step: int, job: str) -> None:
         """Wait until a run has logged a step."""
-        self.wait(lambda: max(losses(self.directory / name), default=0) >= step, f"step {step}", 180, job)
+        self.wait(lambda: max(losses(self.directory / name), default=0) >= step, f"step {step}", job)
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 from slurm_runs import ROOT, STEPS, Losses, Slurm, events, losses
 
 pytest_plugins = ["slurm_lab"]
+pytestmark = pytest.mark.timeout(1200)
 FAULTY = f"{sys.executable} {ROOT}/tests/slurm/faulty.py"
+WAITING = {"CYCLEVAE_PYTHON": f"{FAULTY} wait"}  # for what the test does to it
 
 
 def test_requeue_by_an_administrator(slurm: Slurm, quiet: Losses) -> None:
-    job = slurm.sbatch("run")
-    slurm.reached("run", 10, job)
+    job = slurm.sbatch("run", env=WAITING)
+    slurm.reached("run", 15, job)
     assert [path.name for path in (slurm.directory / ".targets").iterdir()] == [f"cyclevae-run@{job}.json"]
     slurm.cluster.run("scontrol", "requeue", job)
     states = slurm.ended(job)
@@ -25,7 +28,7 @@ def test_requeue_by_an_administrator(slurm: Slurm, quiet: Losses) -> None:
 
 def test_preemption_by_a_higher_priority(slurm: Slurm, quiet: Losses) -> None:
     """In a partition that gives grace time, in which the ranks end by themselves, and in one that gives none."""
-    jobs = {partition: slurm.sbatch(partition, options=(f"--partition={partition}",)) for partition in ("main", "abrupt")}
+    jobs = {partition: slurm.sbatch(partition, options=(f"--partition={partition}",), env=WAITING) for partition in ("main", "abrupt")}
     for partition, job in jobs.items():
         slurm.reached(partition, 5, job)
     slurm.cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
@@ -37,8 +40,8 @@ def test_preemption_by_a_higher_priority(slurm: Slurm, quiet: Losses) -> None:
 
 def test_a_warning_to_the_batch_step_reaches_the_ranks(slurm: Slurm, quiet: Losses) -> None:
     """As SLURM sends it before a time limit (--signal=B:USR1@180)."""
-    job = slurm.sbatch("run")
-    slurm.reached("run", 10, job)
+    job = slurm.sbatch("run", env=WAITING)
+    slurm.reached("run", 15, job)
     slurm.cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
     assert losses(slurm.directory / "run") == quiet
@@ -46,8 +49,8 @@ def test_a_warning_to_the_batch_step_reaches_the_ranks(slurm: Slurm, quiet: Loss
 
 
 def test_scancel_is_final_and_loses_nothing(slurm: Slurm, quiet: Losses) -> None:
-    job = slurm.sbatch("run")
-    slurm.reached("run", 10, job)
+    job = slurm.sbatch("run", env=WAITING)
+    slurm.reached("run", 15, job)
     slurm.cluster.run("scancel", job)
     assert [state for state, _ in slurm.ended(job)] == ["CANCELLED"]
     assert slurm.field(job, "Restarts") == "0"
@@ -58,12 +61,12 @@ def test_scancel_is_final_and_loses_nothing(slurm: Slurm, quiet: Losses) -> None
 
 
 def test_a_node_set_down(slurm: Slurm, quiet: Losses) -> None:
-    job = slurm.sbatch("run")
+    job = slurm.sbatch("run", env=WAITING)
     slurm.reached("run", 15, job)
     node = slurm.cluster.names[1]
     slurm.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     try:
-        slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", 60, job)
+        slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", job)
     finally:
         slurm.cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # it may have come back by itself
     states = slurm.ended(job)
@@ -91,17 +94,17 @@ def test_a_killed_rank_is_retried_as_often_as_allowed(slurm: Slurm) -> None:
 def test_a_finished_run_finds_itself_finished(quiet_job: tuple[Slurm, str], quiet: Losses) -> None:
     slurm, job = quiet_job
     slurm.cluster.run("scontrol", "requeue", job)
-    slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", 30, job)
+    slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", job)
     assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
     assert f"is finished: {STEPS} steps" in (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
     assert losses(slurm.directory / "run") == quiet
 
 
 def test_a_signal_before_the_trainer_is_ready(slurm: Slurm) -> None:
-    job = slurm.sbatch("run", "training.num_train_steps=3")
-    slurm.wait(lambda: f"{job}.0" in slurm.cluster.run("squeue", "--noheader", "--steps", "--format=%i"), "the first step", 60, job)
+    job = slurm.sbatch("run", "training.num_train_steps=3", env={"CYCLEVAE_PYTHON": f"{FAULTY} early"})
+    slurm.wait(lambda: f"{job}.0" in slurm.cluster.run("squeue", "--noheader", "--steps", "--format=%i"), "the first step", job)
     slurm.cluster.run("scancel", "--signal=TERM", job)
-    slurm.wait((slurm.directory / "run" / "slurm" / "alive").exists, "the ranks' step", 60, job)
+    slurm.wait((slurm.directory / "run" / "slurm" / "alive").exists, "the ranks' step", job)
     slurm.cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
     assert slurm.field(job, "Restarts") == "2"
@@ -125,6 +128,6 @@ def test_a_time_limit_of_a_minute(overdue: dict[str, tuple[Slurm, str]]) -> None
     for kind, reason in (("polite", "told to stop by SIGUSR1"), ("deaf", "time limit reached")):
         slurm, job = overdue[kind]
         run = slurm.directory / "run"
-        slurm.wait(lambda run=run: len(events(run)) > 2, f"the restart of the {kind} job", 200, job)  # type: ignore[misc]
+        slurm.wait(lambda run=run: len(events(run)) > 2, f"the restart of the {kind} job", job)  # type: ignore[misc]
         assert events(run)[:3] == ["started", "requeued", "started"]
         assert reason in (run / "slurm" / f"{job}.log").read_text()

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from slurm_runs import ROOT, SMALL, STEPS, Losses, Slurm, losses
 
 pytest_plugins = ["slurm_lab"]
+pytestmark = pytest.mark.timeout(1200)
+WAITING = f"hydra.launcher.python='{sys.executable} {ROOT}/tests/slurm/faulty.py wait'"
 TWO_NODES = ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
 
 
 def cyclevae(slurm: Slurm, *arguments: str, check: bool = True) -> str:
     """Standard output of `cyclevae ARGUMENTS...`."""
-    done = subprocess.run([sys.executable, "-m", "job", *arguments], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=240)
+    done = subprocess.run([sys.executable, "-m", "job", *arguments], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done.stdout
 
@@ -30,7 +33,7 @@ def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, qui
     """MaxArraySize is 2. The point of batch size 3 cannot make batches of 4 of it."""
     command = ["-m", "job.train", "--multirun", "hydra/launcher=slurm", *TWO_NODES, *(one for one in SMALL if "train_batch_size" not in one),
                f"logging.save_dir={slurm.directory}", "logging.run_name=sweep", "training.global_batch_size=4", "training.train_batch_size=2,3,1"]
-    done = subprocess.run([sys.executable, *command], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=240)
+    done = subprocess.run([sys.executable, *command], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600)
     sweep = slurm.directory / "sweep"
     runs = {size: sweep / f"training.train_batch_size={size}" for size in (1, 2, 3)}
     jobs = {size: job_of(run) for size, run in runs.items()}
@@ -63,7 +66,8 @@ def test_the_submitter_is_killed(slurm: Slurm, quiet: Losses) -> None:
 
 def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
     run = slurm.directory / "run"
-    submitted = json.loads(cyclevae(slurm, "slurm", "submit", "--json", *TWO_NODES, *SMALL, f"logging.save_dir={slurm.directory}", "logging.run_name=run"))
+    submitted = json.loads(cyclevae(slurm, "slurm", "submit", "--json", *TWO_NODES, WAITING, *SMALL, f"logging.save_dir={slurm.directory}",
+                                    "logging.run_name=run"))
     assert submitted == [{"job": job_of(run), "run": str(run)}]
     slurm.jobs.append(job_of(run))
     slurm.reached("run", 5, job_of(run))
