@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from job.benchmarking import startup
 from job.benchmarking.durability import checkpoint_stall, resume_seconds
 from job.benchmarking.measure import Shape, compare
+from job.benchmarking.paper import count
 from job.benchmarking.ranks import step_seconds
 from job.command import guarded
 from job.errors import UsageError
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grow", choices=sorted(GROWTH), help="measure along one axis and fit the exponent of the cost")
     p.add_argument("--values", type=int, nargs="+", help="places along the axis of --grow")
     p.add_argument("--targets", action="store_true", help="instead: the speed-ups that the README tells, in float32 and beside them in bf16")
+    p.add_argument("--paper", action="store_true", help="instead: count kernels, operations, bytes and memory of a step, for sizes that do not fit here")
     p.add_argument("--startup", type=Path, metavar="DATA", help="instead: seconds to the first step of the demo on prepared data, and the wait for data")
     p.add_argument("--durability", action="store_true", help="instead: the stall of a checkpoint, and resume time against the size of the data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +81,16 @@ def targets(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         options.compare = [f"model.implementation=plain{plain}", fast, f"{fast},training.dtype=bf16"]
         results[name] = measure(options, replace(shape, fill=fill), [])
         print(f"\n{name}\n{table(results[name])}", flush=True)
+    return results
+
+
+def on_paper(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """Print and return what a step of every setting asks of a device."""
+    results = {}
+    print(f"{'setting':<44} {'kernels':>8} {'TFLOP':>8} {'GB moved':>9} {'peak GiB':>9}")
+    for name in options.compare:
+        f = results[name] = count(setting(options.set, name, shape), shape)
+        print(f"{name[:44]:<44} {f['kernels']:>8} {f['flops'] / 1e12:>8.1f} {f['bytes_moved'] / 1e9:>9.0f} {f['peak_gib']:>9.1f}", flush=True)
     return results
 
 
@@ -166,6 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
         results: Any = durability(options.repeats)
     elif options.startup:
         results = starts(options.startup, options.repeats)
+    elif options.paper:
+        results = on_paper(options, shape)
     elif options.targets:
         results = targets(options, shape)
     elif options.grow:

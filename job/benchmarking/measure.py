@@ -72,7 +72,7 @@ class Case:
         mask = torch.arange(shape.seq_len) < torch.tensor(shape.lengths())[:, None]
         tokens = torch.randint(4, shape.vocab, mask.shape, generator=generator) * mask
         batch = {"input_ids": tokens, "attention_mask": mask, "latent": torch.randn(shape.batch, shape.latent_dim, generator=generator)}
-        self.batch = {name: value.to(device) for name, value in batch.items()}
+        self.batch: dict[str, Any] = {name: value.to(device) for name, value in batch.items()} | {"row_lengths": shape.lengths()}
 
     def step(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of one training step, and its loss."""

@@ -86,7 +86,7 @@ class Optimizer:
         self.nonfinite_in_a_row.add_(1).mul_(bad)
         if indices != self._indices:  # the device's copy is made when the set of parameters changes, not every step
             self._indices, self._device_indices = indices, torch.tensor(indices, device=bad.device)
-        first = self._device_indices[(~torch.isfinite(norms)).int().argmax()]
+        first = self._device_indices.take((~torch.isfinite(norms)).int().argmax())  # indexing by a tensor of no dimension would wait for the device
         self.bad_parameter = torch.where(bad, first, self.bad_parameter)
 
     @contextmanager

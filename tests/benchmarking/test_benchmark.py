@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from job.benchmark import exponent, main
+from job.benchmark import exponent, main, setting
 from job.benchmarking.measure import Shape
+from job.benchmarking.paper import count
+from job.config import ModelConfig
+from job.monitoring.flops import pass_flops
 
 SMALL = ["--set", "model.hidden_size=32", "model.n_blocks=2", "model.cond_dim=32", "--batch", "2", "--seq-len", "16", "--vocab", "64", "--latent-dim", "8",
          "--repeats", "2", "--device", "cpu"]
@@ -41,3 +45,15 @@ def test_exponent() -> None:
 def test_cost_along_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     main([*SMALL, "--grow", "ranks", "--values", "1", "2", "--compare", "model.implementation=fast"])
     assert "2 ranks: model.implementation=fast" in capsys.readouterr().out
+
+
+def test_paper_counts_the_operations_that_a_step_needs() -> None:
+    shape = Shape(2, 128, 2048, 16, 1.0)
+    plain, fast = (count(setting(["model.hidden_size=64", "model.n_blocks=2", "model.cond_dim=64", "model.num_residual_streams=1",
+                                 f"model.implementation={kind}"], "", shape), shape)
+                   for kind in ("plain", "fast"))
+    needed = pass_flops(ModelConfig(hidden_size=64, n_blocks=2, cond_dim=64), np.array([128, 128]), 2048, 16)
+    assert fast["flops"] == pytest.approx(2 * needed["t2l"] + 2 * needed["l2t"], rel=0.1)
+    assert plain["flops"] > fast["flops"]
+    assert plain["kernels"] > fast["kernels"]
+    assert plain["peak_gib"] > fast["peak_gib"] > 0

@@ -1,0 +1,85 @@
+"""A step on paper: what it asks of a device, counted on tensors without contents, for devices and sizes that are not at hand."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from job.benchmarking.measure import Case, Shape
+from job.runtime.precision import autocast
+
+FREE = ("view", "reshape", "expand", "permute", "transpose", "t.default", "slice", "select", "split", "unbind", "squeeze", "alias", "detach", "as_strided",
+        "empty", "prim.", "unflatten", "chunk")  # operations that start no kernel
+
+ATTENTION: dict[Any, Any] = {  # torch's counter knows the kernels of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Kernels, the bytes they read and write, and the bytes that are alive at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.moved = self.alive = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if not any(name in str(func) for name in FREE):
+            self.kernels += 1
+            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self.moved += sum(x.numel() * x.element_size() for x in inputs + results)
+        for x in results:
+            self.hold(x)
+        return out
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's memory until it is freed."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+
+def count(values: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Kernels, floating-point operations, bytes moved and the most memory alive (weights, gradients and Adam's moments too) of an eager step.
+
+    Memory is not to be trusted with training.activation_checkpointing: what is computed anew is freed late in this way of counting.
+    """
+    with FakeTensorMode(), patch.object(nn.Module, "to", lambda module, _: module):  # such tensors cannot be moved, and need not be
+        case = Case(values, shape, torch.device("cpu"))
+        counter, flops = _Counter(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        for tensor in (*case.trainer.state_dict().values(), *(x for state in case.optimizer.tensors().values() for x in tree_leaves(state))):
+            if isinstance(tensor, Tensor):
+                counter.hold(tensor)
+        with flops, counter:
+            step(case)
+    return {"kernels": counter.kernels, "flops": flops.get_total_flops(), "bytes_moved": counter.moved, "peak_gib": counter.peak / 2**30}
+
+
+def step(case: Case) -> None:
+    """One training step that reads no number back."""
+    case.trainer.zero_grad()
+    for stage in range(case.trainer.stages(0)):
+        with autocast(case.config.training.dtype, case.device):
+            loss, _metrics = case.trainer(case.batch, 0, None, stage)
+        loss.backward()
+    case.optimizer.step(0)
