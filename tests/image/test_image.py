@@ -37,7 +37,7 @@ SLOW_DISK = """import os, time
 fsync = os.fsync
 def slow(handle):
     if "/checkpoints/" in os.readlink(f"/proc/self/fd/{handle}"):
-        time.sleep(3)
+        time.sleep(4)
     fsync(handle)
 os.fsync = slow
 """
