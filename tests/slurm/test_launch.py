@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from job import slurm
-from job.launch import scheduler
+from job.config import Config
+from job.errors import UserError
+from job.launch import scheduler, sweep
 from job.launch.rundir import RunDirectory, find_runs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -169,3 +171,43 @@ def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> No
     assert [event["event"] for event in events] == ["requeued", "requeued", "requeued", "failed", "requeued"]
     assert events[3]["reason"] == "exit code 134; not requeued: 2 restarts without a new checkpoint, max_restarts=2"
     assert events[4]["reason"] == "exit code 134; restart 1 of at most 2 from checkpoint step_00000020"
+
+
+def test_a_run_has_one_job_at_a_time(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["cyclevae"])
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    monkeypatch.setattr(scheduler, "queued", lambda: {"7": "RUNNING"})
+    where = [f"logging.save_dir={run.path.parent}", f"logging.run_name='{run.path.name}'"]
+    assert slurm.main(["submit", "data=synthetic", *where]) == 1
+    assert f"error: {run.path} is being trained by job 7" in capsys.readouterr().err
+
+
+def test_waiting_ends_when_no_run_is_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that restarts is asked again, a job between two lives is not over, and another job of the user does not matter."""
+    answers: list[dict[str, str]] = [{}, {"7": "RUNNING"}, {"9": "RUNNING"}, {"7": "RUNNING"}, {"9": "RUNNING"}, {"9": "RUNNING"}]
+
+    def queued() -> dict[str, str]:
+        answer = answers.pop(0)
+        if not answer:
+            raise UserError("squeue: no answer")
+        return answer
+
+    monkeypatch.setattr(scheduler, "queued", queued)
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"7": ("COMPLETED", "0:0")})
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    point = sweep.Point(tmp_path, tmp_path, "a=1", [], Config())
+    assert sweep.wait({"7": point}) == {"7": (point, "COMPLETED")}
+    assert answers == []
+
+
+def test_what_a_job_is_submitted_from_does_not_shape_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a surrounding job's variables nor the site's defaults for what was asked for."""
+    for name in ("SLURM_NTASKS", "SLURM_CONF", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_TIMELIMIT"):
+        monkeypatch.setenv(name, "1")
+    executor = sweep.Executor(folder=tmp_path)
+    executor.parameters = {"partition": "gpu", "time": 5}
+    *env, sbatch, _ = executor._make_submission_command(Path("script.sh"))
+    left = subprocess.run([*env, "env"], capture_output=True, text=True, check=True).stdout
+    assert sbatch == "sbatch"
+    assert {line.split("=")[0] for line in left.splitlines() if line.startswith(("SLURM", "SBATCH"))} == {"SLURM_CONF", "SBATCH_ACCOUNT"}

@@ -58,14 +58,14 @@ def signalled(signal: str, ranks: str) -> str:
 
 @pytest.mark.parametrize("signal", ["USR1", "USR2", "TERM"])
 def test_every_signal_reaches_the_ranks_as_usr1(signal: str, tmp_path: Path) -> None:
-    ranks = "trap 'exit 143' USR1; touch ready; while true; do sleep 0.05; done"
+    ranks = "trap 'exit 143' USR1; touch ready; for _ in {1..600}; do sleep 0.05; done"
     code, events, _ = run(tmp_path, signalled(signal, ranks))
     assert code == 143
     assert events == [f"requeued: told to stop by SIG{signal}, exit code 143; restart 1 of at most 5 from checkpoint none"]
 
 
 def test_a_time_limit_requeues_before_the_ranks_have_ended(tmp_path: Path) -> None:
-    ranks = "trap '' USR1; touch ready; until [ -e requeued ]; do sleep 0.05; done; exit 137"
+    ranks = "trap '' USR1; touch ready; for _ in {1..600}; do [ -e requeued ] && break; sleep 0.05; done; exit 137"
     code, events, _ = run(tmp_path, signalled("TERM", ranks), REASON="TimeLimit")
     assert code == 137
     assert events == ["requeued: time limit reached; restart 1 of at most 5 from checkpoint none",
