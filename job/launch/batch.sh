@@ -57,7 +57,8 @@ supervise() {  # RUN_DIR TARGETS_DIR MAX_RESTARTS COMMAND...: run srun's COMMAND
     if [ -n "$asked" ]; then
         code=143
     else
-        while touch "$notes/alive"; do sleep 20; done >/dev/null 2>&1 &
+        touch "$notes/alive"  # not by the loop: a touch under way would outlive it, and the sign the run
+        while sleep 20 && touch "$notes/alive"; do :; done >/dev/null 2>&1 &
         heartbeat=$!
         "$@" &
         ranks=$!
