@@ -90,8 +90,8 @@ def image(*options: str, source: Path = ROOT, tag: str = IMAGE, **variables: str
     torch = next(line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch=="))
     places = {Path(place.removeprefix("file://").removesuffix("/simple")) for value in pip_options().values() for place in value.split()}
     mounts = [f"--volume={place}:{place}:ro" for place in sorted(places) if place.is_dir()]
-    return run(source / "docker/build", "--isolation=chroot", *mounts, f"--build-arg=BASE_IMAGE={BASE}", f"--build-arg=TORCH={torch}", f"--tag={tag}", *options,
-               BUILDER="buildah", **variables)
+    return run(source / "docker/build", "--isolation=chroot", *mounts, f"--build-arg=BASE_IMAGE={BASE}", f"--build-arg=TORCH={torch}", *options,
+               BUILDER="buildah", TAG=tag, **variables)
 
 
 def archive(path: Path, tag: str = IMAGE) -> Path:
