@@ -161,14 +161,15 @@ class Node:
         def openssl(*arguments: str) -> None:
             subprocess.run(["openssl", *arguments], cwd=self.base, check=True, capture_output=True)
 
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.crt", "-days", "30", "-subj", "/CN=lab")
+        new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+        openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.crt", "-days", "30", "-subj", "/CN=lab")
         (self.base / "san").write_text("subjectAltName=IP:127.0.0.1\n")
         for name, subject in (("server", "/CN=kube-apiserver"), ("admin", "/O=system:masters/CN=admin")):
-            openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
+            openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
             openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30", "-out", f"{name}.crt",
                     "-extfile", "san")
-        openssl("genrsa", "-out", "sa.key", "2048")
-        openssl("rsa", "-in", "sa.key", "-pubout", "-out", "sa.pub")
+        openssl("ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", "sa.key")
+        openssl("pkey", "-in", "sa.key", "-pubout", "-out", "sa.pub")
         self.write_kubeconfig("kubeconfig", {"client-certificate": f"{self.base}/admin.crt", "client-key": f"{self.base}/admin.key"})
 
     def write_kubeconfig(self, name: str, user: dict[str, str], **context: str) -> Path:

@@ -109,7 +109,9 @@ def _owner(job: Object) -> Object:
 
 
 def for_a_cluster_without_network(pod: Object, meeting_port: int) -> Object:
-    """What only the tests' cluster needs: all pods live on the host's network without DNS, so that two of them must not want the same port."""
+    """What only the tests' cluster needs: all pods live on the host's network without DNS. So two of them must not want the same port, and, as
+    torchrun tells nodes apart by address and process id (the same in all containers), must not be told the same address."""
+    address = f"127.0.0.{2 + int(pod['metadata']['labels'][f'{LABEL}replica-index'])}"
     pod["spec"] |= {"hostNetwork": True, "dnsPolicy": "Default"}
     for container in pod["spec"]["containers"]:
         metrics = [port for port in container.get("ports", []) if port["name"].startswith("metrics-")]
@@ -123,6 +125,8 @@ def for_a_cluster_without_network(pod: Object, meeting_port: int) -> Object:
                 variable["value"] = str(meeting_port)
             elif variable["name"] == "PET_RDZV_ENDPOINT":
                 variable["value"] = f"127.0.0.1:{meeting_port}"
+            elif variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath") == "status.podIP":
+                variable |= {"value": address, "valueFrom": None}
     return pod
 
 

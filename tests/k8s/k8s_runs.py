@@ -51,4 +51,5 @@ class Claims:
 
     def job(self, name: str, condition: str, seconds: float = 200) -> None:
         """Wait for a job's condition."""
-        self.kubernetes.kubectl("wait", f"--for=condition={condition}", f"pytorchjob/{name}", f"--namespace={self.namespace}", f"--timeout={seconds}s")
+        self.kubernetes.run("kubectl", "wait", f"--for=condition={condition}", f"pytorchjob/{name}", f"--namespace={self.namespace}",
+                            f"--timeout={seconds}s", seconds=seconds + 30)

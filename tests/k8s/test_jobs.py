@@ -121,7 +121,7 @@ def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: N
     with subprocess.Popen([sys.executable, "-m", "job", "k8s", "logs", "-f", "long", where], env=kubernetes.env, cwd=ROOT, text=True,
                           stdout=subprocess.PIPE) as following:
         assert following.stdout is not None
-        assert "300 " in following.stdout.readline()
+        assert "to 300" in following.stdout.readline()
         k8s("cancel", "long")
         assert "step " in following.stdout.read()
         assert following.wait() == 0, "it ends with the job"
