@@ -18,10 +18,12 @@ note() {  # EVENT REASON [EXIT_CODE]: a line for people in the log, one for prog
         "$(date +%s)" "$job" "${SLURM_RESTART_COUNT:-0}" "$1" "$2" "${3:-null}" "$SLURM_JOB_NODELIST" >>"$notes/events.jsonl"
 }
 
+insist() { while kill -USR1 "$ranks" 2>/dev/null; do sleep 5; done; }  # srun loses a signal that comes while it launches the tasks
+
 on_signal() {
     asked=${asked:-$1}
     # SLURM sends TERM to the ranks by itself; a second one would end them without saving, a USR1 more changes nothing.
-    [ -z "$ranks" ] || kill -USR1 "$ranks" 2>/dev/null
+    [ -z "$ranks" ] || insist >/dev/null 2>&1 &
     # SLURM requeues by itself after preemption and node failures, after a time limit never. At once, as KILL comes soon.
     if [ "$1" = TERM ] && [ -n "$ranks" ] && [ "$(field Reason)" = TimeLimit ]; then requeue "time limit reached" 143; fi
 }
@@ -62,7 +64,7 @@ supervise() {  # RUN_DIR TARGETS_DIR MAX_RESTARTS COMMAND...: run srun's COMMAND
         heartbeat=$!
         "$@" &
         ranks=$!
-        [ -z "$asked" ] || kill -USR1 "$ranks"
+        [ -z "$asked" ] || insist >/dev/null 2>&1 &
         while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done  # a signal interrupts wait
         wait "$ranks"
         code=$?

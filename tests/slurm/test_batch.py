@@ -102,7 +102,8 @@ def test_a_finished_run_finds_itself_finished(quiet_job: tuple[Slurm, str], quie
 
 def test_a_signal_before_the_trainer_is_ready(slurm: Slurm) -> None:
     job = slurm.sbatch("run", "training.num_train_steps=3", env={"CYCLEVAE_PYTHON": f"{FAULTY} early"})
-    slurm.wait(lambda: f"{job}.0" in slurm.cluster.run("squeue", "--noheader", "--steps", "--format=%i"), "the first step", job)
+    output = slurm.directory / f"{job}.out"
+    slurm.wait(lambda: output.exists() and "waiting for a signal" in output.read_text(), "the first step", job)  # SLURM lists it before it can be told
     slurm.cluster.run("scancel", "--signal=TERM", job)
     slurm.wait((slurm.directory / "run" / "slurm" / "alive").exists, "the ranks' step", job)
     slurm.cluster.run("scancel", "--batch", "--signal=USR1", job)

@@ -64,6 +64,21 @@ def test_every_signal_reaches_the_ranks_as_usr1(signal: str, tmp_path: Path) -> 
     assert events == [f"requeued: told to stop by SIG{signal}, exit code 143; restart 1 of at most 5 from checkpoint none"]
 
 
+def test_further_signals_end_nothing(tmp_path: Path) -> None:
+    ranks = "trap 'touch told$((++told))' USR1; for _ in {1..600}; do [ -e told3 ] && exit 143; sleep 0.05; done"
+    signs = {"ready": "USR1", "told1": "USR2", "told2": "TERM"}
+    signals = "".join(f"until [ -e {sign} ]; do sleep 0.05; done; kill -{signal} $$; " for sign, signal in signs.items())
+    code, events, _ = run(tmp_path, f"({signals}) &\nsupervise run targets 5 bash -c \"touch ready; {ranks.replace('$', chr(92) + '$')}\"")
+    assert code == 143
+    assert events == ["requeued: told to stop by SIGUSR1, exit code 143; restart 1 of at most 5 from checkpoint none"]
+
+
+def test_restarts_are_those_of_one_job(tmp_path: Path) -> None:
+    for job, requeued in (("7", True), ("7", False), ("8", True)):
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        assert run(tmp_path, "supervise run targets 1 bash -c 'exit 134'", SLURM_JOB_ID=job)[2] is requeued
+
+
 def test_a_time_limit_requeues_before_the_ranks_have_ended(tmp_path: Path) -> None:
     ranks = "trap '' USR1; touch ready; for _ in {1..600}; do [ -e requeued ] && break; sleep 0.05; done; exit 137"
     code, events, _ = run(tmp_path, signalled("TERM", ranks), REASON="TimeLimit")
