@@ -34,10 +34,10 @@ lint: .venv/dev                       ## ruff and mypy
 
 lock:                                 ## write requirements*.lock and docker/*.lock anew from pyproject.toml
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet .
-	.venv-lock/bin/pip freeze --exclude cyclevae --exclude setuptools | sed 's/+cpu$$//' > requirements.lock
+	.venv-lock/bin/pip install --quiet --upgrade setuptools .
+	.venv-lock/bin/pip freeze --all --exclude cyclevae --exclude pip | sed 's/+cpu$$//' > requirements.lock
 	.venv-lock/bin/pip install --quiet '.[dev]'
-	.venv-lock/bin/pip freeze --exclude cyclevae --exclude setuptools | sed 's/+cpu$$//' | grep -vxFf requirements.lock > requirements-dev.lock
+	.venv-lock/bin/pip freeze --all --exclude cyclevae --exclude pip | sed 's/+cpu$$//' | grep -vxFf requirements.lock > requirements-dev.lock
 	.venv-lock/bin/pip install --quiet uv==0.13.9
 	PATH=$(CURDIR)/.venv-lock/bin:$$PATH .venv-lock/bin/python docker/lock.py
 	rm -rf .venv-lock
