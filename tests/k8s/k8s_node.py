@@ -208,9 +208,9 @@ class Node:
                 link = tarfile.TarInfo(f"bin/{name}")
                 link.type, link.linkname = tarfile.SYMTYPE, "busybox"
                 tar.addfile(link)
-        for image, command in (("lab/pause", '["sleep", "2147483647"]'), ("lab/busybox", '["sh"]')):
-            subprocess.run(["docker", "import", "--change", f"ENTRYPOINT {command}" if image == "lab/pause" else f"CMD {command}", "-", image],
-                           env=self.env, input=archive.getvalue(), check=True, capture_output=True)
+        hold = json.dumps(["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"])  # a first process without a handler would ignore TERM
+        for image, command in (("lab/pause", f"ENTRYPOINT {hold}"), ("lab/busybox", 'CMD ["sh"]')):
+            subprocess.run(["docker", "import", "--change", command, "-", image], env=self.env, input=archive.getvalue(), check=True, capture_output=True)
 
     def stop(self) -> None:
         """End the kubelet first, so that nothing starts containers again, then these and all other daemons."""

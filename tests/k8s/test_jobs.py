@@ -45,34 +45,36 @@ def demo(kubernetes: Node, operator: TrainingOperator, image: None, tmp_path: Pa
     kubernetes.kubectl("delete", "namespace", "cyclevae", "--wait=false")
 
 
-def shortened_demo(directory: Path) -> Path:
-    """The overlay cpu-demo with the image of the tests, and fewer steps."""
+def shortened_demo(directory: Path, job: str) -> Path:
+    """The overlay cpu-demo with the image of the tests, fewer steps, and this name of the job; the run is still cpu-demo."""
+    overlay = directory / job
     command = "/spec/pytorchReplicaSpecs/Worker/template/spec/containers/0/command/-"
     overrides = [f"training.num_train_steps={STEPS}", "logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=10", "logging.num_samples=1",
                  "logging.num_eval_batches=1"]
-    (directory / "overlay").mkdir()
-    (directory / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump({
-        "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-demo", directory / "overlay")],
+    overlay.mkdir()
+    changes = [{"op": "replace", "path": "/metadata/name", "value": job}, *({"op": "add", "path": command, "value": one} for one in overrides)]
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump({
+        "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-demo", overlay)],
         "images": [{"name": "registry.example/cyclevae", "newName": IMAGE.split(":")[0], "newTag": IMAGE.split(":")[1]}],
-        "patches": [{"target": {"kind": "PyTorchJob"}, "patch": yaml.safe_dump([{"op": "add", "path": command, "value": one} for one in overrides])}]}))
-    return directory / "overlay"
+        "patches": [{"target": {"kind": "PyTorchJob"}, "patch": yaml.safe_dump(changes)}]}))
+    return overlay
 
 
 @pytest.mark.timeout(900)
 def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(kubernetes: Node, demo: Claims, tmp_path: Path) -> None:
-    overlay, pods = shortened_demo(tmp_path), ("get", "pods", "--namespace=cyclevae", "--output=jsonpath={.items[*].metadata.uid}")
+    pods = ("get", "pods", "--namespace=cyclevae", "--selector=training.kubeflow.org/job-name=cpu-demo", "--output=jsonpath={.items[*].metadata.uid}")
 
-    def apply() -> None:
-        kubernetes.kubectl("apply", "-k", str(overlay), "--validate=false")  # endPort is newer than the server
+    def apply(job: str) -> None:
+        kubernetes.kubectl("apply", "-k", str(shortened_demo(tmp_path, job)), "--validate=false")  # endPort is newer than the server
 
-    apply()
-    demo.job("cpu-demo", "Succeeded", 400)
+    apply("calm")
+    demo.job("calm", "Succeeded", 400)
     calm = losses(demo.runs / "cpu-demo")
     assert list(calm) == list(range(1, STEPS + 1))
-    kubernetes.kubectl("delete", "pytorchjob", "cpu-demo", "--namespace=cyclevae", "--cascade=foreground")
+    wait_for(lambda: "Running" not in kubernetes.kubectl("get", "pods", "--namespace=cyclevae", check=False), "both pods to end")
     (demo.runs / "cpu-demo").rename(demo.runs / "calm")
 
-    apply()
+    apply("cpu-demo")
     demo.reached("cpu-demo", 5)
     first = set(kubernetes.kubectl(*pods).split())
     assert len(first) == 2

@@ -221,7 +221,7 @@ def test_a_watch_that_has_expired_starts_anew(kubernetes: Node, cluster: Cluster
     listed = cluster.jobs.list_namespaced_custom_object
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("watch") and not asked:
+        if kwargs.get("watch") and "watch" not in asked:
             kubernetes.kubectl("annotate", "pytorchjob", "first", f"--namespace={cluster.namespace}", "touched=yes")
             kubernetes.compact()
             kubernetes.kill_server()  # what it remembers of older versions goes with it
@@ -244,7 +244,7 @@ def test_a_server_that_is_away_is_waited_for(kubernetes: Node, cluster: Cluster,
     with pytest.raises(UserError, match="does not answer"):
         cluster.get("first")
     kubernetes.start_server()
-    cluster.delete("first")
+    kubernetes.kubectl("delete", "pytorchjob", "first", f"--namespace={cluster.namespace}", "--cascade=orphan")
     seen: dict[str, Object] = {"first": {}}
     while seen:
         seen = next(changes)
