@@ -27,7 +27,7 @@ COPY docker/build.lock /locks/
 RUN pip install --quiet --require-hashes --no-deps --only-binary :all: --requirement /locks/build.lock
 
 FROM builder AS torch
-# Another PyTorch than the lock's: --build-arg TORCH="torch==2.13.0 --index-url ..."
+# Another PyTorch than the lock's: --build-arg TORCH="torch==2.13.0+cpu", from where pip is set up to look
 ARG TORCH="--require-hashes --requirement /locks/torch.lock"
 COPY docker/torch.lock /locks/
 # hadolint ignore=SC2086

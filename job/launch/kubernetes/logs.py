@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -56,6 +58,8 @@ def read(cluster: Cluster, pod: Any, start: str, lines: int) -> None:
                 return
         except Unreachable:
             pass
+        except BrokenPipeError:  # whoever read has gone, `| head` say; only this ends the other threads too
+            os._exit(128 + signal.SIGPIPE)
         except UserError as error:
             print(f"{start}error: {error}", file=sys.stderr, flush=True)
             return
