@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,3 +63,9 @@ def file_entry(path: Path) -> dict[str, Any]:
     """What dataset.json keeps of a file: its SHA-256 and its size in bytes."""
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def write_below(root: Path, files: Mapping[str, str]) -> None:
+    """Write texts by their paths below a directory."""
+    for name, text in files.items():
+        write_text(root / name, text)

@@ -7,9 +7,9 @@ import json
 import sys
 from typing import Any
 
-from job.command import guarded
 from job.errors import UserError
 from job.launch.table import show
+from job.launch.verbs import add_outputs, run
 
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
@@ -135,22 +135,13 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("job", metavar="JOB")
             verb.add_argument("-f", "--follow", action="store_true", help="go on as lines are added, through restarts")
             verb.add_argument("-n", "--lines", type=int, default=50, help="of every pod (default: 50)")
-    for name in ("submit", "list", "status", "resume"):
-        verbs.choices[name].add_argument("--json", action="store_true", help="for programs")
-    for name in ("submit", "resume"):
-        verbs.choices[name].add_argument("--dry-run", action="store_true", help="print the manifests only")
+    add_outputs(verbs, dry_run="print the manifests only")
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`cyclevae k8s VERB ...`."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options, rest = parser().parse_known_args(given)
-    if options.function is submit:
-        return guarded(lambda: submit(rest, options))
-    if rest:
-        parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    return guarded(lambda: options.function(options))
+    return run(parser(), submit, arguments)
 
 
 if __name__ == "__main__":

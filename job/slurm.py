@@ -8,11 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from job.command import guarded
 from job.errors import UserError
 from job.launch import scheduler
 from job.launch.rundir import RunDirectory, find_runs
 from job.launch.table import show
+from job.launch.verbs import add_outputs, run
 
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
@@ -89,21 +89,13 @@ def parser() -> argparse.ArgumentParser:
     verbs.choices["logs"].add_argument("run", type=Path, metavar="RUN")
     verbs.choices["logs"].add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
     verbs.choices["logs"].add_argument("-n", "--lines", type=int, default=50)
-    for name in ("submit", "list", "status", "resume"):
-        verbs.choices[name].add_argument("--json", action="store_true", help="for programs")
-    for name in ("submit", "resume"):
-        verbs.choices[name].add_argument("--dry-run", action="store_true", help="print what would be submitted, no more")
+    add_outputs(verbs, dry_run="print what would be submitted, no more")
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`cyclevae slurm VERB ...`."""
-    options, rest = parser().parse_known_args(arguments)
-    if options.function is submit:
-        return guarded(lambda: submit(rest, options))
-    if rest:
-        parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    return guarded(lambda: options.function(options))
+    return run(parser(), submit, arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from job.files import write_below
 from job.monitoring.dashboards import dashboards
 from job.monitoring.rules import rule_file, runbook
 
@@ -68,10 +69,7 @@ def files() -> dict[str, str]:
 
 
 def main() -> None:
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-    for name, content in files().items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content)
+    write_below(Path(sys.argv[1] if len(sys.argv) > 1 else "."), files())
 
 
 if __name__ == "__main__":
