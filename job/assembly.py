@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from job.objective.trainer import Trainer
 from job.runtime.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from job.runtime.distributed import Process
 from job.runtime.optimizer import Optimizer
+from job.runtime.precision import autocast
+from job.runtime.sharding import shard, whole
 from job.runtime.stop import StopSignals
 from job.runtime.watchdog import Watchdog
 
@@ -45,7 +47,7 @@ class Job:
     validation_data: Dataset
     loader: Loader
     trainer: Trainer
-    module: nn.Module  # the trainer, wrapped by DDP when there are several ranks
+    module: nn.Module  # the trainer, or DDP around it
     optimizer: Optimizer
     accumulator: Accumulator
     checkpointer: Checkpointer
@@ -82,25 +84,35 @@ def find_checkpoint(config: Config, checkpointer: Checkpointer, say: Callable[[s
     return own
 
 
-def new_trainer(config: Config, data: Dataset, device: torch.device, starting: bool) -> Trainer:
-    """The model, new or with the weights of training.init_from, inside the objective."""
+def new_trainer(config: Config, data: Dataset, starting: bool) -> Trainer:
+    """The model, new or with the weights of training.init_from, inside the objective; on the CPU."""
     vocab_size, latent_dim = vocabulary(config.model, data.info.vocab_size), config.model.latent_dim or data.info.latent_dim
     if latent_dim != data.info.latent_dim:
         raise UserError(f"model.latent_dim={latent_dim}, but the latents of the data have {data.info.latent_dim} dimensions; leave model.latent_dim out")
     model = build_model(config.model, vocab_size, latent_dim, config.training.seed)
     if starting and config.training.init_from:
         apply_weights(model, Path(config.training.init_from))
-    return build_trainer(model, config.model, config.loss, config.training, data.info.mask_token_id).to(device)
+    return build_trainer(model, config.model, config.loss, config.training, data.info.mask_token_id)
 
 
-def wrap(trainer: Trainer, config: Config, process: Process) -> nn.Module:
-    """DDP around the trainer where there are other ranks."""
+def distribute(trainer: Trainer, config: Config, process: Process) -> nn.Module:
+    """Put the trainer on its device; where there are other ranks, in shards or with DDP around it."""
+    if config.training.strategy == "fsdp" and process.world_size > 1:
+        return shard(trainer, trainer.model.mmdit.blocks, "encode", process.device)  # type: ignore[union-attr,arg-type]
+    trainer.to(process.device)
     if process.world_size == 1:
         return trainer
     one_direction = config.loss.loss_type != "cycle_vae"  # then a head, or the last block's other stream, gets no gradient
     return DistributedDataParallel(trainer, device_ids=[process.device.index] if process.device.type == "cuda" else None,
                                    find_unused_parameters=one_direction, gradient_as_bucket_view=True,
                                    forward_sync_buffers=False)  # they are constants
+
+
+@contextmanager
+def for_evaluation(job: Job) -> Iterator[Trainer]:
+    """The trainer as it is to be judged: whole, with the moving average of its weights where one is kept. All ranks enter together."""
+    with job.optimizer.averaged(), autocast(job.config.training.dtype, job.process.device):
+        yield whole(job.trainer, lambda: new_trainer(job.config, job.train_data, starting=False).to(job.process.device))
 
 
 def tensors(job: Job) -> dict[str, Any]:

@@ -115,6 +115,8 @@ class TrainingConfig:
     lr_schedule: str = key("cosine", "learning rate after warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = key(100, "steps of linear learning-rate warm-up", low=0)
     ema_decay: float = key(0.0, "decay of the moving average of the weights; 0 keeps none", low=0, high=0.999999)
+    strategy: str = key("ddp", "between ranks: ddp (each holds the whole model) or fsdp (weights, gradients and moments in shards, for models that do "
+                               "not fit; evaluation still holds one copy of the weights)", choices=("ddp", "fsdp"))
     compile_model: bool = key(False, "torch.compile the blocks", read_if=("model.implementation", "fast"))
     activation_checkpointing: bool = key(False, "keep no activations inside blocks, compute them again in backward",
                                          read_if=("model.implementation", "fast"))
@@ -208,7 +210,8 @@ LGDLM_KEYS = {
 # train_batch_size is here because only the global batch counts, which is compared by itself.
 FREE_ON_RESUME = {
     "data.dir", "data.num_workers", "data.verify_hashes", "training.device", "training.train_batch_size", "training.gradient_accumulation_steps",
-    "training.global_batch_size", "training.eval_batch_size", "training.compile_model", "training.activation_checkpointing", "model.implementation",
+    "training.global_batch_size", "training.eval_batch_size", "training.strategy", "training.compile_model", "training.activation_checkpointing",
+    "model.implementation",
     "training.init_from", "training.resume", "training.allow_changed",
     "training.max_minutes", "training.max_nonfinite_steps", "training.sick_rank_timeout_seconds", "optimizer.use_fused",
     *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)), *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from job.assembly import Job, batch_sizes, find_checkpoint, new_trainer, passes, reduction_seconds, tensors, total_over_ranks, wrap, write_description
+from job.assembly import Job, batch_sizes, distribute, find_checkpoint, new_trainer, passes, reduction_seconds, tensors, total_over_ranks, write_description
 from job.command import guarded, unknown_key
 from job.config import Config, config_dir, keys, validate
 from job.data.loader import Batch, Loader, dead_worker, open_datasets
@@ -70,9 +70,10 @@ def train(config: Config, run_dir: Path) -> ExitCode:
                     accumulation=accumulation, max_seq_len=config.model.max_seq_len, pad_to_max=config.data.pad_to_max,
                     standardize=config.data.standardize_latents, num_workers=config.data.num_workers, pin_memory=process.device.type == "cuda",
                     worker_init=ignore_in_worker)
-    trainer = new_trainer(config, train_data, process.device, starting=checkpoint is None)
+    trainer = new_trainer(config, train_data, starting=checkpoint is None)
+    module = distribute(trainer, config, process)
     optimizer = Optimizer(trainer.model, config, process.device)
-    job = Job(config, run_dir, process, train_data, validation_data, loader, trainer, wrap(trainer, config, process), optimizer,
+    job = Job(config, run_dir, process, train_data, validation_data, loader, trainer, module, optimizer,
               Accumulator(process.device), checkpointer, watchdog, signals, Parts(process.device),
               Work(config.model, trainer.model.vocab_size, trainer.model.latent_dim))  # type: ignore[arg-type]
     start = 0

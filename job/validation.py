@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.assembly import Job
+from job.assembly import Job, for_evaluation
 from job.data.loader import evaluation_batches
 from job.errors import UserError
 from job.files import json_lines, write_json
@@ -10,7 +10,6 @@ from job.monitoring.curves import write_curves
 from job.monitoring.progress import Progress
 from job.objective.evaluation import evaluate, table
 from job.runtime import distributed
-from job.runtime.precision import autocast
 from job.sample import round_trips, write_samples
 
 
@@ -35,8 +34,8 @@ def evaluate_if_due(job: Job, done: int, progress: Progress) -> str | None:
             raise Stopped(reason)
 
     try:
-        with job.phases("evaluate"), job.optimizer.averaged(), autocast(c.training.dtype, job.process.device):
-            job.metrics = evaluate(job.trainer, on_device, c.training.seed, distributed.gather, between)
+        with job.phases("evaluate"), for_evaluation(job) as trainer:
+            job.metrics = evaluate(trainer, on_device, c.training.seed, distributed.gather, between)
     except Stopped as stop:
         return str(stop)
     job.evaluated = done
@@ -57,10 +56,10 @@ def finish(job: Job) -> None:
     c = job.config
     if not job.checkpointer.wait():
         raise UserError(f"{job.run_dir}/checkpoints: the last checkpoint could not be written; free space there and run the same command again")
+    with for_evaluation(job) as trainer:
+        trips = round_trips(trainer, job.validation_data, c, c.logging.num_samples) if job.process.is_main else []
     if not job.process.is_main:
         return
-    with job.optimizer.averaged(), autocast(c.training.dtype, job.process.device):
-        trips = round_trips(job.trainer, job.validation_data, c, c.logging.num_samples)
     write_samples(job.run_dir / "samples.txt", trips)
     write_curves(job.run_dir)
     write_json(job.run_dir / "result.json", {"step": c.training.num_train_steps, **job.metrics}, indent=2)

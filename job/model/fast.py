@@ -78,7 +78,8 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function, dynamic=True)
 
 
-def _block(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool) -> Streams:
+def encode_block(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool) -> Streams:
+    """Both streams through one block."""
     enter, leave = (_compiled(_enter), _compiled(_leave)) if compiled else (_enter, _leave)
     text_qkv, text_weights = enter(block, 0, text, cond, layout.text, layout.read_text if last else slice(0, len(text)))
     latent_qkv, latent_weights = enter(block, 1, latent, cond, layout.latent, slice(0, len(latent)))
@@ -108,7 +109,8 @@ def encode(model: Any, groups: Sequence[Rows], padding: Padding) -> tuple[Tensor
     streams = (x.float()[:, None].repeat(1, model.num_residual_streams, 1) for x in (text, latent))
     text, latent = streams
     for index, block in enumerate(model.mmdit.blocks):
-        arguments = (block, text, latent, cond, layout, index == len(model.mmdit.blocks) - 1, model.compiled)
-        text, latent = checkpoint(_block, *arguments, use_reentrant=False) if model.checkpointing and torch.is_grad_enabled() else _block(*arguments)
+        arguments = (text, latent, cond, layout, index == len(model.mmdit.blocks) - 1, model.compiled)
+        keep = not (model.checkpointing and torch.is_grad_enabled())
+        text, latent = block.encode(*arguments) if keep else checkpoint(block.encode, *arguments, use_reentrant=False)
     text, latent = (norm(x.sum(1)) for norm, x in zip(model.mmdit.norms, (text, latent), strict=True))
     return text, model.latent_head(latent)

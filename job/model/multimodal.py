@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from job.config import ModelConfig
 from job.errors import UserError
 from job.model.backbone import build_backbone
-from job.model.fast import encode
+from job.model.fast import encode, encode_block
 from job.objective.rows import Padding, Rows
 
 
@@ -86,6 +87,8 @@ class MultimodalMMDiT(nn.Module):
         self.latent_encoder = LatentEncoder(latent_dim, hidden)
         self.conditioning = Conditioning(config.cond_dim, config.time_scale)
         self.mmdit = build_backbone(config)
+        for block in self.mmdit.blocks:  # type: ignore[union-attr]
+            block.encode = MethodType(encode_block, block)  # a method, so that FSDP can gather the block for it
         self.text_head = nn.Linear(hidden, vocab_size)
         out = nn.Linear(2 * hidden, latent_dim)
         self.latent_head = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Dropout(config.dropout), out)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from job.config import Config, OptimizerConfig, TrainingConfig
+from job.runtime.sharding import Shards, like
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, training: TrainingConfig) -> float:
@@ -36,10 +37,13 @@ class Optimizer:
 
     def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
         self.config = config
-        self.names, self.parameters = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad), strict=True)
+        self.names, parameters = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad), strict=True)
+        self.shards = Shards(parameters)
+        self.parameters = self.shards.local
+        named = list(zip(self.names, self.parameters, strict=True))
         groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in zip(self.names, self.parameters, strict=True) if decays(n, p)], "weight_decay": config.optimizer.weight_decay},
-            {"params": [p for n, p in zip(self.names, self.parameters, strict=True) if not decays(n, p)], "weight_decay": 0.0},
+            {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.optimizer.weight_decay},
+            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
         c = config.optimizer
         self.adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.use_fused, foreach=not c.use_fused)
@@ -60,14 +64,14 @@ class Optimizer:
         lr = learning_rate(step, self.config.optimizer, self.config.training)
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        with_gradient = [(i, p.grad) for i, p in enumerate(self.parameters) if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([g for _, g in with_gradient]))
+        indices, gradients = self.shards.take_gradients()
+        norms = self.shards.norms(indices, gradients)
         norm = torch.linalg.vector_norm(norms)
         bad = ~torch.isfinite(norm)
-        self._count(bad, norms, [i for i, _ in with_gradient])
+        self._count(bad, norms, indices)
         limit = self.config.optimizer.grad_clip_norm
         if limit:
-            torch._foreach_mul_([g for _, g in with_gradient], (limit / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         if self.config.optimizer.use_fused:
             self.adamw.found_inf = bad.float()  # type: ignore[attr-defined]  # what GradScaler sets; fused kernels skip the update on it
             self.adamw.step()
@@ -78,7 +82,7 @@ class Optimizer:
                 toward = torch._foreach_sub(list(self.parameters), self.average)
                 torch._foreach_mul_(toward, (1 - self.config.training.ema_decay) * (~bad).float())
                 torch._foreach_add_(self.average, toward)
-        self.adamw.zero_grad(set_to_none=True)
+        self.shards.zero_grad()
         return norm
 
     def _count(self, bad: Tensor, norms: Tensor, indices: list[int]) -> None:
@@ -104,9 +108,12 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Any]:
         """All state to save, by parameter name: moments, step counts, average and counters."""
-        moments = {n: dict(self.adamw.state[p]) for n, p in zip(self.names, self.parameters, strict=True)}
+        moments, average = {}, {}
+        for i, (name, local, parameter) in enumerate(zip(self.names, self.parameters, self.shards.parameters, strict=True)):
+            moments[name] = {key: value if key == "step" else like(value, parameter) for key, value in self.adamw.state[local].items()}
+            if self.average is not None:
+                average[name] = like(self.average[i], parameter)
         counters = {"nonfinite_steps": self.nonfinite_steps, "nonfinite_in_a_row": self.nonfinite_in_a_row, "bad_parameter": self.bad_parameter}
-        average = dict(zip(self.names, self.average, strict=True)) if self.average is not None else {}
         return {"moments": moments, "average": average, "counters": counters}
 
 

@@ -16,13 +16,14 @@ def test_a_harmed_run_ends_like_one_left_in_peace(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_another_number_of_ranks_goes_on_with_the_same_samples_and_noise(tmp_path: Path) -> None:
+    """Also when the ranks begin to hold shards of the model, or each begins to hold all of it."""
     overrides = [*CYCLE, "model.dropout=0", "training.gradient_accumulation_steps=1", "training.global_batch_size=8"]
     dice = random.Random(0)
     quiet = Run(tmp_path / "quiet", overrides)
     quiet.finish()
-    for world_size, stop_at in ((2, 4), (1, 9)):
-        assert Run(tmp_path / "moved", overrides, world_size).interrupt("SIGUSR1 to torchrun", stop_at, 0.0, dice)
-    moved = Run(tmp_path / "moved", overrides, world_size=4)
+    for world_size, strategy, stop_at in ((2, "fsdp", 4), (1, "ddp", 9)):
+        assert Run(tmp_path / "moved", [*overrides, f"training.strategy={strategy}"], world_size).interrupt("SIGUSR1 to torchrun", stop_at, 0.0, dice)
+    moved = Run(tmp_path / "moved", [*overrides, "training.strategy=fsdp"], world_size=4)
     moved.finish()
     expected, found = quiet.log(), moved.log()
     assert list(found) == list(expected)
