@@ -60,7 +60,7 @@ k8s-tools: image-tools                ## Kubernetes for test-k8s: programs from 
 	tests/k8s/build.sh "$${XDG_CACHE_HOME:-$$HOME/.cache}/cyclevae/kubernetes"
 
 test-k8s: .venv/dev                   ## manifests, launcher and image on a real Kubernetes of one node (as root)
-	CYCLEVAE_TEST_K8S=1 $(BIN)/python -m pytest tests/k8s tests/launch/kubernetes/test_elastic.py
+	CYCLEVAE_TEST_K8S=1 $(BIN)/python -m pytest tests/k8s
 
 .PHONY: image image-tools test-image
 image:                                ## the container image, with docker, podman or buildah

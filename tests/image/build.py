@@ -12,12 +12,15 @@ installs the programs. The first build takes minutes and is kept in ~/.cache/cyc
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,12 +46,20 @@ tmp_dir = "{cache}/tmp"
 """
 
 
+@cache
 def environment() -> dict[str, str]:
-    """Environment in which buildah and podman use our storage and nobody else's."""
+    """Environment in which buildah and podman use our storage and nobody else's. Whoever finds it unused removes the containers of killed processes."""
     CACHE.mkdir(parents=True, exist_ok=True)
     for name, text in (("storage.conf", STORAGE), ("containers.conf", CONTAINERS)):
         (CACHE / name).write_text(text.format(cache=CACHE))
-    return {**os.environ, "CONTAINERS_STORAGE_CONF": f"{CACHE}/storage.conf", "CONTAINERS_CONF": f"{CACHE}/containers.conf"}
+    env = {**os.environ, "CONTAINERS_STORAGE_CONF": f"{CACHE}/storage.conf", "CONTAINERS_CONF": f"{CACHE}/containers.conf"}
+    users = os.open(CACHE / "users", os.O_RDWR | os.O_CREAT)  # stays open, and so locked, as long as this process lives
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for program, *force in (("podman", "--force"), ("buildah",)):
+            subprocess.run([program, "rm", "--all", *force], env=env, capture_output=True)
+    fcntl.flock(users, fcntl.LOCK_SH)
+    return env
 
 
 def run(*command: str | Path, **kwargs: str) -> str:

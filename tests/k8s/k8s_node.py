@@ -235,9 +235,13 @@ class Node:
 
 def sweep(base: Path) -> None:
     """Remove a node's directory with all that is mounted in it."""
-    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    for place in sorted((place for place in mounted if place.startswith(f"{base}/")), reverse=True):
-        subprocess.run(["umount", "--lazy", place], check=True)
+    def unmounted() -> bool:
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for place in (inside := sorted((place for place in mounted if place.startswith(f"{base}/")), reverse=True)):
+            subprocess.run(["umount", "--lazy", place], capture_output=True)  # a daemon that is ending may be faster
+        return not inside
+
+    wait_for(unmounted, f"{base} to be unmounted")
     shutil.rmtree(base, ignore_errors=True)
 
 
@@ -249,7 +253,7 @@ def node(keep_logs: Path | None = None) -> Iterator[Node]:
     with (base / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for other in Path("/tmp").glob(f"{PREFIX}*/lock"):  # what a session left behind that was killed
-            with other.open() as theirs, contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), other.open() as theirs:
                 fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 sweep(other.parent)
         one = Node(base)

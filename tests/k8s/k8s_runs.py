@@ -11,6 +11,10 @@ import yaml
 from k8s_node import Node, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
+TINY = ["model=small", "model.hidden_size=32", "model.n_blocks=1", "model.n_heads=2", "model.head_dim=16", "model.cond_dim=32", "model.max_seq_len=16",
+        "data=synthetic", "data.synthetic_samples=40", "data.synthetic_vocab_size=32", "data.synthetic_latent_dim=8", "model.dropout=0.1",
+        "training.device=cpu", "training.warmup_steps=10", "training.eval_batch_size=4", "logging.log_freq=1", "logging.eval_freq=0", "logging.num_samples=1",
+        "logging.num_eval_batches=1"]
 
 
 def cyclevae(kubernetes: Node, *arguments: str, kubeconfig: Path | None = None, seconds: float = 240) -> subprocess.CompletedProcess[str]:

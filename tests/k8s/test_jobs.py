@@ -13,15 +13,12 @@ import pytest
 import yaml
 from k8s_node import NODE, Node, wait_for
 from k8s_operator import TrainingOperator
-from k8s_runs import ROOT, Claims, cyclevae, losses
+from k8s_runs import ROOT, TINY, Claims, cyclevae, losses
 
 pytest_plugins = ["k8s_lab"]
 STEPS = 40
 IMAGE = "cyclevae:test"
-SMALL = f"""model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
-data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu model.dropout=0.1 training.warmup_steps=10
-logging.log_freq=1 logging.eval_freq=0 logging.save_freq=50 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4
-hydra.launcher.container.image={IMAGE} hydra.launcher.cpus_per_task=1""".split()
+SMALL = [*TINY, "logging.save_freq=50", f"hydra.launcher.container.image={IMAGE}", "hydra.launcher.cpus_per_task=1"]
 
 
 @pytest.fixture(scope="session")
