@@ -6,13 +6,14 @@
     python tests/image/build.py --clean             # removes base, storage and cached layers
 
 From Python (with this directory on sys.path): `build.image()`, `build.archive(path)`, `build.load(docker_host)`. As root; `make image-tools`
-installs the programs. The first build takes minutes and is kept in ~/.cache/cyclevae/image.
+installs the programs. The first build of a day takes minutes and is kept in ~/.cache/cyclevae/image.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import fcntl
 import os
 import re
@@ -26,7 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cyclevae" / "image"
 PROGRAMS = ("buildah", "podman", "runc", "debootstrap")
-BASE, IMAGE = "localhost/base:bookworm", "localhost/cyclevae:test"
+BASE = f"localhost/base:{datetime.date.today()}"  # every day anew, as Debian's updates come in: cached and new layers are to have the same packages
+IMAGE = "localhost/cyclevae:test"
 CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
 STORAGE = """[storage]
 driver = "overlay"
@@ -48,7 +50,10 @@ tmp_dir = "{cache}/tmp"
 
 @cache
 def environment() -> dict[str, str]:
-    """Environment in which buildah and podman use our storage and nobody else's. Whoever finds it unused removes the containers of killed processes."""
+    """Environment in which buildah and podman use our storage and nobody else's.
+
+    Whoever finds it unused removes the containers of killed processes, and the images of other days.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     for name, text in (("storage.conf", STORAGE), ("containers.conf", CONTAINERS)):
         (CACHE / name).write_text(text.format(cache=CACHE))
@@ -58,6 +63,8 @@ def environment() -> dict[str, str]:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for program, *force in (("podman", "--force"), ("buildah",)):
             subprocess.run([program, "rm", "--all", *force], env=env, capture_output=True)
+        if subprocess.run(["buildah", "inspect", "--type=image", BASE], env=env, capture_output=True).returncode:
+            subprocess.run(["buildah", "rmi", "--all", "--force"], env=env, capture_output=True)
     fcntl.flock(users, fcntl.LOCK_SH)
     return env
 
@@ -79,7 +86,7 @@ def pip_options() -> dict[str, str]:
 
 def base() -> None:
     """Make the base, with this machine's certificates and pip's options, unless it is there."""
-    if "bookworm" in run("buildah", "images", "--noheading", "--format", "{{.Tag}}"):
+    if BASE in run("buildah", "images", "--noheading", "--format", "{{.Name}}:{{.Tag}}").splitlines():
         return
     with tempfile.TemporaryDirectory(prefix="cyclevae-base-") as scratch:
         root = Path(scratch) / "root"

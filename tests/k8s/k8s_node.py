@@ -38,7 +38,7 @@ def unable() -> str | None:
     """Why this machine cannot be a node; None if it can."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None] + [str(path) for path in (BUSYBOX, CACHE / "stamp") if not path.exists()]
     if missing:
-        return f"needs {', '.join(missing)}: `make k8s-tools` installs them"
+        return f"needs {', '.join(missing)}: `make k8s-tools` installs all but kubectl 1.21 or newer"
     if os.getuid() != 0:
         return "needs root, for containers"
     with tempfile.TemporaryDirectory(dir="/tmp") as place:

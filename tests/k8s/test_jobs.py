@@ -39,7 +39,7 @@ def demo(kubernetes: Node, operator: TrainingOperator, image: None, tmp_path: Pa
     """The claims of the overlays' namespace."""
     kubernetes.kubectl("delete", "namespace", "cyclevae", "--ignore-not-found")
     yield Claims(kubernetes, "cyclevae", tmp_path)
-    kubernetes.kubectl("delete", "namespace", "cyclevae", "--wait=false")
+    kubernetes.kubectl("delete", "namespace", "cyclevae")  # others apply overlays to it
 
 
 def shortened_demo(directory: Path, job: str) -> Path:
@@ -57,7 +57,7 @@ def shortened_demo(directory: Path, job: str) -> Path:
     return overlay
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(kubernetes: Node, demo: Claims, tmp_path: Path) -> None:
     pods = ("get", "pods", "--namespace=cyclevae", "--selector=training.kubeflow.org/job-name=cpu-demo", "--output=jsonpath={.items[*].metadata.uid}")
 
@@ -91,7 +91,7 @@ def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
     assert losses(demo.runs / "cpu-demo") == calm
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_sweep_of_which_one_point_fails(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
     """The point of batch size 3 cannot make batches of 4 of it."""
     done = cyclevae(kubernetes, "-m", "job.train", "--multirun", "hydra/launcher=pytorchjob", f"hydra.launcher.namespace={claims.namespace}", *SMALL,
@@ -106,7 +106,7 @@ def test_a_sweep_of_which_one_point_fails(kubernetes: Node, operator: TrainingOp
     assert {row["run"][-1]: row["state"] for row in rows} == {"2": "COMPLETED", "3": "FAILED"}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
     where = f"--namespace={claims.namespace}"
     train = [*SMALL, "logging.run_name=long", "training.num_train_steps=300"]

@@ -20,7 +20,7 @@ from k8s_runs import ROOT, TINY
 from job.errors import ExitCode
 from job.launch.kubernetes.manifests import Container, Run, Settings, pytorch_job
 
-pytestmark = pytest.mark.skipif("CYCLEVAE_TEST_K8S" not in os.environ, reason="a minute of processes: `make test-k8s`")
+pytestmark = [pytest.mark.skipif("CYCLEVAE_TEST_K8S" not in os.environ, reason="a minute of processes: `make test-k8s`"), pytest.mark.timeout(900)]
 STEPS = 24
 
 
