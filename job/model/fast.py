@@ -75,7 +75,7 @@ def _leave(block: Any, modality: int, streams: Tensor, weights: Mixing | None, a
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def encode_block(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool) -> Streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_cases import MASK, formula_batch, formula_model, model_config, run
+from torch._dynamo.utils import counters
 
 from job.config import LossConfig, TrainingConfig
-from job.model import packed
+from job.model import fast, packed
 from job.objective.fast import FastTrainer
 from job.objective.trainer import Trainer
 
@@ -60,6 +62,22 @@ def test_two_stages_add_up_to_one(t_mode: str) -> None:
     for name, p in trainer.model.named_parameters():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.timeout(300)
+def test_compiled_blocks_are_whole_graphs_that_serve_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the code generator, which takes minutes: one graph for each kind of half a block, for any number of blocks and any lengths."""
+    monkeypatch.setattr(fast, "_compiled", cache(partial(torch.compile, backend="eager", dynamic=True, fullgraph=True)))
+    torch._dynamo.reset()
+    counters.clear()
+    config = model_config(n_blocks=3)
+    plain = Trainer(formula_model(config), config, LossConfig(), TrainingConfig(), MASK)
+    compiled = FastTrainer(formula_model(config), config, LossConfig(), TrainingConfig(compile_model=True), MASK)
+    for lengths in ((5, 3), (2, 9), (7, 8), (4, 10)):
+        expected, _ = run(plain, formula_batch(lengths, max(lengths)))
+        found, _ = run(compiled, formula_batch(lengths, max(lengths)))
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 6
 
 
 def test_stages_touch_the_same_parameters() -> None:
