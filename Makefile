@@ -25,7 +25,8 @@ lint: .venv/dev                       ## ruff and mypy
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.lock
-	$(BIN)/pip install --quiet --no-deps --editable .
+	# compat: other forms hide the Hydra launchers outside the checkout
+	$(BIN)/pip install --quiet --no-deps --config-settings editable_mode=compat --editable .
 	touch $@
 
 .venv/dev: .venv/runtime requirements-dev.lock

@@ -1,7 +1,7 @@
-"""What scrapes cost a training run: `python tests/monitoring/scrape_cost.py [--rate 1] [--pairs 20] [overrides]`.
+"""What scrapes cost a training run: `python tests/monitoring/scrape_cost.py [--rate 1] [--pairs 60] [overrides]`.
 
-Two figures: the processor time of one scrape in the process that trains, and the step time with scrapes against without, from pairs of
-windows that follow each other closely, since the machine's own noise is larger than what is looked for.
+Two figures: the processor time of one scrape in the process that trains, and the time per token with scrapes against without, from pairs
+of windows that follow each other closely, since the machine's own noise is larger than what is looked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stack import ROOT, until
 
-WINDOW = 5.0  # seconds
+WINDOW = 2.5  # seconds
 
 
 class Scraper:
@@ -61,7 +61,7 @@ def scrape_seconds(url: str, scrapes: int = 500) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=float, default=1.0, help="scrapes a second")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -80,15 +80,17 @@ def main() -> None:
                     scraper.on = on
                     before = len(log.read_text().splitlines())
                     time.sleep(WINDOW)
-                    times[on] = statistics.median(json.loads(line)["step_seconds"] for line in log.read_text().splitlines()[before:])
+                    steps = [json.loads(line) for line in log.read_text().splitlines()[before:]]
+                    seconds = sum(step["step_seconds"] for step in steps)
+                    times[on] = seconds / sum(step["step_seconds"] * step["tokens_per_second"] for step in steps)
                 ratios.append(times[True] / times[False])
             scraper.on = False
             time.sleep(1)
             low, middle, high = (statistics.quantiles(ratios, n=4)[i] for i in (0, 1, 2))
-            cost, step = scrape_seconds(url), times[False]
+            cost, error = scrape_seconds(url), statistics.stdev(ratios) / len(ratios) ** 0.5
             print(f"one scrape: {1000 * cost:.2f} ms of processor time; {options.rate:g} a second: {100 * cost * options.rate:.2f}% of one processor")
-            print(f"step of {1000 * step:.0f} ms: with scrapes / without = {middle:.4f} (quartiles {low:.4f} to {high:.4f}, {options.pairs} pairs, "
-                  f"{scraper.count} scrapes)")
+            print(f"step of {1000 * seconds / len(steps):.0f} ms; time per token with scrapes / without: mean {statistics.mean(ratios):.4f} +- {error:.4f}, "
+                  f"median {middle:.4f} (quartiles {low:.4f} to {high:.4f}; {options.pairs} pairs, {scraper.count} scrapes)")
         finally:
             run.kill()
             run.wait()
