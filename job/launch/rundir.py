@@ -57,15 +57,14 @@ class RunDirectory:
 
     def outcome(self, job: str) -> str:
         """How a job that left the queue ended: COMPLETED, FAILED (exit code 1), ..."""
-        state, code = scheduler.ended([job]).get(job, ("", ""))
         never: dict[str, Any] = {"event": "never started", "exit_code": None}
         last = next((event for event in reversed(self.events) if event["job"] == job), never)
-        if not state:  # accounting comes late, or there is none
-            state = {"finished": "COMPLETED", "failed": "FAILED"}.get(last["event"], f"ended without a word ({last['event']})")
+        # The run's own word first: accounting comes late, or not at all, and may still tell of an earlier start.
+        told = {"finished": "COMPLETED", "failed": "FAILED"}.get(last["event"])
+        state, code = (told, "") if told else scheduler.ended([job]).get(job, (f"ended without a word ({last['event']})", ""))
         if state == "COMPLETED":
             return state
-        exit_code = last["exit_code"] if last["exit_code"] is not None else code
-        return f"{state} (exit code {exit_code})"
+        return f"{state} (exit code {code if last['exit_code'] is None else last['exit_code']})"
 
     def first_failure(self, job: str) -> str | None:
         """What the first failing rank said in the job's last start, not what the others said of losing it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -52,6 +53,7 @@ JobRequeue=1
 KillWait=20
 MinJobAge=3600
 MaxArraySize={max_array_size}
+FirstJobId={first_job}
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd_port}
@@ -98,12 +100,8 @@ def missing_programs() -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("0.0.0.0", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that were free a moment ago, between those of the runs' rendezvous and those that Linux gives to connections by itself."""
+    return [port for port in random.sample(range(30000, 32768), 20 * count) if not listens(port)][:count]
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
@@ -139,7 +137,8 @@ class Cluster:
         (base / "munge.key").write_bytes(os.urandom(1024))
         (base / "munge.key").chmod(0o600)
         (base / "slurm.conf").write_text(SLURM_CONF.format(base=base, user=self.user, ctld_port=ctld_port, dbd_port=self._dbd_port, nodes="\n".join(lines),
-                                                            names=",".join(self.names), max_array_size=max_array_size))
+                                                            names=",".join(self.names), max_array_size=max_array_size,
+                                                            first_job=random.randrange(1, 20000)))  # runs' ports are made of it: another cluster has others
         (base / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(base=base, user=self.user, db_port=self._db_port, dbd_port=self._dbd_port))
         (base / "slurmdbd.conf").chmod(0o600)
 

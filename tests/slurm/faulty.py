@@ -1,7 +1,7 @@
 """job.train in which something goes wrong: `python faulty.py FAULT -m job.train ...`; other modules run as they are.
 
 raise: rank 1 raises an exception in step 10.  kill: rank 1 is killed in step 10.  crash: every rank is killed before its first step.
-wait: a run that begins at its first step takes a second for every step from 20 on, until it is told to stop.
+wait: a run that begins at its first step takes five seconds for every step from 20 on, until it is told to stop.
 early: what runs before the ranks in a job's first start waits for a signal.
 """
 
@@ -37,7 +37,7 @@ def train_step(job: Any, step: int, micro_batches: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("broken on purpose")
     steps.append(step)
-    end = time.monotonic() + (fault == "wait" and steps[0] == 0 and step >= 20)
+    end = time.monotonic() + 5 * (fault == "wait" and steps[0] == 0 and step >= 20)
     while time.monotonic() < end and train.signals.requested is None:
         time.sleep(0.02)
     step_of_the_job(job, step, micro_batches)

@@ -18,7 +18,7 @@ data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim
 training.train_batch_size=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10 logging.log_freq=1 logging.eval_freq=25
 logging.save_freq=12 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4""".split()
 Losses = dict[int, dict[str, float]]
-WAITING = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "PREEMPTED"}
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}  # jobs that go on have a dozen states, such as SIGNALING for milliseconds
 
 
 class Slurm:
@@ -54,7 +54,7 @@ class Slurm:
 
     def ended(self, job: str) -> list[tuple[str, str]]:
         """Wait for a job's end; what sacct says of it, once accounting has caught up."""
-        self.wait(lambda: self.field(job, "JobState") not in WAITING, f"job {job} to end", job)
+        self.wait(lambda: self.field(job, "JobState") in OVER, f"job {job} to end", job)
         state = self.field(job, "JobState")
         self.wait(lambda: [line[0] for line in self.sacct(job)[-1:]] == [state], f"sacct to say {state}", job)
         return self.sacct(job)
@@ -64,7 +64,7 @@ class Slurm:
         try:
             wait_for(condition, what, DEADLINE)
         except TimeoutError as error:
-            text = self.cluster.run("scontrol", "show", "job", job, check=False)
+            text = self.cluster.run("scontrol", "show", "job", job, check=False) + f"\nsacct: {self.sacct(job)}"
             logs = "\n".join(path.read_text()[-3000:] for path in sorted(self.directory.rglob("*.log")) + sorted(self.directory.rglob("*.out")))
             raise TimeoutError(f"{error}\n{text}\n{logs}") from error
 

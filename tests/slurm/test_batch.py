@@ -31,7 +31,7 @@ def test_preemption_by_a_higher_priority(slurm: Slurm, quiet: Losses) -> None:
     jobs = {partition: slurm.sbatch(partition, options=(f"--partition={partition}",), env=WAITING) for partition in ("main", "abrupt")}
     for partition, job in jobs.items():
         slurm.reached(partition, 5, job)
-    slurm.cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    slurm.jobs.append(slurm.cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"))
     for partition, job in jobs.items():
         assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
         assert slurm.field(job, "Restarts") == "1"

@@ -154,6 +154,12 @@ def test_the_outcome_without_accounting(run: RunDirectory, monkeypatch: pytest.M
     assert run.outcome("8") == "ended without a word (never started) (exit code )"
 
 
+def test_the_outcome_where_accounting_lags(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"7": ("PREEMPTED", "0:0"), "8": ("TIMEOUT", "0:0")})
+    assert run.outcome("7") == "FAILED (exit code 1)"
+    assert run.outcome("8") == "TIMEOUT (exit code 0:0)"
+
+
 def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)

@@ -15,6 +15,7 @@ from slurm_runs import ROOT, SMALL, STEPS, Losses, Slurm, losses
 pytest_plugins = ["slurm_lab"]
 pytestmark = pytest.mark.timeout(1200)
 WAITING = f"hydra.launcher.python='{sys.executable} {ROOT}/tests/slurm/faulty.py wait'"
+SWEPT = [one for one in SMALL if "train_batch_size" not in one]
 TWO_NODES = ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
 
 
@@ -31,14 +32,14 @@ def job_of(run: Path) -> str:
 
 def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, quiet: Losses) -> None:
     """MaxArraySize is 2. The point of batch size 3 cannot make batches of 4 of it."""
-    command = ["-m", "job.train", "--multirun", "hydra/launcher=slurm", *TWO_NODES, *(one for one in SMALL if "train_batch_size" not in one),
+    command = ["-m", "job.train", "--multirun", "hydra/launcher=slurm", *TWO_NODES, *SWEPT,
                f"logging.save_dir={slurm.directory}", "logging.run_name=sweep", "training.global_batch_size=4", "training.train_batch_size=2,3,1"]
     done = subprocess.run([sys.executable, *command], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600)
     sweep = slurm.directory / "sweep"
     runs = {size: sweep / f"training.train_batch_size={size}" for size in (1, 2, 3)}
     jobs = {size: job_of(run) for size, run in runs.items()}
     slurm.jobs.extend(jobs.values())
-    assert {size: slurm.sacct(job) for size, job in jobs.items()} == {1: [("COMPLETED", "0:0")], 2: [("COMPLETED", "0:0")], 3: [("FAILED", "1:0")]}
+    assert {size: slurm.ended(job) for size, job in jobs.items()} == {1: [("COMPLETED", "0:0")], 2: [("COMPLETED", "0:0")], 3: [("FAILED", "1:0")]}
     assert jobs[2].endswith("_0")
     assert jobs[3].endswith("_1")
     assert "_" not in jobs[1], "the third point is a job of its own"
@@ -86,3 +87,23 @@ def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
     assert slurm.ended(job_of(run)) == [("COMPLETED", "0:0")]
     assert losses(run) == quiet
     assert "FINISHED" in cyclevae(slurm, "slurm", "list", str(slurm.directory))
+
+
+def test_a_point_of_an_array_is_cancelled_and_resumed(slurm: Slurm, quiet: Losses) -> None:
+    """The other goes on meanwhile."""
+    submitted = json.loads(cyclevae(slurm, "slurm", "submit", "--json", *TWO_NODES, WAITING, *SWEPT, f"logging.save_dir={slurm.directory}",
+                                    "logging.run_name=sweep", "training.train_batch_size=1,2"))
+    other, job = (one["job"] for one in submitted)
+    run = Path(submitted[1]["run"])
+    slurm.jobs.extend([other, job])
+    slurm.reached(str(run), 5, job)
+    cyclevae(slurm, "slurm", "cancel", str(run))
+    assert slurm.ended(job)[-1][0] == "CANCELLED"
+    assert slurm.field(other, "JobState") == "RUNNING"
+    assert json.loads(cyclevae(slurm, "slurm", "resume", "--json", str(run))) == {str(run): job_of(run)}
+    slurm.jobs.append(job_of(run))
+    assert job_of(run) != job
+    assert job_of(run).endswith("_1")
+    assert slurm.ended(job_of(run)) == [("COMPLETED", "0:0")]
+    assert losses(run) == quiet
+    assert [one["state"] for one in json.loads(cyclevae(slurm, "slurm", "status", "--json", str(run)))] == ["FINISHED"]
