@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -15,6 +18,14 @@ TINY = ["model=small", "model.hidden_size=32", "model.n_blocks=1", "model.n_head
         "data=synthetic", "data.synthetic_samples=40", "data.synthetic_vocab_size=32", "data.synthetic_latent_dim=8", "model.dropout=0.1",
         "training.device=cpu", "training.warmup_steps=10", "training.eval_batch_size=4", "logging.log_freq=1", "logging.eval_freq=0", "logging.num_samples=1",
         "logging.num_eval_batches=1"]
+SLOW = """import os, pathlib, time
+opened = pathlib.Path.open
+def slowly_opened(path, *arguments, **options):
+    if path.name == "training_log.jsonl" and os.path.exists(__file__):
+        time.sleep(1)
+    return opened(path, *arguments, **options)
+pathlib.Path.open = slowly_opened
+"""
 
 
 def cyclevae(kubernetes: Node, *arguments: str, kubeconfig: Path | None = None, seconds: float = 240) -> subprocess.CompletedProcess[str]:
@@ -48,6 +59,14 @@ class Claims:
 
     def apply(self) -> None:
         self.kubernetes.kubectl("apply", f"--namespace={self.namespace}", "--filename", str(ROOT / "k8s" / "base" / "claims.yaml"))
+
+    @contextlib.contextmanager
+    def slow(self) -> Iterator[None]:
+        """Runs with PYTHONPATH=/runs/slow log a step a second: none ends before the test comes to disturb it."""
+        (self.runs / "slow").mkdir()
+        (self.runs / "slow" / "sitecustomize.py").write_text(SLOW)
+        yield
+        shutil.rmtree(self.runs / "slow")
 
     def reached(self, run: str, step: int, seconds: float = 200) -> None:
         """Wait until a run has logged a step."""

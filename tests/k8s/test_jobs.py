@@ -45,11 +45,13 @@ def demo(kubernetes: Node, operator: TrainingOperator, image: None, tmp_path: Pa
 def shortened_demo(directory: Path, job: str) -> Path:
     """The overlay cpu-demo with the image of the tests, fewer steps, and this name of the job; the run is still cpu-demo."""
     overlay = directory / job
-    command = "/spec/pytorchReplicaSpecs/Worker/template/spec/containers/0/command/-"
+    container = "/spec/pytorchReplicaSpecs/Worker/template/spec/containers/0"
     overrides = [f"training.num_train_steps={STEPS}", "logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=10", "logging.num_samples=1",
                  "logging.num_eval_batches=1"]
     overlay.mkdir()
-    changes = [{"op": "replace", "path": "/metadata/name", "value": job}, *({"op": "add", "path": command, "value": one} for one in overrides)]
+    changes = [{"op": "replace", "path": "/metadata/name", "value": job},
+               {"op": "add", "path": f"{container}/env/-", "value": {"name": "PYTHONPATH", "value": "/runs/slow"}},
+               *({"op": "add", "path": f"{container}/command/-", "value": one} for one in overrides)]
     (overlay / "kustomization.yaml").write_text(yaml.safe_dump({
         "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-demo", overlay)],
         "images": [{"name": "registry.example/cyclevae", "newName": IMAGE.split(":")[0], "newTag": IMAGE.split(":")[1]}],
@@ -71,21 +73,22 @@ def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
     wait_for(lambda: "Running" not in kubernetes.kubectl("get", "pods", "--namespace=cyclevae", check=False), "both pods to end")
     (demo.runs / "cpu-demo").rename(demo.runs / "calm")
 
-    apply("cpu-demo")
-    demo.reached("cpu-demo", 5)
-    first = set(kubernetes.kubectl(*pods).split())
-    assert len(first) == 2
-    status = cyclevae(kubernetes, "-m", "job", "k8s", "status", "--json", "--namespace=cyclevae", "cpu-demo")
-    (row,) = json.loads(status.stdout)
-    assert (row["state"], row["steps"]) == ("RUNNING", STEPS), row  # from the log: the API server passes no requests for metrics on to 127.0.0.1
-    assert row["step"] >= 5
-    kubernetes.kubectl("delete", "pod", "cpu-demo-worker-1", "--namespace=cyclevae")
-    wait_for(lambda: not first & set(kubernetes.kubectl(*pods).split()), "new pods")
-    stopped = max(losses(demo.runs / "cpu-demo"))
-    demo.reached("cpu-demo", stopped + 5)
-    kubernetes.kubectl("drain", NODE, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=120s")
-    evicted = max(losses(demo.runs / "cpu-demo"))
-    assert stopped < evicted < STEPS
+    with demo.slow():
+        apply("cpu-demo")
+        demo.reached("cpu-demo", 5)
+        first = set(kubernetes.kubectl(*pods).split())
+        assert len(first) == 2
+        status = cyclevae(kubernetes, "-m", "job", "k8s", "status", "--json", "--namespace=cyclevae", "cpu-demo")
+        (row,) = json.loads(status.stdout)
+        assert (row["state"], row["steps"]) == ("RUNNING", STEPS), row  # from the log: the API server passes no requests for metrics on to 127.0.0.1
+        assert row["step"] >= 5
+        kubernetes.kubectl("delete", "pod", "cpu-demo-worker-1", "--namespace=cyclevae")
+        wait_for(lambda: not first & set(kubernetes.kubectl(*pods).split()), "new pods")
+        stopped = max(losses(demo.runs / "cpu-demo"))
+        demo.reached("cpu-demo", stopped + 5)
+        kubernetes.kubectl("drain", NODE, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=120s")
+        evicted = max(losses(demo.runs / "cpu-demo"))
+        assert stopped < evicted < STEPS
     kubernetes.kubectl("uncordon", NODE)
     demo.job("cpu-demo", "Succeeded")
     assert losses(demo.runs / "cpu-demo") == calm
@@ -109,36 +112,37 @@ def test_a_sweep_of_which_one_point_fails(kubernetes: Node, operator: TrainingOp
 @pytest.mark.timeout(900)
 def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
     where = f"--namespace={claims.namespace}"
-    train = [*SMALL, "logging.run_name=long", "training.num_train_steps=300"]
+    train = [*SMALL, "logging.run_name=long", "training.num_train_steps=300", "hydra.launcher.container.env={PYTHONPATH: /runs/slow}"]
 
     def k8s(*arguments: str) -> str:
         done = cyclevae(kubernetes, "-m", "job", "k8s", *arguments, where)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    k8s("submit", *train)
-    claims.reached("long", 2)
-    with subprocess.Popen([sys.executable, "-m", "job", "k8s", "logs", "-f", "long", where], env=kubernetes.env, cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE) as following:
-        assert following.stdout is not None
-        assert "to 300" in following.stdout.readline()
-        k8s("cancel", "long")
-        assert "step " in following.stdout.read()
-        assert following.wait() == 0, "it ends with the job"
-    wait_for(lambda: kubernetes.kubectl("get", "pods", where, "--output=name") == "", "the pods to be gone")
-    saved = max(int(path.name[5:]) for path in (claims.runs / "long" / "checkpoints").glob("step_*"))
-    assert saved == max(losses(claims.runs / "long")) < 300, "a run that is told to stop saves"
-    assert json.loads(k8s("list", "--json"))[0]["state"] == "SUSPENDED"
-    k8s("resume", "long")
-    claims.job("long", "Running")
-    command = ["-m", "job.train", "--multirun", "hydra/launcher=pytorchjob", f"hydra.launcher.namespace={claims.namespace}", *train]
-    with subprocess.Popen([sys.executable, *command], env=kubernetes.env, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as waiting:
+    with claims.slow():
+        k8s("submit", *train)
+        claims.reached("long", 2)
+        with subprocess.Popen([sys.executable, "-m", "job", "k8s", "logs", "-f", "long", where], env=kubernetes.env, cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE) as following:
+            assert following.stdout is not None
+            assert "to 300" in following.stdout.readline()
+            k8s("cancel", "long")
+            assert "step " in following.stdout.read()
+            assert following.wait() == 0, "it ends with the job"
+        wait_for(lambda: kubernetes.kubectl("get", "pods", where, "--output=name") == "", "the pods to be gone")
+        saved = max(int(path.name[5:]) for path in (claims.runs / "long" / "checkpoints").glob("step_*"))
+        assert saved == max(losses(claims.runs / "long")) < 300, "a run that is told to stop saves"
+        assert json.loads(k8s("list", "--json"))[0]["state"] == "SUSPENDED"
+        k8s("resume", "long")
+        claims.job("long", "Running")
+        command = ["-m", "job.train", "--multirun", "hydra/launcher=pytorchjob", f"hydra.launcher.namespace={claims.namespace}", *train]
+        waiting = subprocess.Popen([sys.executable, *command], env=kubernetes.env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert waiting.stdout is not None
         assert "RUNNING already" in waiting.stdout.readline()
         assert "RUNNING" in waiting.stdout.readline()
         kubernetes.kill_server()
         kubernetes.start_server()
+    with waiting:
         out, err = waiting.communicate(timeout=300)
     assert waiting.returncode == 0, err
     assert "asking again" in err
