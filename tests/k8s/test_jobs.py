@@ -112,7 +112,7 @@ def test_a_sweep_of_which_one_point_fails(kubernetes: Node, operator: TrainingOp
 @pytest.mark.timeout(900)
 def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
     where = f"--namespace={claims.namespace}"
-    train = [*SMALL, "logging.run_name=long", "training.num_train_steps=300", "hydra.launcher.container.env={PYTHONPATH: /runs/slow}"]
+    train = [*SMALL, "logging.run_name=long", "training.num_train_steps=300", "+hydra.launcher.container.env.PYTHONPATH=/runs/slow"]
 
     def k8s(*arguments: str) -> str:
         done = cyclevae(kubernetes, "-m", "job", "k8s", *arguments, where)
