@@ -176,7 +176,7 @@ def test_a_name_that_is_taken(kubernetes: Node, cluster: Cluster, k8s: Command) 
 
 VERBS: list[tuple[str, str, list[str]]] = [
     ("pytorchjobs", "create", ["submit", "logging.run_name=other", *TRAIN]), ("pytorchjobs", "list", ["list"]), ("pytorchjobs", "get", ["status", "run"]),
-    ("pytorchjobs", "patch", ["cancel", "run"]), ("pods", "list", ["status", "run"]), ("pods/log", "get", ["logs", "run"])]
+    ("pytorchjobs", "patch", ["resume", "run"]), ("pods", "list", ["status", "run"]), ("pods/log", "get", ["logs", "run"])]
 
 
 def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, cluster: Cluster, k8s: Command) -> None:
