@@ -18,7 +18,13 @@ note() {  # EVENT REASON [EXIT_CODE]: a line for people in the log, one for prog
         "$(date +%s)" "$job" "${SLURM_RESTART_COUNT:-0}" "$1" "$2" "${3:-null}" "$SLURM_JOB_NODELIST" >>"$notes/events.jsonl"
 }
 
-insist() { while kill -USR1 "$ranks" 2>/dev/null; do sleep 5; done; }  # srun loses a signal that comes while it launches the tasks
+insist() {  # USR1 to the ranks once they have met: before, it would end a rank whose Python is starting, and the others would wait for that one
+    while [ ! -e "$run_dir/environment.json" ] || [ "$run_dir/environment.json" -ot "$notes/started" ]; do
+        kill -0 "$ranks" || return
+        sleep 1
+    done
+    while kill -USR1 "$ranks"; do sleep 5; done
+}
 
 on_signal() {
     asked=${asked:-$1}
@@ -62,6 +68,7 @@ supervise() {  # RUN_DIR TARGETS_DIR MAX_RESTARTS COMMAND...: run srun's COMMAND
         touch "$notes/alive"  # not by the loop: a touch under way would outlive it, and the sign the run
         while sleep 20 && touch "$notes/alive"; do :; done >/dev/null 2>&1 &
         heartbeat=$!
+        touch "$notes/started"  # rank 0, on this node, writes environment.json after it
         "$@" &
         ranks=$!
         [ -z "$asked" ] || insist >/dev/null 2>&1 &

@@ -101,7 +101,7 @@ def test_a_finished_run_finds_itself_finished(quiet_job: tuple[Slurm, str], quie
 
 
 def test_a_signal_before_the_trainer_is_ready(slurm: Slurm) -> None:
-    job = slurm.sbatch("run", "training.num_train_steps=3", env={"CYCLEVAE_PYTHON": f"{FAULTY} early"})
+    job = slurm.sbatch("run", "training.num_train_steps=300", env={"CYCLEVAE_PYTHON": f"{FAULTY} early"})
     output = slurm.directory / f"{job}.out"
     slurm.wait(lambda: output.exists() and "waiting for a signal" in output.read_text(), "the first step", job)  # SLURM lists it before it can be told
     slurm.cluster.run("scancel", "--signal=TERM", job)

@@ -51,24 +51,32 @@ def test_a_signal_before_the_ranks_are_started(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def signalled(signal: str, ranks: str) -> str:
-    """The batch step over ranks that make a file `ready`, and then get a signal."""
-    return f'(until [ -e ready ]; do sleep 0.05; done; kill -{signal} $$) &\nsupervise run targets 5 bash -c "{ranks}"'
+MET = "run/environment.json"  # what rank 0 writes once the ranks have met
+
+
+def signalled(signal: str, ranks: str, sign: str = MET) -> str:
+    """The batch step over ranks that make a file, and then get a signal."""
+    return f'(until [ -e {sign} ]; do sleep 0.05; done; kill -{signal} $$) &\nsupervise run targets 5 bash -c "{ranks}"'
 
 
 @pytest.mark.parametrize("signal", ["USR1", "USR2", "TERM"])
 def test_every_signal_reaches_the_ranks_as_usr1(signal: str, tmp_path: Path) -> None:
-    ranks = "trap 'exit 143' USR1; touch ready; for _ in {1..600}; do sleep 0.05; done"
+    ranks = f"trap 'exit 143' USR1; touch {MET}; for _ in {{1..600}}; do sleep 0.05; done"
     code, events, _ = run(tmp_path, signalled(signal, ranks))
     assert code == 143
     assert events == [f"requeued: told to stop by SIG{signal}, exit code 143; restart 1 of at most 5 from checkpoint none"]
 
 
+def test_ranks_that_have_not_met_are_not_told_yet(tmp_path: Path) -> None:
+    ranks = f"touch early; sleep 2; trap 'exit 143' USR1; touch {MET}; for _ in {{1..600}}; do sleep 0.05; done"
+    assert run(tmp_path, signalled("USR1", ranks, "early"))[0] == 143
+
+
 def test_further_signals_end_nothing(tmp_path: Path) -> None:
-    ranks = "trap 'touch told$((++told))' USR1; for _ in {1..600}; do [ -e told3 ] && exit 143; sleep 0.05; done"
-    signs = {"ready": "USR1", "told1": "USR2", "told2": "TERM"}
+    ranks = f"trap 'touch told$((++told))' USR1; touch {MET}; for _ in {{1..600}}; do [ -e told3 ] && exit 143; sleep 0.05; done"
+    signs = {MET: "USR1", "told1": "USR2", "told2": "TERM"}
     signals = "".join(f"until [ -e {sign} ]; do sleep 0.05; done; kill -{signal} $$; " for sign, signal in signs.items())
-    code, events, _ = run(tmp_path, f"({signals}) &\nsupervise run targets 5 bash -c \"touch ready; {ranks.replace('$', chr(92) + '$')}\"")
+    code, events, _ = run(tmp_path, f"({signals}) &\nsupervise run targets 5 bash -c \"{ranks.replace('$', chr(92) + '$')}\"")
     assert code == 143
     assert events == ["requeued: told to stop by SIGUSR1, exit code 143; restart 1 of at most 5 from checkpoint none"]
 
@@ -80,7 +88,7 @@ def test_restarts_are_those_of_one_job(tmp_path: Path) -> None:
 
 
 def test_a_time_limit_requeues_before_the_ranks_have_ended(tmp_path: Path) -> None:
-    ranks = "trap '' USR1; touch ready; for _ in {1..600}; do [ -e requeued ] && break; sleep 0.05; done; exit 137"
+    ranks = f"trap '' USR1; touch {MET}; for _ in {{1..600}}; do [ -e requeued ] && break; sleep 0.05; done; exit 137"
     code, events, _ = run(tmp_path, signalled("TERM", ranks), REASON="TimeLimit")
     assert code == 137
     assert events == ["requeued: time limit reached; restart 1 of at most 5 from checkpoint none",
