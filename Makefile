@@ -21,11 +21,11 @@ lint: .venv/dev                       ## ruff and mypy
 	$(BIN)/ruff check job tests hydra_plugins
 	$(BIN)/mypy
 
+# editable_mode=compat: other forms hide the Hydra launchers outside the checkout
 .venv/runtime: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.lock
-	# compat: other forms hide the Hydra launchers outside the checkout
 	$(BIN)/pip install --quiet --no-deps --config-settings editable_mode=compat --editable .
 	touch $@
 
