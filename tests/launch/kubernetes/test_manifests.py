@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from schemas import CRDS, ROOT, problems
+from schemas import ROOT, needs_crds, problems
 
 from job.errors import ExitCode, UserError
 from job.launch.kubernetes.attempt import fruitless_restarts
@@ -23,7 +23,6 @@ from job.monitoring.generate import PORTS, pod_monitor
 
 RUN = Run("first", "/runs/first", ["--config-name", "demo"])
 SETTINGS = Settings(container=Container("image:1"))
-needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"no CRDs of the operators in {CRDS}")
 
 
 def render(directory: Path) -> list[dict[str, Any]]:
