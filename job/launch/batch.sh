@@ -6,6 +6,7 @@ export SLURM_EXIT_ERROR=135  # srun's own failures (a node that does not answer)
 export PYTHONUNBUFFERED=1
 asked=""  # the first signal that told this job to stop
 ranks=""  # process id of srun
+requeued=""
 
 job=$SLURM_JOB_ID
 if [ -n "$SLURM_ARRAY_JOB_ID" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
@@ -44,6 +45,7 @@ requeue() {  # REASON EXIT_CODE: give up after max_restarts restarts without a n
     if [ "$fruitless" -ge "$max_restarts" ]; then
         note failed "$1; not requeued: $fruitless restarts without a new checkpoint, max_restarts=$max_restarts" "$2"
     else
+        requeued=yes
         echo "$job $newest $((fruitless + 1))" >"$notes/restarts"
         note requeued "$1; restart $((fruitless + 1)) of at most $max_restarts from checkpoint $newest" "$2"
         error=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || note failed "cannot be requeued: ${error//\"/}" "$2"
@@ -93,7 +95,9 @@ after_interruption() {  # EXIT_CODE of 128 or more: stopped, lost a rank, or kil
     if [ -n "$asked" ]; then reason="told to stop by SIG$asked, exit code $1"; fi
     if [ "$1" = 135 ]; then reason="srun could not run the tasks"; fi
     state=$(field JobState)
-    if [ "$state" = RUNNING ]; then
+    if [ -n "$requeued" ]; then  # already, at the time limit
+        return
+    elif [ "$state" = RUNNING ]; then
         requeue "$reason" "$1"
     else  # cancelled, requeued by an administrator, preempted, out of time
         note stopped "$reason; SLURM decides, state $state" "$1"
