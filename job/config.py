@@ -211,9 +211,8 @@ LGDLM_KEYS = {
 FREE_ON_RESUME = {
     "data.dir", "data.num_workers", "data.verify_hashes", "training.device", "training.train_batch_size", "training.gradient_accumulation_steps",
     "training.global_batch_size", "training.eval_batch_size", "training.strategy", "training.compile_model", "training.activation_checkpointing",
-    "model.implementation",
-    "training.init_from", "training.resume", "training.allow_changed",
-    "training.max_minutes", "training.max_nonfinite_steps", "training.sick_rank_timeout_seconds", "optimizer.use_fused",
+    "model.implementation", "training.init_from", "training.resume", "training.allow_changed", "training.max_minutes",
+    "training.max_nonfinite_steps", "training.sick_rank_timeout_seconds", "optimizer.use_fused",
     *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)), *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),
 }
 

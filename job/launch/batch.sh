@@ -94,10 +94,9 @@ after_interruption() {  # EXIT_CODE of 128 or more: stopped, lost a rank, or kil
     local reason="exit code $1" state
     if [ -n "$asked" ]; then reason="told to stop by SIG$asked, exit code $1"; fi
     if [ "$1" = 135 ]; then reason="srun could not run the tasks"; fi
+    [ -z "$requeued" ] || return  # already, at the time limit
     state=$(field JobState)
-    if [ -n "$requeued" ]; then  # already, at the time limit
-        return
-    elif [ "$state" = RUNNING ]; then
+    if [ "$state" = RUNNING ]; then
         requeue "$reason" "$1"
     else  # cancelled, requeued by an administrator, preempted, out of time
         note stopped "$reason; SLURM decides, state $state" "$1"

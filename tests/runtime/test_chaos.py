@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from chaos import CYCLE, Run, chaos
 
+from job.runtime.checkpoint import open_checkpoint, read_weights
+
 
 @pytest.mark.timeout(900)  # five starts of two ranks: under a minute on two idle cores, minutes on busy ones
 def test_a_harmed_run_ends_like_one_left_in_peace(tmp_path: Path) -> None:
@@ -29,3 +31,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples_and_noise(tmp_pat
     assert list(found) == list(expected)
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-4, abs=1e-6), f"step {step}"
+    weights, moved_weights = (read_weights(open_checkpoint(tmp_path / name), "model.") for name in ("quiet", "moved"))
+    scalars = [name for name, weight in weights.items() if weight.dim() == 0]  # FSDP takes none: their gradients are reduced by ourselves
+    assert scalars
+    assert [float(moved_weights[name]) for name in scalars] == pytest.approx([float(weights[name]) for name in scalars], rel=1e-5)
