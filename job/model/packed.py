@@ -53,9 +53,10 @@ class Layout:
         rows, seq_len = mask.shape
         self.heads = [group.heads for group in groups]
         self.padding, self.lengths = padding, padding.lengths
+        self.whole = padding.repeat(len(groups))
         # Long rows attend one by one, without their padding; short ones, and all on a GPU, side by side with a mask: a call costs more than it saves.
         self.row_by_row = padding.ragged and seq_len > SHORT and not mask.is_cuda
-        self.key_mask = None if padding.full or self.row_by_row else F.pad(mask, (0, 1), value=True)[:, None, None]
+        self.key_mask = None if padding.full or self.row_by_row else F.pad(self.whole.mask, (0, 1), value=True)[:, None, None]
         self.positions = padding.pack(torch.arange(seq_len, device=mask.device).expand(rows, -1)).repeat(len(groups))
         self.text, self.latent = self._spans(groups, mask.device)
         # what the heads read, of the text tokens and of the rows: groups that a head reads lie side by side
@@ -81,36 +82,38 @@ class Layout:
         """The tokens of a slice, with their weights and spans."""
         return streams[part], weights and Mixing(*(w[part] for w in weights)), spans.select(part)
 
-    def _joined(self, text: Tensor | None, latent: Tensor | None) -> Tensor:
-        """Rows [.., h, n, d] of the text's tokens with the latent behind them, or of one of the two."""
-        parts = [] if text is None else [text[None] if self.row_by_row else self.padding.unpack(text)]
-        if latent is not None:
-            parts.append(latent[:, None])
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
-
     def attend(self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], last: bool) -> tuple[Tensor, Tensor]:
         """Attention within rows: queries, keys and values of text, [T, h, d] each, and of latents, [R, h, d] each.
 
         Returns outputs [.., h * d] of text and latents; in the last block, whose text queries are only those that a head reads, of those.
         """
-        rows, groups = len(self.lengths), len(self.heads)
+        padding, groups = (self.padding, self.heads) if last else (self.whole, [("text", "latent")])
+        rows = len(padding.lengths)
         side = 1 if self.row_by_row else rows  # rows that go through the kernel side by side
-        sizes = self.lengths * groups if self.row_by_row else [sum(self.lengths)] * groups
-        read = [self.heads[part * side // rows] if last else ("text", "latent") for part in range(len(sizes))]
+        sizes = padding.lengths * len(groups) if self.row_by_row else [sum(padding.lengths)] * len(groups)
+        read = [groups[part * side // rows] for part in range(len(sizes))]
         text_q = iter(text[0].split([size for size, heads in zip(sizes, read, strict=True) if "text" in heads]))
         keys_and_values = zip(*(x.split(sizes) for x in text[1:]), *(x.split(side) for x in latent), read, strict=True)
+        key_mask = None if self.key_mask is None else self.key_mask[:rows]
         outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+        def joined(of_text: Tensor | None, of_latent: Tensor | None) -> Tensor:
+            """Rows [.., h, n, d] of the text's tokens with the latent behind them, or of one of the two."""
+            parts = [] if of_text is None else [of_text[None] if self.row_by_row else padding.unpack(of_text)]
+            return _cat(parts + ([] if of_latent is None else [of_latent[:, None]]), dim=1).transpose(1, 2)
+
         for text_k, text_v, latent_q, latent_k, latent_v, heads in keys_and_values:
-            q = self._joined(next(text_q) if "text" in heads else None, latent_q if "latent" in heads else None)
-            out = F.scaled_dot_product_attention(q, self._joined(text_k, latent_k), self._joined(text_v, latent_v), attn_mask=self.key_mask)
+            q = joined(next(text_q) if "text" in heads else None, latent_q if "latent" in heads else None)
+            out = F.scaled_dot_product_attention(q, joined(text_k, latent_k), joined(text_v, latent_v), attn_mask=key_mask)
             out = out.transpose(1, 2).flatten(2)
             if "text" in heads:
                 of_text = out[:, :-1] if "latent" in heads else out
-                outputs[0].append(of_text[0] if self.row_by_row else self.padding.pack(of_text))
+                outputs[0].append(of_text[0] if self.row_by_row else padding.pack(of_text))
             if "latent" in heads:
-                outputs[1].append(out[:, -1])
-        return _cat(outputs[0], text[1]), _cat(outputs[1], text[1])
+                outputs[1].append(out[:, -1].contiguous())
+        nothing = text[1].new_empty(0, text[1].shape[1] * text[1].shape[2])
+        return _cat(outputs[0] or [nothing]), _cat(outputs[1] or [nothing])
 
 
-def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(parts) if parts else like.new_empty(0, like.shape[1] * like.shape[2])
+def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # torch.cat copies a single tensor too

@@ -47,7 +47,7 @@ class _Read(torch.autograd.Function):
         to_logits[..., 0] += to_alphas * alphas * (1 - alphas)
         along = (to_logits * projected).sum(-1, keepdim=True).mul_(inverse).mul_(inverse)
         to_projected = (to_logits * inverse).flatten(0, 1)
-        to_streams = torch.baddbmm((to_projected @ weight.T).view_as(streams), alphas[..., None], to_branch[:, None])
+        to_streams = (to_projected @ weight.T).view_as(streams).baddbmm_(alphas[..., None], to_branch[:, None])
         return to_streams.addcmul_(streams, along, value=-1), streams.flatten(0, 1).T @ to_projected, to_logits.sum(0)
 
 
@@ -62,6 +62,7 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams, mix, post, branch = ctx.saved_tensors
+        gradient = gradient.contiguous()  # the last block's is a sum's, expanded, which bmm would take matrix by matrix
         return (torch.bmm(mix.mT, gradient), torch.bmm(gradient, streams.mT), torch.bmm(gradient, branch[:, :, None]),
                 torch.bmm(post.mT, gradient)[:, 0])
 

@@ -26,11 +26,15 @@ class Padding:
     """
 
     def __init__(self, mask: Tensor, keep: bool, lengths: list[int]) -> None:
-        self.mask = mask
+        self.mask, self.keep, self.row_lengths = mask, keep, lengths
         self.full = min(lengths) == mask.shape[1]
         self.ragged = not self.full and not keep
         self.lengths = lengths if self.ragged else [mask.shape[1]] * len(lengths)
         self.place = torch.nonzero_static(mask.flatten(), size=sum(lengths))[:, 0] if self.ragged else None
+
+    def repeat(self, times: int) -> Padding:
+        """The same rows several times, one after the other."""
+        return self if times == 1 else Padding(self.mask.repeat(times, 1), self.keep, self.row_lengths * times)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] as the computed tokens [T, ...]."""

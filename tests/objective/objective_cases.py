@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from job.config import LossConfig, ModelConfig, TrainingConfig
 from job.model.multimodal import MultimodalMMDiT, build_model
 from job.objective.trainer import Trainer
+from job.runtime.precision import autocast
 
 FIGURES = Path(__file__).parent.parent / "data" / "objective.json"
 VOCAB, LATENT_DIM, MASK = 61, 8, 3
@@ -79,10 +80,11 @@ def case_configs(case: str, lgdlm: bool, **changes: Any) -> tuple[ModelConfig, L
     return model, loss
 
 
-def run(trainer: Trainer, batch: dict[str, Tensor], noise: Any = None, step: int = 0) -> tuple[dict[str, float], dict[str, Tensor]]:
+def run(trainer: Trainer, batch: dict[str, Tensor], noise: Any = None, step: int = 0, dtype: str = "fp32") -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients of one step; zeros for parameters without one."""
     trainer.zero_grad()
-    loss, metrics = trainer(batch, step, noise)
+    with autocast(dtype, torch.device("cpu")):
+        loss, metrics = trainer(batch, step, noise)
     loss.backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainer.model.named_parameters()}
     return {key: float(torch.as_tensor(value).detach()) for key, value in metrics.items()}, gradients

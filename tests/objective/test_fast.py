@@ -126,7 +126,6 @@ def test_bf16_autocast_stays_near_float32() -> None:
     config, batch = model_config(), formula_batch()
     trainer = FastTrainer(formula_model(config), config, LossConfig(), TrainingConfig(), MASK)
     expected, _ = run(trainer, batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, gradients = run(trainer, batch)
+    found, gradients = run(trainer, batch, dtype="bf16")
     assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients.values())
