@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--values", type=int, nargs="+", help="places along the axis of --grow")
     p.add_argument("--targets", action="store_true", help="instead: the speed-ups that the README tells, in float32 and beside them in bf16")
     p.add_argument("--paper", action="store_true", help="instead: count kernels, operations, bytes and memory of a step, for sizes that do not fit here")
-    p.add_argument("--startup", type=Path, metavar="DATA", help="instead: seconds to the first step of the demo on prepared data, and the wait for data")
+    p.add_argument("--startup", type=Path, metavar="DATA", help="instead: seconds to the first step of the demo, the wait for data, the loader's rate")
     p.add_argument("--durability", action="store_true", help="instead: the stall of a checkpoint, and resume time against the size of the data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--peak-tflops", type=float, help="the device's peak for the model FLOPs utilization")
@@ -163,7 +163,9 @@ def starts(data: Path, repeats: int) -> dict[str, Any]:
     print(f"{'':<22} {'first step s':>12} {'step s':>8} {'waiting for data':>17}")
     for name, f in figures.items():
         print(f"{name:<22} {f['first_step_seconds']:>12.1f} {f['step_seconds']:>8.3f} {f['data_wait']:>17.2%}")
-    return figures
+    rate = startup.loader_rate(data)
+    print(f"the loader alone makes {rate:.0f} tokens a second in one process, the steps take {figures['warm']['tokens_per_second']:.0f}")
+    return figures | {"loader": {"tokens_per_second": rate}}
 
 
 def main(arguments: list[str] | None = None) -> None:

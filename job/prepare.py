@@ -1,4 +1,4 @@
-"""Turn texts into a dataset: `python -m job.prepare --out DIR [--source ...]`, or `torchrun --nproc_per_node=N -m job.prepare ...`."""
+"""Turn texts into a dataset: `python -m job.prepare --out DIR [--source ...]`, or under torchrun or srun."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from job.command import guarded
 from job.data import tokenizer as tokenizers
 from job.data.preparation import Options, Run, finished, prepare
 from job.data.shards import DatasetInfo, ShardDataset
-from job.errors import ExitCode, UsageError, UserError
+from job.errors import UsageError, UserError
+from job.runtime.place import place
 
 # Options that only one choice of another reads, with the default they then have.
 DEPENDENT = {
@@ -29,7 +31,7 @@ EXAMPLES = 3
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m job.prepare", description="Turn texts into shards of tokens and latents. Interrupted, the same command "
-                                "goes on; under torchrun the processes divide the shards.")
+                                "goes on; under torchrun or srun the processes divide the shards.")
     p.add_argument("--out", type=Path, required=True, help="directory of the dataset")
     text = p.add_argument_group("texts")
     text.add_argument("--source", nargs="+", default=["stdlib"], metavar="SOURCE", help="stdlib (sentences from the documentation of Python's own standard "
@@ -96,29 +98,26 @@ def summary(out: Path, info: DatasetInfo) -> str:
     return "\n".join(lines)
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Prepare what the command line says, or go on with it."""
+    check(arguments)
+    values, here = vars(arguments), place(os.environ, alone=True)
+    options = Options(**{name: values[name] for name in Options.__dataclass_fields__ if name in values})
+    one = Run(arguments.out, options, here.rank, here.world_size, local_files_only=arguments.local_files_only, encoder_device=arguments.encoder_device)
+    info = finished(one)
+    if info and one.rank == 0:
+        print(f"{one.out}: finished already")
+    try:
+        info = info or prepare(one)
+    except OSError as error:  # a full disk's names no file
+        raise UserError(f"{error.filename or one.out}: {error.strerror or error}") from error
+    if info and one.rank == 0:
+        print(summary(one.out, info))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    arguments = parser().parse_args(argv)
-    try:
-        check(arguments)
-        values = vars(arguments)
-        options = Options(**{name: values[name] for name in Options.__dataclass_fields__ if name in values})
-        run = Run(arguments.out, options, rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)),
-                  local_files_only=arguments.local_files_only, encoder_device=arguments.encoder_device)
-        if info := finished(run):
-            if run.rank == 0:
-                print(f"{run.out}: finished already")
-        else:
-            info = prepare(run)
-        if info and run.rank == 0:
-            print(summary(run.out, info))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.filename or arguments.out}: {error.strerror or error}", file=sys.stderr)
-        return ExitCode.FAILED
-    return ExitCode.FINISHED
+    return guarded(lambda: run(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

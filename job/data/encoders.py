@@ -13,6 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from job.errors import UserError
+from job.runtime.place import place
 
 MAX_FEATURES = 50_000
 FIT_SAMPLES = 1_000_000  # texts in hash order, so any prefix is a random sample
@@ -79,7 +80,7 @@ class SentenceTransformersEncoder:
         import torch
 
         if device is None and torch.cuda.is_available():
-            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+            device = f"cuda:{place(os.environ, alone=True).local_rank % torch.cuda.device_count()}"
         try:
             self.model = library.SentenceTransformer(model, device=device, truncate_dim=truncate_dim, local_files_only=local_files_only,
                                                      model_kwargs={"torch_dtype": getattr(torch, dtype)})

@@ -1,7 +1,4 @@
-"""The processes of a run: how they find each other, agree, and notice that one of them is missing.
-
-This is the only module that reads the variables of torchrun and SLURM.
-"""
+"""The processes of a run: how they find each other, agree, and notice that one of them is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from job.errors import ExitCode, RetryError, UserError
 from job.runtime.heartbeat import Heartbeats
+from job.runtime.place import place
 
 START_SECONDS = 300.0  # ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is
 LINGER_SECONDS = 4.0  # rank 0 may keep the store (under srun it does) in which the others look up whom they lost
@@ -48,47 +46,8 @@ class Process:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the launcher put this process."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    address: str | None = None  # rendezvous host and port; None: the only process
-    port: int = 0
-    run_id: str = ""
-
-
 _groups: dict[str, dist.ProcessGroup] = {}
 _heartbeats: Heartbeats | None = None
-
-
-def first_host(nodelist: str) -> str:
-    """First host of a SLURM node list: `gpu[07-09,12],login1` gives `gpu07`."""
-    head = re.split(r",(?![^\[]*\])", nodelist)[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head)
-
-
-def place(environ: Mapping[str, str]) -> Place:
-    """This process's place from torchrun's or srun's variables; without either, the only process.
-
-    Raises UserError for a SLURM batch script that asks for several tasks and starts the program without srun.
-    """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return Place(int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0)), int(environ["WORLD_SIZE"]), environ.get("MASTER_ADDR", "localhost"),
-                     int(environ.get("MASTER_PORT", 29500)), environ.get("TORCHELASTIC_RESTART_COUNT", ""))
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1)))
-    if "SLURM_PROCID" not in environ or tasks == 1:
-        return Place(0, 0, 1)
-    nodelist = environ.get("SLURM_STEP_NODELIST")
-    if nodelist is None and "SLURM_STEP_ID" not in environ:
-        raise UserError(f"SLURM_NTASKS={tasks}, but this process is not one of srun's tasks: start it with `srun python -m job.train ...`")
-    job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
-    # Below the ports that Linux hands out by itself; jobs that share a node have ids less than 20,000 apart.
-    port = int(environ.get("MASTER_PORT", 10000 + (job + 2003 * step) % 20000))
-    address = environ.get("MASTER_ADDR") or first_host(nodelist or environ.get("SLURM_JOB_NODELIST", "localhost"))
-    return Place(int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", 0)), tasks, address, port, f"{job}.{step}")
 
 
 def _device(device: str, local_rank: int) -> torch.device:

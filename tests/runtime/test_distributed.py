@@ -11,7 +11,7 @@ from ranks import run_ranks, start_ranks
 
 from job.errors import UserError
 from job.runtime import distributed
-from job.runtime.distributed import Place, first_host, place
+from job.runtime.place import Place, first_host, place
 from job.runtime.watchdog import Watchdog
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "41234567", "SLURM_STEP_ID": "0",
@@ -48,8 +48,11 @@ def test_jobs_and_steps_that_share_a_node_have_different_ports() -> None:
 
 def test_single_task_and_batch_script() -> None:
     assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1"}) == Place(0, 0, 1)
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a[1-2]"}
     with pytest.raises(UserError, match="srun"):
-        place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a[1-2]"})
+        place(batch_script)
+    assert place(batch_script, alone=True) == Place(0, 0, 1)
+    assert place(SLURM, alone=True) == place(SLURM)
 
 
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
