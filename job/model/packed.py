@@ -13,6 +13,7 @@ from job.model.streams import Mixing
 from job.objective.rows import Padding, Rows
 
 SHORT = 64  # tokens
+FEW = 8  # spans
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,23 @@ class Spans:
     counts: list[int]
     index: Tensor  # [N]: condition of a token
 
+    @property
+    def by_index(self) -> bool:
+        """Whether to look up every token's condition, in a fixed number of kernels, rather than go span by span, which reads and writes less."""
+        return torch.compiler.is_compiling() or (self.index.is_cuda and len(self.counts) > FEW)
+
     def norm(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         """Layer norm of x [N, H] with a gain and a bias [C, H] per condition."""
-        if torch.compiler.is_compiling():
+        if self.by_index:
             return F.layer_norm(x, x.shape[-1:], eps=eps) * gamma[self.index] + beta[self.index]
         parts = zip(x.split(self.counts), gamma.to(x.dtype), beta.to(x.dtype), strict=True)  # the kernel applies gain and bias in its own pass
         return torch.cat([F.layer_norm(part, x.shape[-1:], g, b, eps) for part, g, b in parts])
 
     def scale(self, x: Tensor, gamma: Tensor) -> Tensor:
         """x [N, H] times gains [C, H]."""
-        if torch.compiler.is_compiling():
+        if self.by_index:
             return x * gamma[self.index]
         return torch.cat([part * g for part, g in zip(x.split(self.counts), gamma, strict=True)])
-
 
     def select(self, part: slice) -> Spans:
         """The tokens of a slice, whose conditions keep their numbers."""

@@ -35,16 +35,17 @@ def assert_same(batch: dict[str, torch.Tensor], loss: dict[str, Any], step: int 
        parameterization=st.sampled_from(["x0", "v_param", "epsilon"]), t_mode=st.sampled_from(["full", "random"]), qk_rmsnorm=st.booleans(),
        sampling=st.sampled_from(["argmax", "categorical"]), over_padding=st.booleans(), normalize=st.booleans(), stop=st.booleans(),
        text_weight=st.sampled_from([0.0, 0.3]), latent_weight=st.sampled_from([0.0, 0.2]), short=st.sampled_from([0, 64]),
-       loss_type=st.sampled_from(["cycle_vae", "l2t", "t2l", "unconditional"]))
+       by_index=st.booleans(), loss_type=st.sampled_from(["cycle_vae", "l2t", "t2l", "unconditional"]))
 def test_fast_is_plain(lengths: list[int], padded: bool, streams: int, parameterization: str, t_mode: str, qk_rmsnorm: bool, sampling: str,
                        over_padding: bool, normalize: bool, stop: bool, text_weight: float, latent_weight: float, short: int,
-                       loss_type: str) -> None:
+                       by_index: bool, loss_type: str) -> None:
     batch = formula_batch(tuple(lengths), max(lengths) if not padded else 10)
     loss = {"loss_type": loss_type, "latent_t_mode": t_mode, "cycle_latent_t_max": 0.9, "cycle_latent_sampling": sampling, "ce_over_padding": over_padding,
             "normalize_latent_loss": normalize, "cycle_stop_grad_latent": stop, "cycle_text_weight": text_weight, "cycle_latent_weight": latent_weight}
     if parameterization == "epsilon" and t_mode == "full":
         loss["latent_t_mode"] = "random"  # x0 is divided by 1.6e-5 there, and rounding with it
-    with mock.patch.object(packed, "SHORT", short):  # rows attend one by one, or side by side
+    # rows attend one by one or side by side, conditions are looked up or taken span by span
+    with mock.patch.object(packed, "SHORT", short), mock.patch.object(packed.Spans, "by_index", by_index):
         assert_same(batch, loss, num_residual_streams=streams, latent_parameterization=parameterization, qk_rmsnorm=qk_rmsnorm)
 
 
