@@ -141,6 +141,11 @@ def plot(options: argparse.Namespace, results: dict[int, dict[str, dict[str, Any
     for name in options.compare:
         axes.loglog(list(results), [figures[name]["step_seconds"] for figures in results.values()], marker="o", label=name)
     axes.set(xlabel=options.grow, ylabel="seconds of a step")
+    axes.set_xticks(list(results), [str(value) for value in results])
+    axes.xaxis.set_minor_formatter("")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both", axis="y")
     axes.legend()
     figure.savefig(path)
 
