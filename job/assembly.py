@@ -28,6 +28,7 @@ from job.monitoring.reporter import Reporter
 from job.objective.fast import build_trainer
 from job.objective.trainer import Trainer
 from job.runtime.checkpoint import Checkpoint, Checkpointer, open_checkpoint
+from job.runtime.compiler import refuse_without_compiler
 from job.runtime.distributed import Process
 from job.runtime.optimizer import Optimizer
 from job.runtime.precision import autocast
@@ -96,7 +97,9 @@ def new_trainer(config: Config, data: Dataset, starting: bool) -> Trainer:
 
 
 def distribute(trainer: Trainer, config: Config, process: Process) -> nn.Module:
-    """Put the trainer on its device; where there are other ranks, in shards or with DDP around it."""
+    """Put the trainer on its device; where there are other ranks, in shards or with DDP around it. UserError where its blocks cannot be compiled."""
+    if config.training.compile_model:
+        refuse_without_compiler(process.device)
     if config.training.strategy == "fsdp" and process.world_size > 1:
         return shard(trainer, trainer.model.mmdit.blocks, "encode", process.device)  # type: ignore[union-attr,arg-type]
     trainer.to(process.device)

@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     values, here = vars(arguments), place(os.environ, alone=True)
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__ if name in values})
-    one = Run(arguments.out, options, here.rank, here.world_size, local_files_only=arguments.local_files_only, encoder_device=arguments.encoder_device)
+    one = Run(arguments.out, options, here.rank, here.world_size, arguments.local_files_only, arguments.encoder_device, here.local_rank)
     info = finished(one)
     if info and one.rank == 0:
         print(f"{one.out}: finished already")

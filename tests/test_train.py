@@ -138,12 +138,14 @@ def test_bad_steps_in_a_row_end_the_run_by_name(prepared: Path, tmp_path: Path) 
     (["data=synthetic", "training.init_from=/nowhere"], ExitCode.FAILED, "/nowhere"),
     (["data=synthetic", "model.latent_dim=7"], ExitCode.FAILED, "model.latent_dim=7"),
     (["data=synthetic", "model.vocab_size=7"], ExitCode.FAILED, "model.vocab_size=7"),
+    (["data=synthetic", "training.compile_model=true"], ExitCode.FAILED, "no-compiler is not installed"),
 ])
 def test_a_users_mistake_is_one_line_and_an_exit_code(arguments: list[str], code: ExitCode, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["train", *arguments, f"logging.save_dir={tmp_path}"])
     monkeypatch.setattr(main_job, "failures", [])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-compiler")
     assert guarded(main_job.main) == code
     printed = capsys.readouterr()
     assert len(printed.err.splitlines()) == 1

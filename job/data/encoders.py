@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from job.errors import UserError
-from job.runtime.place import place
 
 MAX_FEATURES = 50_000
 FIT_SAMPLES = 1_000_000  # texts in hash order, so any prefix is a random sample
@@ -75,12 +73,13 @@ class LsaEncoder:
 class SentenceTransformersEncoder:
     """Any model of the sentence-transformers library, by name or directory."""
 
-    def __init__(self, model: str, *, truncate_dim: int | None, batch_size: int, dtype: str, device: str | None, local_files_only: bool) -> None:
+    def __init__(self, model: str, *, truncate_dim: int | None, batch_size: int, dtype: str, device: str | None, local_rank: int,
+                 local_files_only: bool) -> None:
         library = optional("sentence_transformers", "sentence-transformers")
         import torch
 
         if device is None and torch.cuda.is_available():
-            device = f"cuda:{place(os.environ, alone=True).local_rank % torch.cuda.device_count()}"
+            device = f"cuda:{local_rank % torch.cuda.device_count()}"
         try:
             self.model = library.SentenceTransformer(model, device=device, truncate_dim=truncate_dim, local_files_only=local_files_only,
                                                      model_kwargs={"torch_dtype": getattr(torch, dtype)})

@@ -75,6 +75,7 @@ class Run:
     world_size: int
     local_files_only: bool
     encoder_device: str | None
+    local_rank: int = 0  # on this machine
 
     @property
     def work(self) -> Path:
@@ -193,7 +194,8 @@ def _encoder(run: Run) -> Encoder:
     if options.encoder == "lsa":
         return LsaEncoder.load(run.encoder_file)
     return SentenceTransformersEncoder(options.encoder_model or "", truncate_dim=options.truncate_dim, batch_size=options.encoder_batch_size or 1,
-                                       dtype=options.encoder_dtype or "float32", device=run.encoder_device, local_files_only=run.local_files_only)
+                                       dtype=options.encoder_dtype or "float32", device=run.encoder_device, local_rank=run.local_rank,
+                                       local_files_only=run.local_files_only)
 
 
 def _encode(texts: Sequence[str], tokenizer: tokenizers.TextTokenizer, encoder: Encoder, max_length: int,
