@@ -115,7 +115,7 @@ class Layout:
                 of_text = out[:, :-1] if "latent" in heads else out
                 outputs[0].append(of_text[0] if self.row_by_row else padding.pack(of_text))
             if "latent" in heads:
-                outputs[1].append(out[:, -1].contiguous())
+                outputs[1].append(out[:, -1].contiguous())  # strided, it would be compiled for once more
         nothing = text[1].new_empty(0, text[1].shape[1] * text[1].shape[2])
         return _cat(outputs[0] or [nothing]), _cat(outputs[1] or [nothing])
 
