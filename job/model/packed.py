@@ -63,7 +63,7 @@ class Layout:
         self.row_by_row = padding.ragged and seq_len > SHORT and not mask.is_cuda
         self.key_mask = None if padding.full or self.row_by_row else F.pad(self.whole.mask, (0, 1), value=True)[:, None, None]
         self.positions = padding.pack(torch.arange(seq_len, device=mask.device).expand(rows, -1)).repeat(len(groups))
-        self.text, self.latent = self._spans(groups, mask.device)
+        self.text, self.latent = self._spans(groups)
         # what the heads read, of the text tokens and of the rows: groups that a head reads lie side by side
         tokens = sum(self.lengths)
         self.read_text, self.read_latent = self._slice("text", tokens), self._slice("latent", rows)
@@ -72,16 +72,21 @@ class Layout:
         wanted = [g for g, heads in enumerate(self.heads) if head in heads]
         return slice(wanted[0] * size, (wanted[-1] + 1) * size) if wanted else slice(0, 0)
 
-    def _spans(self, groups: Sequence[Rows], device: torch.device) -> tuple[Spans, Spans]:
-        text: list[int] = []
-        latent: list[int] = []
+    def _spans(self, groups: Sequence[Rows]) -> tuple[Spans, Spans]:
+        """Spans of text and latents: one a row where a group's rows differ in their timesteps, else one a group. Counts come from the host, indices are
+        made on the device: sending them would wait for it."""
+        rows, seq_len = self.padding.mask.shape
+        row = torch.arange(rows, device=self.padding.mask.device)
+        row_of_token = self.padding.pack(row[:, None].expand(-1, seq_len))
+        counts: tuple[list[int], list[int]] = ([], [])
+        indices: tuple[list[Tensor], list[Tensor]] = ([], [])
         for group in groups:
             each = max(len(group.text_t), len(group.latent_t)) > 1
-            text += self.lengths if each else [sum(self.lengths)]
-            latent += [1] * len(self.lengths) if each else [len(self.lengths)]
-        conditions = torch.arange(len(text), device=device)
-        return (Spans(text, conditions.repeat_interleave(torch.tensor(text, device=device), output_size=sum(text))),
-                Spans(latent, conditions.repeat_interleave(torch.tensor(latent, device=device), output_size=sum(latent))))
+            for count, index, lengths, places in zip(counts, indices, (self.lengths, [1] * rows), (row_of_token, row), strict=True):
+                index.append(len(count) + places if each else torch.full_like(places, len(count)))
+                count += lengths if each else [sum(lengths)]
+        text, latent = (Spans(count, torch.cat(index)) for count, index in zip(counts, indices, strict=True))
+        return text, latent
 
     def select(self, part: slice, streams: Tensor, weights: Mixing | None, spans: Spans) -> tuple[Tensor, Mixing | None, Spans]:
         """The tokens of a slice, with their weights and spans."""
