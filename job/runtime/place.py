@@ -1,4 +1,4 @@
-"""Where the launcher put this process: the only module that reads the variables of torchrun and SLURM, and it needs no torch."""
+"""Where the launcher put this process, from the variables of torchrun or SLURM. It needs no torch."""
 
 from __future__ import annotations
 
