@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Trained:
         vocab_size, latent_dim = self.weights["text_head.weight"].shape[0], self.weights["latent_head.3.weight"].shape[0]
         model = build_model(self.config.model, vocab_size, latent_dim, seed=0)
         model.load_state_dict(self.weights)
-        return build_trainer(model, self.config.model, self.config.loss, self.config.training, self.mask_token_id).to(device).eval()
+        eager = replace(self.config.training, compile_model=False)  # compiling takes longer than it saves here, and a compiler
+        return build_trainer(model, self.config.model, self.config.loss, eager, self.mask_token_id).to(device).eval()
 
     def held_out(self) -> Dataset:
         """The validation split. Raises UserError where there is none."""

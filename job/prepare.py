@@ -104,15 +104,13 @@ def run(arguments: argparse.Namespace) -> None:
     values, here = vars(arguments), place(os.environ, alone=True)
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__ if name in values})
     one = Run(arguments.out, options, here.rank, here.world_size, arguments.local_files_only, arguments.encoder_device, here.local_rank)
-    info = finished(one)
-    if info and one.rank == 0:
-        print(f"{one.out}: finished already")
     try:
-        info = info or prepare(one)
+        before = finished(one)
+        info = before or prepare(one)
     except OSError as error:  # a full disk's names no file
         raise UserError(f"{error.filename or one.out}: {error.strerror or error}") from error
     if info and one.rank == 0:
-        print(summary(one.out, info))
+        print((f"{one.out}: finished already\n" if before else "") + summary(one.out, info))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

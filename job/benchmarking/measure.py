@@ -21,6 +21,7 @@ from job.config import Config, from_dict, validate
 from job.model.multimodal import build_model
 from job.monitoring.flops import pass_flops
 from job.objective.fast import build_trainer
+from job.runtime.compiler import refuse_without_compiler
 from job.runtime.optimizer import Optimizer
 from job.runtime.precision import autocast
 
@@ -62,6 +63,8 @@ class Case:
     def __init__(self, values: dict[str, Any], shape: Shape, device: torch.device) -> None:
         self.config: Config = from_dict(values)
         validate(self.config)
+        if self.config.training.compile_model:
+            refuse_without_compiler(device)
         self.shape, self.device = shape, device
         model = build_model(self.config.model, shape.vocab, shape.latent_dim, self.config.training.seed).to(device)
         self.optimizer = Optimizer(model, self.config, device)
