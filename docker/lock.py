@@ -19,8 +19,22 @@ HEADER = "# Written by docker/lock.py (make lock).\n"
 
 def resolve(requirements: list[str], python: str, *options: str) -> list[str]:
     """The entries of a lock for Linux on x86-64, one string with its hashes each."""
-    command = ["uv", "pip", "compile", "-", "--quiet", "--no-config", "--generate-hashes", "--no-annotate", "--no-header",
-               "--python-version", python, "--python-platform", "x86_64-manylinux_2_28", *options]
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        "-",
+        "--quiet",
+        "--no-config",
+        "--generate-hashes",
+        "--no-annotate",
+        "--no-header",
+        "--python-version",
+        python,
+        "--python-platform",
+        "x86_64-manylinux_2_28",
+        *options,
+    ]
     text = subprocess.run(command, input="\n".join(requirements), stdout=subprocess.PIPE, text=True, check=True).stdout
     return re.findall(r"^[^\s#].*(?:\n +--hash.*)*\n", text, re.MULTILINE)
 
@@ -29,9 +43,14 @@ def main() -> None:
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
     locks: dict[str, list[str]] = {}
     for python in PYTHONS:
-        entries = resolve(project["project"]["dependencies"], python, "--constraints", str(HERE.parent / "requirements.lock"))
-        new = {"torch.lock": [e for e in entries if CUDA.match(e)], "requirements.lock": [e for e in entries if not CUDA.match(e)],
-               "build.lock": resolve(project["build-system"]["requires"], python)}
+        entries = resolve(
+            project["project"]["dependencies"], python, "--constraints", str(HERE.parent / "requirements.lock")
+        )
+        new = {
+            "torch.lock": [e for e in entries if CUDA.match(e)],
+            "requirements.lock": [e for e in entries if not CUDA.match(e)],
+            "build.lock": resolve(project["build-system"]["requires"], python),
+        }
         if locks and new != locks:
             raise SystemExit(f"Python {PYTHONS[0]} and {python} need different packages: give each locks of its own")
         locks = new

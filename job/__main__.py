@@ -20,8 +20,12 @@ COMMANDS = {
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in COMMANDS:
-        print("usage: cyclevae COMMAND ...\n\n" + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-              + "\n\n`cyclevae COMMAND --help` tells more.", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+        print(
+            "usage: cyclevae COMMAND ...\n\n"
+            + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+            + "\n\n`cyclevae COMMAND --help` tells more.",
+            file=sys.stdout if command in ("-h", "--help") else sys.stderr,
+        )
         sys.exit(0 if command in ("-h", "--help") else 2)
     del sys.argv[1]
     runpy.run_module(f"job.{command}", run_name="__main__", alter_sys=True)

@@ -69,8 +69,10 @@ def batch_sizes(config: Config, world_size: int) -> tuple[int, int]:
     if training.global_batch_size is None:
         return per_pass * training.gradient_accumulation_steps, training.gradient_accumulation_steps
     if training.global_batch_size % per_pass:
-        raise UserError(f"training.global_batch_size={training.global_batch_size} is not a multiple of training.train_batch_size="
-                        f"{training.train_batch_size} x {world_size} processes; change one of them")
+        raise UserError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of training.train_batch_size="
+            f"{training.train_batch_size} x {world_size} processes; change one of them"
+        )
     return training.global_batch_size, training.global_batch_size // per_pass
 
 
@@ -78,8 +80,10 @@ def find_checkpoint(config: Config, checkpointer: Checkpointer, say: Callable[[s
     """Where to go on from: the run's own newest valid checkpoint, else the one that training.resume names, else nothing."""
     own = checkpointer.newest_valid()
     if config.training.resume == "never" and own is not None:
-        raise UserError(f"{checkpointer.directory} holds checkpoints that training.resume=never would write over; give the run another "
-                        "logging.run_name, or move the directory away")
+        raise UserError(
+            f"{checkpointer.directory} holds checkpoints that training.resume=never would write over; give the run another "
+            "logging.run_name, or move the directory away"
+        )
     if own is None and config.training.resume not in ("auto", "never"):
         return open_checkpoint(Path(config.training.resume))
     return own
@@ -87,9 +91,14 @@ def find_checkpoint(config: Config, checkpointer: Checkpointer, say: Callable[[s
 
 def new_trainer(config: Config, data: Dataset, starting: bool) -> Trainer:
     """The model, new or with the weights of training.init_from, inside the objective; on the CPU."""
-    vocab_size, latent_dim = vocabulary(config.model, data.info.vocab_size), config.model.latent_dim or data.info.latent_dim
+    vocab_size, latent_dim = (
+        vocabulary(config.model, data.info.vocab_size),
+        config.model.latent_dim or data.info.latent_dim,
+    )
     if latent_dim != data.info.latent_dim:
-        raise UserError(f"model.latent_dim={latent_dim}, but the latents of the data have {data.info.latent_dim} dimensions; leave model.latent_dim out")
+        raise UserError(
+            f"model.latent_dim={latent_dim}, but the latents of the data have {data.info.latent_dim} dimensions; leave model.latent_dim out"
+        )
     model = build_model(config.model, vocab_size, latent_dim, config.training.seed)
     if starting and config.training.init_from:
         apply_weights(model, Path(config.training.init_from))
@@ -105,10 +114,16 @@ def distribute(trainer: Trainer, config: Config, process: Process) -> nn.Module:
     trainer.to(process.device)
     if process.world_size == 1:
         return trainer
-    one_direction = config.loss.loss_type != "cycle_vae"  # then a head, or the last block's other stream, gets no gradient
-    return DistributedDataParallel(trainer, device_ids=[process.device.index] if process.device.type == "cuda" else None,
-                                   find_unused_parameters=one_direction, gradient_as_bucket_view=True,
-                                   forward_sync_buffers=False)  # they are constants
+    one_direction = (
+        config.loss.loss_type != "cycle_vae"
+    )  # then a head, or the last block's other stream, gets no gradient
+    return DistributedDataParallel(
+        trainer,
+        device_ids=[process.device.index] if process.device.type == "cuda" else None,
+        find_unused_parameters=one_direction,
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,
+    )  # they are constants
 
 
 @contextmanager
@@ -120,7 +135,11 @@ def for_evaluation(job: Job) -> Iterator[Trainer]:
 
 def tensors(job: Job) -> dict[str, Any]:
     """Everything of a checkpoint but its record."""
-    return {"model": job.trainer.model.state_dict(), "optimizer": job.optimizer.tensors(), "metrics": job.accumulator.tensors()}
+    return {
+        "model": job.trainer.model.state_dict(),
+        "optimizer": job.optimizer.tensors(),
+        "metrics": job.accumulator.tensors(),
+    }
 
 
 def passes(trainer: Trainer, step: int) -> dict[str, int]:

@@ -37,7 +37,9 @@ def unknown_key(key: str) -> str:
     if key in LGDLM_KEYS or key.split(".")[0] in LGDLM_KEYS:
         return f"{key} is a key of LGDLM that is not used here: {LGDLM_KEYS.get(key) or LGDLM_KEYS[key.split('.')[0]]}"
     near = difflib.get_close_matches(key, keys(), n=2, cutoff=0.6)
-    return f"unknown configuration key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "; the keys and their meanings are in job/config.py")
+    return f"unknown configuration key {key}" + (
+        f"; did you mean {' or '.join(near)}?" if near else "; the keys and their meanings are in job/config.py"
+    )
 
 
 def guarded(command: Callable[[], object]) -> int:

@@ -19,11 +19,23 @@ from job.errors import UserError
 from job.files import file_name
 
 LOSS_TYPES = ("cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential")
-MODES = ("unconditional", "l2t", "t2l")  # what one step of `random` and `sequential` can be, in the order of mode_weights
+MODES = (
+    "unconditional",
+    "l2t",
+    "t2l",
+)  # what one step of `random` and `sequential` can be, in the order of mode_weights
 
 
-def key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None, above: float | None = None,
-        high: float | None = None, read_if: tuple[str, Any] | None = None) -> Any:
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    read_if: tuple[str, Any] | None = None,
+) -> Any:
     """A configuration key: its default, its meaning, what it may be (`low` <= value, `above` < value, value <= `high`),
     and the (dotted key, value or values) without which nothing reads it."""
     metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high, "read_if": read_if}
@@ -34,16 +46,32 @@ def key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | 
 
 @dataclass
 class DataConfig:
-    source: str = key("shards", "where samples come from: prepared shards, or random ones that need no data", choices=("shards", "synthetic"))
+    source: str = key(
+        "shards",
+        "where samples come from: prepared shards, or random ones that need no data",
+        choices=("shards", "synthetic"),
+    )
     dir: str | None = key(None, "directory of prepared shards (dataset.json inside)", read_if=("data.source", "shards"))
     num_workers: int = key(0, "loader processes per rank; 0 loads in the training process", low=0)
-    standardize_latents: bool = key(True, "subtract the stored mean of the latents and divide by their standard deviation")
-    length_bucketing: bool = key(False, "batch samples of similar length together (same samples per epoch, another order)")
+    standardize_latents: bool = key(
+        True, "subtract the stored mean of the latents and divide by their standard deviation"
+    )
+    length_bucketing: bool = key(
+        False, "batch samples of similar length together (same samples per epoch, another order)"
+    )
     pad_to_max: bool = key(False, "pad every batch to model.max_seq_len instead of its own longest row")
-    verify_hashes: bool = key(False, "check the SHA-256 of every shard before the first step", read_if=("data.source", "shards"))
-    synthetic_samples: int = key(512, "number of random training samples", above=0, read_if=("data.source", "synthetic"))
-    synthetic_vocab_size: int = key(256, "vocabulary of the random samples", low=8, read_if=("data.source", "synthetic"))
-    synthetic_latent_dim: int = key(16, "latent dimension of the random samples", above=0, read_if=("data.source", "synthetic"))
+    verify_hashes: bool = key(
+        False, "check the SHA-256 of every shard before the first step", read_if=("data.source", "shards")
+    )
+    synthetic_samples: int = key(
+        512, "number of random training samples", above=0, read_if=("data.source", "synthetic")
+    )
+    synthetic_vocab_size: int = key(
+        256, "vocabulary of the random samples", low=8, read_if=("data.source", "synthetic")
+    )
+    synthetic_latent_dim: int = key(
+        16, "latent dimension of the random samples", above=0, read_if=("data.source", "synthetic")
+    )
 
 
 @dataclass
@@ -61,14 +89,22 @@ class ModelConfig:
     vocab_size: int | None = key(None, "vocabulary; null takes the data's, rounded up to vocab_multiple", above=0)
     vocab_multiple: int = key(64, "round a vocabulary taken from the data up to a multiple of this", above=0)
     cluster_size: int = key(0, "LGDLM's cluster vocabulary; only 0 is supported", choices=(0,))
-    time_scale: float = key(1000.0, "timesteps in [0, 1] are multiplied by this before the sinusoidal embedding (LGDLM: 1)", above=0)
+    time_scale: float = key(
+        1000.0, "timesteps in [0, 1] are multiplied by this before the sinusoidal embedding (LGDLM: 1)", above=0
+    )
     latent_timesteps: int = key(1000, "length of the latent noise schedule", low=2)
     latent_beta_schedule: str = key("cosine", "latent noise schedule", choices=("linear", "cosine", "sigmoid"))
-    latent_beta_min: float = key(1e-4, "first beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid")))
-    latent_beta_max: float = key(0.02, "last beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid")))
+    latent_beta_min: float = key(
+        1e-4, "first beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid"))
+    )
+    latent_beta_max: float = key(
+        0.02, "last beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid"))
+    )
     latent_parameterization: str = key("v_param", "what the latent head predicts", choices=("epsilon", "x0", "v_param"))
     interpolate_schedule: bool = key(True, "read the schedule between its entries (LGDLM reads entry floor(t * 999))")
-    implementation: str = key("fast", "fast, or plain: the stock blocks and whole logits, the same losses", choices=("fast", "plain"))
+    implementation: str = key(
+        "fast", "fast, or plain: the stock blocks and whole logits, the same losses", choices=("fast", "plain")
+    )
     t_eps: float = key(1e-4, "text keeps at least this fraction unmasked at t=1 in unconditional mode", low=0, high=0.5)
 
 
@@ -76,21 +112,48 @@ class ModelConfig:
 class LossConfig:
     loss_type: str = key("cycle_vae", "the objective", choices=LOSS_TYPES)
     latent_loss_weight: float = key(0.1, "weight of the T2L latent loss", low=0)
-    cycle_text_weight: float = key(0.1, "weight of the T2L2T cross-entropy", low=0, read_if=("loss.loss_type", "cycle_vae"))
-    cycle_text_warmup_steps: int = key(0, "steps before cycle_text sets in", low=0, read_if=("loss.loss_type", "cycle_vae"))
-    cycle_text_ramp_steps: int = key(0, "steps over which cycle_text grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae"))
-    cycle_latent_weight: float = key(0.1, "weight of the L2T2L latent loss", low=0, read_if=("loss.loss_type", "cycle_vae"))
-    cycle_latent_warmup_steps: int = key(0, "steps before cycle_latent sets in", low=0, read_if=("loss.loss_type", "cycle_vae"))
-    cycle_latent_ramp_steps: int = key(0, "steps over which cycle_latent grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae"))
-    cycle_latent_sampling: str = key("argmax", "how pseudo-tokens are taken from the L2T logits", choices=("argmax", "categorical"),
-                                     read_if=("loss.loss_type", "cycle_vae"))
-    latent_t_mode: str = key("full", "latent timestep of T2L: full (t = 1) or random in [cycle_latent_t_min, cycle_latent_t_max]",
-                             choices=("full", "random"),
-                             read_if=("loss.loss_type", ("cycle_vae", "t2l", "random", "sequential")))
-    cycle_latent_t_min: float = key(0.0, "smallest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random"))
-    cycle_latent_t_max: float = key(0.98, "largest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random"))
-    cycle_stop_grad_latent: bool = key(True, "no gradient from cycle_text into the predicted latent", read_if=("loss.loss_type", "cycle_vae"))
-    allow_degenerate_epsilon: bool = key(False, "allow epsilon prediction at t > 0.98, where the latent cannot be recovered from it")
+    cycle_text_weight: float = key(
+        0.1, "weight of the T2L2T cross-entropy", low=0, read_if=("loss.loss_type", "cycle_vae")
+    )
+    cycle_text_warmup_steps: int = key(
+        0, "steps before cycle_text sets in", low=0, read_if=("loss.loss_type", "cycle_vae")
+    )
+    cycle_text_ramp_steps: int = key(
+        0, "steps over which cycle_text grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae")
+    )
+    cycle_latent_weight: float = key(
+        0.1, "weight of the L2T2L latent loss", low=0, read_if=("loss.loss_type", "cycle_vae")
+    )
+    cycle_latent_warmup_steps: int = key(
+        0, "steps before cycle_latent sets in", low=0, read_if=("loss.loss_type", "cycle_vae")
+    )
+    cycle_latent_ramp_steps: int = key(
+        0, "steps over which cycle_latent grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae")
+    )
+    cycle_latent_sampling: str = key(
+        "argmax",
+        "how pseudo-tokens are taken from the L2T logits",
+        choices=("argmax", "categorical"),
+        read_if=("loss.loss_type", "cycle_vae"),
+    )
+    latent_t_mode: str = key(
+        "full",
+        "latent timestep of T2L: full (t = 1) or random in [cycle_latent_t_min, cycle_latent_t_max]",
+        choices=("full", "random"),
+        read_if=("loss.loss_type", ("cycle_vae", "t2l", "random", "sequential")),
+    )
+    cycle_latent_t_min: float = key(
+        0.0, "smallest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random")
+    )
+    cycle_latent_t_max: float = key(
+        0.98, "largest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random")
+    )
+    cycle_stop_grad_latent: bool = key(
+        True, "no gradient from cycle_text into the predicted latent", read_if=("loss.loss_type", "cycle_vae")
+    )
+    allow_degenerate_epsilon: bool = key(
+        False, "allow epsilon prediction at t > 0.98, where the latent cannot be recovered from it"
+    )
     ce_over_padding: bool = key(False, "cross-entropy over padding too, as LGDLM does")
     normalize_latent_loss: bool = key(False, "MSE between unit vectors, as LGDLM does: trains the direction only")
 
@@ -105,29 +168,48 @@ class ModeSteps:
 class TrainingConfig:
     seed: int = key(42, "seed of initialization, sample order, noise and dropout", low=0)
     device: str = key("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
-    dtype: str = key("auto", "auto: bf16 autocast on GPUs that have it, else fp32; weights are always fp32", choices=("auto", "bf16", "fp32"))
+    dtype: str = key(
+        "auto",
+        "auto: bf16 autocast on GPUs that have it, else fp32; weights are always fp32",
+        choices=("auto", "bf16", "fp32"),
+    )
     train_batch_size: int = key(8, "samples per rank and forward pass", above=0)
     gradient_accumulation_steps: int = key(1, "forward passes per optimizer step", above=0)
-    global_batch_size: int | None = key(None, "samples per optimizer step over all ranks; sets gradient_accumulation_steps by itself, "
-                                        "so that a run can change its number of ranks", above=0)
+    global_batch_size: int | None = key(
+        None,
+        "samples per optimizer step over all ranks; sets gradient_accumulation_steps by itself, "
+        "so that a run can change its number of ranks",
+        above=0,
+    )
     eval_batch_size: int = key(64, "samples per rank and evaluation pass", above=0)
     num_train_steps: int = key(10000, "optimizer steps of the whole run", above=0)
     lr_schedule: str = key("cosine", "learning rate after warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = key(100, "steps of linear learning-rate warm-up", low=0)
     ema_decay: float = key(0.0, "decay of the moving average of the weights; 0 keeps none", low=0, high=0.999999)
-    strategy: str = key("ddp", "between ranks: ddp (each holds the whole model) or fsdp (weights, gradients and moments in shards, for models that do "
-                               "not fit; evaluation still holds one copy of the weights)", choices=("ddp", "fsdp"))
+    strategy: str = key(
+        "ddp",
+        "between ranks: ddp (each holds the whole model) or fsdp (weights, gradients and moments in shards, for models that do "
+        "not fit; evaluation still holds one copy of the weights)",
+        choices=("ddp", "fsdp"),
+    )
     compile_model: bool = key(False, "torch.compile the blocks", read_if=("model.implementation", "fast"))
-    activation_checkpointing: bool = key(False, "keep no activations inside blocks, compute them again in backward",
-                                         read_if=("model.implementation", "fast"))
+    activation_checkpointing: bool = key(
+        False,
+        "keep no activations inside blocks, compute them again in backward",
+        read_if=("model.implementation", "fast"),
+    )
     init_from: str | None = key(None, "weights to start from: a file written by `python -m job.convert`")
     resume: str = key("auto", "auto: the run directory's newest valid checkpoint; never; or a checkpoint directory")
     allow_changed: list[str] = key([], "keys that may differ from the checkpoint's configuration on resume")
     max_minutes: float | None = key(None, "stop, resumable, after this many minutes", above=0)
     max_nonfinite_steps: int = key(10, "give up after this many skipped steps in a row", above=0)
     sick_rank_timeout_seconds: float = key(300.0, "a rank that answers nothing for this long ends the run", above=0)
-    mode_weights: list[float] = key([1.0, 1.0, 1.0], "chance of a step being unconditional, l2t, t2l", read_if=("loss.loss_type", "random"))
-    sequential_schedule: list[ModeSteps] = key([], "modes with their steps, repeated", read_if=("loss.loss_type", "sequential"))
+    mode_weights: list[float] = key(
+        [1.0, 1.0, 1.0], "chance of a step being unconditional, l2t, t2l", read_if=("loss.loss_type", "random")
+    )
+    sequential_schedule: list[ModeSteps] = key(
+        [], "modes with their steps, repeated", read_if=("loss.loss_type", "sequential")
+    )
 
 
 @dataclass
@@ -160,14 +242,30 @@ class LoggingConfig:
 class MonitoringConfig:
     enabled: bool = key(True, "answer Prometheus over HTTP, on every rank")
     host: str | None = key(None, "address to listen on; null: all, IPv4 and IPv6", read_if=("monitoring.enabled", True))
-    port: int | None = key(None, "port of a node's first rank, the others count up from it; null: free ones", low=1, high=65535,
-                           read_if=("monitoring.enabled", True))
-    targets_dir: str | None = key(None, "where the file with the job's endpoints is put, for Prometheus' file discovery; null: save_dir/.targets",
-                                  read_if=("monitoring.enabled", True))
-    pushgateway: str | None = key(None, "host:port of a Pushgateway, for jobs too short to be scraped", read_if=("monitoring.enabled", True))
+    port: int | None = key(
+        None,
+        "port of a node's first rank, the others count up from it; null: free ones",
+        low=1,
+        high=65535,
+        read_if=("monitoring.enabled", True),
+    )
+    targets_dir: str | None = key(
+        None,
+        "where the file with the job's endpoints is put, for Prometheus' file discovery; null: save_dir/.targets",
+        read_if=("monitoring.enabled", True),
+    )
+    pushgateway: str | None = key(
+        None, "host:port of a Pushgateway, for jobs too short to be scraped", read_if=("monitoring.enabled", True)
+    )
     tensorboard: bool = key(False, "write the same numbers for TensorBoard into tensorboard/ of the run directory")
-    stalled_after_seconds: float = key(60.0, "a rank without progress for this long, and for 20 times its usual step, is reported as stalled", above=0)
-    peak_tflops: float | None = key(None, "what one device can do, for the model FLOPs utilization; null: known for common GPUs, measured elsewhere", above=0)
+    stalled_after_seconds: float = key(
+        60.0, "a rank without progress for this long, and for 20 times its usual step, is reported as stalled", above=0
+    )
+    peak_tflops: float | None = key(
+        None,
+        "what one device can do, for the model FLOPs utilization; null: known for common GPUs, measured elsewhere",
+        above=0,
+    )
 
 
 @dataclass
@@ -182,7 +280,9 @@ class Config:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
-OmegaConf.register_new_resolver("file_name", file_name, replace=True)  # configs/base.yaml names the points of a sweep by it
+OmegaConf.register_new_resolver(
+    "file_name", file_name, replace=True
+)  # configs/base.yaml names the points of a sweep by it
 
 # Keys of LGDLM's configurations that mean nothing here, and what to use instead.
 LGDLM_KEYS = {
@@ -209,11 +309,27 @@ LGDLM_KEYS = {
 # Keys that may change when a run goes on from a checkpoint: they say where, how long and how it is watched, not what is trained.
 # train_batch_size is here because only the global batch counts, which is compared by itself.
 FREE_ON_RESUME = {
-    "data.dir", "data.num_workers", "data.verify_hashes", "training.device", "training.train_batch_size", "training.gradient_accumulation_steps",
-    "training.global_batch_size", "training.eval_batch_size", "training.strategy", "training.compile_model", "training.activation_checkpointing",
-    "model.implementation", "training.init_from", "training.resume", "training.allow_changed", "training.max_minutes",
-    "training.max_nonfinite_steps", "training.sick_rank_timeout_seconds", "optimizer.use_fused",
-    *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)), *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),
+    "data.dir",
+    "data.num_workers",
+    "data.verify_hashes",
+    "training.device",
+    "training.train_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.global_batch_size",
+    "training.eval_batch_size",
+    "training.strategy",
+    "training.compile_model",
+    "training.activation_checkpointing",
+    "model.implementation",
+    "training.init_from",
+    "training.resume",
+    "training.allow_changed",
+    "training.max_minutes",
+    "training.max_nonfinite_steps",
+    "training.sick_rank_timeout_seconds",
+    "optimizer.use_fused",
+    *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)),
+    *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),
 }
 
 
@@ -233,7 +349,11 @@ def get(config: Config, dotted: str) -> Any:
 
 def keys() -> dict[str, dataclasses.Field[Any]]:
     """Every configuration key by its dotted name."""
-    return {f"{section.name}.{f.name}": f for section in dataclasses.fields(Config) for f in dataclasses.fields(section.default_factory)}  # type: ignore[arg-type]
+    return {
+        f"{section.name}.{f.name}": f
+        for section in dataclasses.fields(Config)
+        for f in dataclasses.fields(section.default_factory)
+    }  # type: ignore[arg-type]
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
@@ -248,8 +368,11 @@ def _refuse_value(dotted: str, value: Any, metadata: Any) -> None:
         raise UserError(f"{dotted}={value}: choose one of {', '.join(map(str, metadata['choices']))}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{dotted}={value}: give a finite number")
-    for bound, wrong, words in (("low", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "more than"),
-                                ("high", lambda v, b: v > b, "at most")):
+    for bound, wrong, words in (
+        ("low", lambda v, b: v < b, "at least"),
+        ("above", lambda v, b: v <= b, "more than"),
+        ("high", lambda v, b: v > b, "at most"),
+    ):
         if metadata[bound] is not None and wrong(value, metadata[bound]):
             raise UserError(f"{dotted}={value}: give a value of {words} {metadata[bound]}")
 
@@ -260,28 +383,46 @@ def _refuse_unread(config: Config, dotted: str, value: Any, f: dataclasses.Field
     other, wanted = f.metadata["read_if"]
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     if get(config, other) not in wanted:
-        raise UserError(f"{dotted}={value} has no effect while {other}={get(config, other)}; leave it out or set {other}={' or '.join(wanted)}")
+        raise UserError(
+            f"{dotted}={value} has no effect while {other}={get(config, other)}; leave it out or set {other}={' or '.join(wanted)}"
+        )
 
 
 def _refuse_combinations(config: Config) -> None:
     data, model, loss, training = config.data, config.model, config.loss, config.training
     if data.source == "shards" and data.dir is None:
-        raise UserError("data.dir is not set: give a directory written by `python -m job.prepare` (data.dir=DIR), or data=synthetic for a run without data")
+        raise UserError(
+            "data.dir is not set: give a directory written by `python -m job.prepare` (data.dir=DIR), or data=synthetic for a run without data"
+        )
     if loss.latent_t_mode == "random" and loss.cycle_latent_t_min >= loss.cycle_latent_t_max:
-        raise UserError(f"loss.cycle_latent_t_min={loss.cycle_latent_t_min} is not below loss.cycle_latent_t_max={loss.cycle_latent_t_max}")
+        raise UserError(
+            f"loss.cycle_latent_t_min={loss.cycle_latent_t_min} is not below loss.cycle_latent_t_max={loss.cycle_latent_t_max}"
+        )
     if model.latent_beta_min > model.latent_beta_max:
-        raise UserError(f"model.latent_beta_min={model.latent_beta_min} is above model.latent_beta_max={model.latent_beta_max}")
-    if loss.loss_type == "random" and (len(training.mode_weights) != len(MODES) or min(training.mode_weights) < 0 or sum(training.mode_weights) <= 0):
-        raise UserError(f"training.mode_weights={list(training.mode_weights)}: give {len(MODES)} weights for {', '.join(MODES)}, none negative, one above 0")
+        raise UserError(
+            f"model.latent_beta_min={model.latent_beta_min} is above model.latent_beta_max={model.latent_beta_max}"
+        )
+    if loss.loss_type == "random" and (
+        len(training.mode_weights) != len(MODES) or min(training.mode_weights) < 0 or sum(training.mode_weights) <= 0
+    ):
+        raise UserError(
+            f"training.mode_weights={list(training.mode_weights)}: give {len(MODES)} weights for {', '.join(MODES)}, none negative, one above 0"
+        )
     if loss.loss_type == "sequential":
         if not training.sequential_schedule:
-            raise UserError("training.sequential_schedule is empty: give it, for instance [{type: l2t, steps: 1000}, {type: t2l, steps: 1000}]")
+            raise UserError(
+                "training.sequential_schedule is empty: give it, for instance [{type: l2t, steps: 1000}, {type: t2l, steps: 1000}]"
+            )
         for item in training.sequential_schedule:
             if item.type not in MODES or item.steps < 1:
-                raise UserError(f"training.sequential_schedule: {{type: {item.type}, steps: {item.steps}}} needs a type of {', '.join(MODES)} "
-                                "and steps of at least 1")
+                raise UserError(
+                    f"training.sequential_schedule: {{type: {item.type}, steps: {item.steps}}} needs a type of {', '.join(MODES)} "
+                    "and steps of at least 1"
+                )
     if training.global_batch_size is not None and training.gradient_accumulation_steps != 1:
-        raise UserError("training.gradient_accumulation_steps follows from training.global_batch_size; set one of the two")
+        raise UserError(
+            "training.gradient_accumulation_steps follows from training.global_batch_size; set one of the two"
+        )
 
 
 def largest_latent_t(config: Config) -> float:
@@ -290,10 +431,16 @@ def largest_latent_t(config: Config) -> float:
 
 
 def _refuse_degenerate_epsilon(config: Config) -> str | None:
-    if config.model.latent_parameterization != "epsilon" or config.loss.loss_type in ("l2t", "unconditional") or largest_latent_t(config) <= 0.98:
+    if (
+        config.model.latent_parameterization != "epsilon"
+        or config.loss.loss_type in ("l2t", "unconditional")
+        or largest_latent_t(config) <= 0.98
+    ):
         return None
-    reason = ("model.latent_parameterization=epsilon with latent timesteps above 0.98 is degenerate: the noisy latent is the noise itself, "
-              "copying the input solves the task and the text is ignored")
+    reason = (
+        "model.latent_parameterization=epsilon with latent timesteps above 0.98 is degenerate: the noisy latent is the noise itself, "
+        "copying the input solves the task and the text is ignored"
+    )
     remedy = "use model.latent_parameterization=v_param or x0, or loss.latent_t_mode=random with loss.cycle_latent_t_max at most 0.98"
     if not config.loss.allow_degenerate_epsilon:
         raise UserError(f"{reason}; {remedy} (loss.allow_degenerate_epsilon=true runs it all the same)")

@@ -26,9 +26,19 @@ def data(options: argparse.Namespace) -> None:
     """LGDLM's token and latent directories to shards."""
     if not 0 < options.validation_fraction < 1:
         raise UsageError(f"--validation-fraction {options.validation_fraction}: give a value between 0 and 1")
-    print(lgdlm.convert(options.token_dir, options.latent_dir, options.out, tokenizer=options.tokenizer, mask_token_id=options.mask_token_id,
-                        pad_token_id=options.pad_token_id, vocab_size=options.vocab_size, validation_fraction=options.validation_fraction,
-                        skip_bad=options.skip_bad))
+    print(
+        lgdlm.convert(
+            options.token_dir,
+            options.latent_dir,
+            options.out,
+            tokenizer=options.tokenizer,
+            mask_token_id=options.mask_token_id,
+            pad_token_id=options.pad_token_id,
+            vocab_size=options.vocab_size,
+            validation_fraction=options.validation_fraction,
+            skip_bad=options.skip_bad,
+        )
+    )
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], **metadata: str) -> None:
@@ -47,9 +57,13 @@ def checkpoint(options: argparse.Namespace) -> None:
         settings = describe(found.weights)
     except UserError as error:
         raise UserError(f"{found.path}: {error}") from error
-    save_weights(options.out, found.weights, source=found.path.name, step=str(found.step), mmdit=generation(found.weights))
-    print(f"{options.out}: step {found.step} of {found.path}, {sum(t.numel() for t in found.weights.values()) / 1e6:.1f} M parameters, "
-          f"keys of mmdit {generation(found.weights)}\nuse it with: training.init_from={options.out} compat=lgdlm {overrides(settings)}")
+    save_weights(
+        options.out, found.weights, source=found.path.name, step=str(found.step), mmdit=generation(found.weights)
+    )
+    print(
+        f"{options.out}: step {found.step} of {found.path}, {sum(t.numel() for t in found.weights.values()) / 1e6:.1f} M parameters, "
+        f"keys of mmdit {generation(found.weights)}\nuse it with: training.init_from={options.out} compat=lgdlm {overrides(settings)}"
+    )
 
 
 def export(options: argparse.Namespace) -> None:
@@ -57,20 +71,36 @@ def export(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; give another name or delete it")
     trained = load_trained(options.path, options.data, options.ema)
-    config = replace(trained.config, model=replace(trained.config.model, vocab_size=trained.weights["text_head.weight"].shape[0],
-                                                   latent_dim=trained.weights["latent_head.3.weight"].shape[0]))
+    config = replace(
+        trained.config,
+        model=replace(
+            trained.config.model,
+            vocab_size=trained.weights["text_head.weight"].shape[0],
+            latent_dim=trained.weights["latent_head.3.weight"].shape[0],
+        ),
+    )
     partial = options.out.with_name(f"{options.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_weights(partial / WEIGHTS_FILE, trained.weights, step=str(trained.step))
         if trained.tokenizer:
             write_text(partial / TOKENIZER_FILE, trained.tokenizer.to_json())
-        write_json(partial / CONFIG_FILE, {"step": trained.step, "averaged": trained.averaged, "mask_token_id": trained.mask_token_id,
-                                           "config": to_dict(config)}, indent=2)
+        write_json(
+            partial / CONFIG_FILE,
+            {
+                "step": trained.step,
+                "averaged": trained.averaged,
+                "mask_token_id": trained.mask_token_id,
+                "config": to_dict(config),
+            },
+            indent=2,
+        )
         partial.rename(options.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{options.out}: {WEIGHTS_FILE} and {CONFIG_FILE} of step {trained.step}{', averaged weights' if trained.averaged else ''}")
+    print(
+        f"{options.out}: {WEIGHTS_FILE} and {CONFIG_FILE} of step {trained.step}{', averaged weights' if trained.averaged else ''}"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +113,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--tokenizer", type=Path, help="tokenizer.json, or a directory with it, that made the tokens")
     for name in ("mask-token-id", "pad-token-id", "vocab-size"):
         c.add_argument(f"--{name}", type=int, help="needed without --tokenizer")
-    c.add_argument("--validation-fraction", type=float, default=0.05, help="share of samples held out, by the hash of their tokens (0.05)")
+    c.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        help="share of samples held out, by the hash of their tokens (0.05)",
+    )
     c.add_argument("--skip-bad", action="store_true", help="leave unpaired and corrupt files out instead of failing")
     c.set_defaults(command=data)
 
@@ -95,7 +130,9 @@ def parser() -> argparse.ArgumentParser:
     c = commands.add_parser("export", help="a trained model to model.safetensors, config.json and tokenizer.json")
     c.add_argument("path", type=Path, help="run directory or checkpoint")
     c.add_argument("out", type=Path, help="directory to write")
-    c.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take the moving average of the weights (if there is one)")
+    c.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="take the moving average of the weights (if there is one)"
+    )
     c.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
     c.set_defaults(command=export)
     return p

@@ -11,7 +11,9 @@ class ExitCode(enum.IntEnum):
     FINISHED = 0
     FAILED = 1  # a retry will not mend it: bad configuration, bad data, non-finite loss
     USAGE = 2  # bad command line
-    RETRY = 134  # worth a retry: lost peer, hung collective (128 and more is retried by Kubernetes' restartPolicy ExitCode)
+    RETRY = (
+        134  # worth a retry: lost peer, hung collective (128 and more is retried by Kubernetes' restartPolicy ExitCode)
+    )
     STOPPED = 143  # stopped by a signal or a time budget, checkpoint saved, resumable
 
 

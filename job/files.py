@@ -56,7 +56,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def file_name(text: str) -> str:
     """`text` as the name of a directory: no slashes, at most LONGEST_NAME bytes (the end of a longer one becomes a digest)."""
     name = text.replace("/", "_").encode()
-    return (name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME - 9] + b"-" + hashlib.sha256(name).hexdigest()[:8].encode()).decode(errors="ignore")
+    return (
+        name
+        if len(name) <= LONGEST_NAME
+        else name[: LONGEST_NAME - 9] + b"-" + hashlib.sha256(name).hexdigest()[:8].encode()
+    ).decode(errors="ignore")
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -39,10 +39,15 @@ class Trained:
 
     def trainer(self, device: torch.device) -> Trainer:
         """The model inside the objective, on a device, for evaluation."""
-        vocab_size, latent_dim = self.weights["text_head.weight"].shape[0], self.weights["latent_head.3.weight"].shape[0]
+        vocab_size, latent_dim = (
+            self.weights["text_head.weight"].shape[0],
+            self.weights["latent_head.3.weight"].shape[0],
+        )
         model = build_model(self.config.model, vocab_size, latent_dim, seed=0)
         model.load_state_dict(self.weights)
-        eager = replace(self.config.training, compile_model=False)  # compiling takes longer than it saves here, and a compiler
+        eager = replace(
+            self.config.training, compile_model=False
+        )  # compiling takes longer than it saves here, and a compiler
         return build_trainer(model, self.config.model, self.config.loss, eager, self.mask_token_id).to(device).eval()
 
     def held_out(self) -> Dataset:
@@ -72,7 +77,9 @@ def load_trained(path: Path, data: Path | None = None, average: bool | None = No
     """
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a run directory like runs/demo or a checkpoint in it")
-    return _load_export(path, data, average) if (path / CONFIG_FILE).is_file() else _load_checkpoint(path, data, average)
+    return (
+        _load_export(path, data, average) if (path / CONFIG_FILE).is_file() else _load_checkpoint(path, data, average)
+    )
 
 
 def _load_checkpoint(path: Path, data: Path | None, average: bool | None) -> Trained:
@@ -81,13 +88,22 @@ def _load_checkpoint(path: Path, data: Path | None, average: bool | None) -> Tra
     weights = read_weights(checkpoint, "model.")
     averaged = {} if average is False else read_weights(checkpoint, "optimizer.average.")
     if average and not averaged:
-        raise UserError(f"{checkpoint.path} holds no moving average; leave out --ema, or train with training.ema_decay above 0")
+        raise UserError(
+            f"{checkpoint.path} holds no moving average; leave out --ema, or train with training.ema_decay above 0"
+        )
     weights |= averaged
     dataset = _validation(config, data)
-    if dataset.info.latent_dim != weights["latent_head.3.weight"].shape[0] or dataset.info.vocab_size > weights["text_head.weight"].shape[0]:
-        raise UserError(f"--data {config.data.dir}: vocabulary of {dataset.info.vocab_size} and latents of {dataset.info.latent_dim} dimensions do not fit "
-                        f"{checkpoint.path}; give the data that the run was trained on")
-    return Trained(config, checkpoint.step, weights, dataset.info.mask_token_id, dataset, tokenizer_of(dataset), bool(averaged))
+    if (
+        dataset.info.latent_dim != weights["latent_head.3.weight"].shape[0]
+        or dataset.info.vocab_size > weights["text_head.weight"].shape[0]
+    ):
+        raise UserError(
+            f"--data {config.data.dir}: vocabulary of {dataset.info.vocab_size} and latents of {dataset.info.latent_dim} dimensions do not fit "
+            f"{checkpoint.path}; give the data that the run was trained on"
+        )
+    return Trained(
+        config, checkpoint.step, weights, dataset.info.mask_token_id, dataset, tokenizer_of(dataset), bool(averaged)
+    )
 
 
 def _load_export(path: Path, data: Path | None, average: bool | None) -> Trained:
@@ -99,7 +115,9 @@ def _load_export(path: Path, data: Path | None, average: bool | None) -> Trained
         averaged = values["averaged"]
         weights = load_file(path / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole exported model ({error}); export it again with `python -m job.convert export`") from error
+        raise UserError(
+            f"{path}: not a whole exported model ({error}); export it again with `python -m job.convert export`"
+        ) from error
     dataset = _validation(config, data) if data or config.data.source == "synthetic" else None
     tokenizer = load(str(path / TOKENIZER_FILE)) if (path / TOKENIZER_FILE).is_file() else None
     return Trained(config, step, weights, mask_token_id, dataset, tokenizer, averaged)

@@ -81,8 +81,12 @@ def resume(options: argparse.Namespace) -> None:
         name, now, metadata = job["metadata"]["name"], status.state(job), job["metadata"]
         if now not in ("SUSPENDED", "FAILED"):
             raise UserError(f"job {name} is {now}: nothing to resume")
-        again = {"apiVersion": job["apiVersion"], "kind": job["kind"], "spec": job["spec"],
-                 "metadata": {key: metadata[key] for key in ("name", "labels", "annotations") if key in metadata}}
+        again = {
+            "apiVersion": job["apiVersion"],
+            "kind": job["kind"],
+            "spec": job["spec"],
+            "metadata": {key: metadata[key] for key in ("name", "labels", "annotations") if key in metadata},
+        }
         if options.dry_run:
             print(to_yaml([again]), end="")
         elif now == "SUSPENDED":
@@ -92,7 +96,11 @@ def resume(options: argparse.Namespace) -> None:
             cluster.create(again)
         jobs[name] = metadata.get("annotations", {}).get(RUN, name)
     if not options.dry_run:
-        print(json.dumps({run: name for name, run in jobs.items()}) if options.json else "\n".join(f"job {name}: {run}" for name, run in jobs.items()))
+        print(
+            json.dumps({run: name for name, run in jobs.items()})
+            if options.json
+            else "\n".join(f"job {name}: {run}" for name, run in jobs.items())
+        )
 
 
 def connect(options: argparse.Namespace) -> Any:
@@ -118,15 +126,29 @@ def chosen(cluster: Any, name: str) -> list[Any]:
 def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--namespace", help="default: the context's, else cyclevae")
-    common.add_argument("--context", help="of the kubeconfig; default: the current one, or the cluster of the pod this runs in")
+    common.add_argument(
+        "--context", help="of the kubeconfig; default: the current one, or the cluster of the pod this runs in"
+    )
     top = argparse.ArgumentParser(prog="cyclevae k8s", description=__doc__)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    one = verbs.add_parser("submit", parents=[common], help="submit a run or a sweep: the arguments of job.train", usage="cyclevae k8s submit [--dry-run] "
-                           "[--json] [--namespace NAME] [--context NAME] [--config-name NAME] OVERRIDES...", description="The overrides of `python -m "
-                           "job.train`; a list of values is a sweep: loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what the cluster is "
-                           "asked for (k8s/README.md).")
+    one = verbs.add_parser(
+        "submit",
+        parents=[common],
+        help="submit a run or a sweep: the arguments of job.train",
+        usage="cyclevae k8s submit [--dry-run] "
+        "[--json] [--namespace NAME] [--context NAME] [--config-name NAME] OVERRIDES...",
+        description="The overrides of `python -m "
+        "job.train`; a list of values is a sweep: loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what the cluster is "
+        "asked for (k8s/README.md).",
+    )
     one.set_defaults(function=submit)
-    for name, function, jobs in (("list", listed, False), ("status", told, True), ("logs", logs, False), ("cancel", cancel, True), ("resume", resume, True)):
+    for name, function, jobs in (
+        ("list", listed, False),
+        ("status", told, True),
+        ("logs", logs, False),
+        ("cancel", cancel, True),
+        ("resume", resume, True),
+    ):
         verb = verbs.add_parser(name, parents=[common], help=function.__doc__)
         verb.set_defaults(function=function)
         if jobs:

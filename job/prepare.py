@@ -30,22 +30,42 @@ EXAMPLES = 3
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m job.prepare", description="Turn texts into shards of tokens and latents. Interrupted, the same command "
-                                "goes on; under torchrun or srun the processes divide the shards.")
+    p = argparse.ArgumentParser(
+        prog="python -m job.prepare",
+        description="Turn texts into shards of tokens and latents. Interrupted, the same command "
+        "goes on; under torchrun or srun the processes divide the shards.",
+    )
     p.add_argument("--out", type=Path, required=True, help="directory of the dataset")
     text = p.add_argument_group("texts")
-    text.add_argument("--source", nargs="+", default=["stdlib"], metavar="SOURCE", help="stdlib (sentences from the documentation of Python's own standard "
-                      "library; the default), files, directories or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH")
+    text.add_argument(
+        "--source",
+        nargs="+",
+        default=["stdlib"],
+        metavar="SOURCE",
+        help="stdlib (sentences from the documentation of Python's own standard "
+        "library; the default), files, directories or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH",
+    )
     text.add_argument("--text-key", default="text", help="key or column of the text (%(default)s)")
     text.add_argument("--hf-split", default="train", help="split of the Hugging Face dataset (%(default)s)")
     text.add_argument("--split-sentences", action="store_true", help="every sentence of a text is a sample")
     text.add_argument("--max-samples", type=int, help="stop after this many different texts")
-    text.add_argument("--validation-fraction", type=float, default=0.05, help="share of the texts, chosen by content hash (%(default)s)")
-    text.add_argument("--max-length", type=int, default=48, help="tokens of a row; longer texts are dropped and counted (%(default)s)")
+    text.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        help="share of the texts, chosen by content hash (%(default)s)",
+    )
+    text.add_argument(
+        "--max-length", type=int, default=48, help="tokens of a row; longer texts are dropped and counted (%(default)s)"
+    )
     text.add_argument("--shard-size", type=int, default=100_000, help="texts of a shard (%(default)s)")
     text.add_argument("--seed", type=int, default=0, help="seed of the encoder's fit (%(default)s)")
     tokens = p.add_argument_group("tokenizer")
-    tokens.add_argument("--tokenizer", default="train", help="tokenizer.json, its directory, a hub name, or train: byte-level BPE (%(default)s)")
+    tokens.add_argument(
+        "--tokenizer",
+        default="train",
+        help="tokenizer.json, its directory, a hub name, or train: byte-level BPE (%(default)s)",
+    )
     tokens.add_argument("--vocab-size", type=int, help="tokens of a trained tokenizer (4096)")
     tokens.add_argument("--mask-token", help="the tokenizer's mask token, where its files do not name it")
     tokens.add_argument("--pad-token", help="the tokenizer's padding token, where its files do not name it")
@@ -55,8 +75,14 @@ def parser() -> argparse.ArgumentParser:
     latents.add_argument("--encoder-model", help="sentence_transformers: model name or directory")
     latents.add_argument("--truncate-dim", type=int, help="sentence_transformers: keep the first dimensions")
     latents.add_argument("--encoder-batch-size", type=int, help="sentence_transformers: texts of a batch (32)")
-    latents.add_argument("--encoder-dtype", choices=("float32", "bfloat16", "float16"), help="sentence_transformers: type of the weights (float32)")
-    latents.add_argument("--encoder-device", help="sentence_transformers: device (each process its GPU, where there is one)")
+    latents.add_argument(
+        "--encoder-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="sentence_transformers: type of the weights (float32)",
+    )
+    latents.add_argument(
+        "--encoder-device", help="sentence_transformers: device (each process its GPU, where there is one)"
+    )
     p.add_argument("--local-files-only", action="store_true", help="take tokenizer and model from the local cache")
     return p
 
@@ -68,13 +94,23 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, other) == wanted:
             setattr(arguments, name, default if getattr(arguments, name) is None else getattr(arguments, name))
         elif getattr(arguments, name) is not None:
-            raise UsageError(f"{flag} has no effect with --{other} {getattr(arguments, other)}; leave it out or give --{other} {wanted}")
+            raise UsageError(
+                f"{flag} has no effect with --{other} {getattr(arguments, other)}; leave it out or give --{other} {wanted}"
+            )
     if arguments.tokenizer == "train" and (arguments.mask_token or arguments.pad_token):
         raise UsageError("--mask-token and --pad-token have no effect with --tokenizer train; leave them out")
     if arguments.encoder == "sentence_transformers" and not arguments.encoder_model:
         raise UsageError("--encoder sentence_transformers needs --encoder-model NAME or DIRECTORY")
-    least = {"vocab_size": tokenizers.MIN_VOCAB_SIZE, "max_samples": 2, "max_length": 1, "shard_size": 1, "seed": 0, "latent_dim": 1, "truncate_dim": 1,
-             "encoder_batch_size": 1}
+    least = {
+        "vocab_size": tokenizers.MIN_VOCAB_SIZE,
+        "max_samples": 2,
+        "max_length": 1,
+        "shard_size": 1,
+        "seed": 0,
+        "latent_dim": 1,
+        "truncate_dim": 1,
+        "encoder_batch_size": 1,
+    }
     for name, low in least.items():
         if (value := getattr(arguments, name)) is not None and value < low:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give at least {low}")
@@ -87,12 +123,16 @@ def summary(out: Path, info: DatasetInfo) -> str:
     rows = ShardDataset(out, "validation")
     tokenizer = tokenizers.of_dataset(out, info)
     mean = sum(info.token_counts) / info.counts["train"]
-    lines = [f"{out}: {info.counts['train']} training and {info.counts['validation']} validation texts",
-             f"  dropped      {info.options['duplicates']} duplicates, {info.options['dropped']} longer than --max-length {info.options['max_length']}",
-             f"  tokens       vocabulary {info.vocab_size}, {mean:.1f} a text, at most {info.max_length}",
-             f"  latents      {info.latent_dim} dimensions from {', '.join(f'{key} {value}' for key, value in info.encoder.items())}"]
+    lines = [
+        f"{out}: {info.counts['train']} training and {info.counts['validation']} validation texts",
+        f"  dropped      {info.options['duplicates']} duplicates, {info.options['dropped']} longer than --max-length {info.options['max_length']}",
+        f"  tokens       vocabulary {info.vocab_size}, {mean:.1f} a text, at most {info.max_length}",
+        f"  latents      {info.latent_dim} dimensions from {', '.join(f'{key} {value}' for key, value in info.encoder.items())}",
+    ]
     if info.options["dropped"] > sum(info.counts.values()):
-        lines.append("  more than half of the texts were dropped: raise --max-length, or cut texts with --split-sentences")
+        lines.append(
+            "  more than half of the texts were dropped: raise --max-length, or cut texts with --split-sentences"
+        )
     if tokenizer:
         lines += [f"  for example  {tokenizer.decode(rows[index][0])}" for index in range(min(EXAMPLES, len(rows)))]
     return "\n".join(lines)
@@ -103,7 +143,15 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     values, here = vars(arguments), place(os.environ, alone=True)
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__ if name in values})
-    one = Run(arguments.out, options, here.rank, here.world_size, arguments.local_files_only, arguments.encoder_device, here.local_rank)
+    one = Run(
+        arguments.out,
+        options,
+        here.rank,
+        here.world_size,
+        arguments.local_files_only,
+        arguments.encoder_device,
+        here.local_rank,
+    )
     try:
         before = finished(one)
         info = before or prepare(one)

@@ -45,14 +45,30 @@ def through(trainer: Trainer, tokens: Tensor, mask: Tensor, steps: int, temperat
     return generate(trainer, mask, latent=latent, steps=steps, temperature=temperature, seed=seed)[0]
 
 
-def round_trips(trainer: Trainer, dataset: Dataset, config: Config, count: int, steps: int = 1, temperature: float = 0.0, seed: int = 0) -> list[RoundTrip]:
+def round_trips(
+    trainer: Trainer,
+    dataset: Dataset,
+    config: Config,
+    count: int,
+    steps: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[RoundTrip]:
     """The first `count` texts of a dataset, decoded from their latents and from the latents predicted from them."""
     device, was_training = next(trainer.parameters()).device, trainer.training
     trainer.eval()
     trips: list[RoundTrip] = []
     tokenizer = tokenizer_of(dataset)
-    for batch in evaluation_batches(dataset, num_samples=count, batch_size=config.training.eval_batch_size, rank=0, world_size=1,
-                                    max_seq_len=config.model.max_seq_len, pad_to_max=config.data.pad_to_max, standardize=config.data.standardize_latents):
+    for batch in evaluation_batches(
+        dataset,
+        num_samples=count,
+        batch_size=config.training.eval_batch_size,
+        rank=0,
+        world_size=1,
+        max_seq_len=config.model.max_seq_len,
+        pad_to_max=config.data.pad_to_max,
+        standardize=config.data.standardize_latents,
+    ):
         tokens, mask, latent = (batch[name].to(device) for name in ("input_ids", "attention_mask", "latent"))
         decoded, _ = generate(trainer, mask, latent=latent, steps=steps, temperature=temperature, seed=seed)
         rows = (tokens, decoded, through(trainer, tokens, mask, steps, temperature, seed))
@@ -63,8 +79,12 @@ def round_trips(trainer: Trainer, dataset: Dataset, config: Config, count: int, 
 
 def listing(trips: Iterable[RoundTrip]) -> str:
     """Round trips as text, a paragraph each."""
-    return "\n".join(f"text   {trip.text}\n" + (f"L2T    {trip.from_latent}\n" if trip.from_latent is not None else "") + f"T2L2T  {trip.from_text}\n"
-                     for trip in trips)
+    return "\n".join(
+        f"text   {trip.text}\n"
+        + (f"L2T    {trip.from_latent}\n" if trip.from_latent is not None else "")
+        + f"T2L2T  {trip.from_text}\n"
+        for trip in trips
+    )
 
 
 def write_samples(path: Path, trips: Iterable[RoundTrip]) -> None:
@@ -72,10 +92,14 @@ def write_samples(path: Path, trips: Iterable[RoundTrip]) -> None:
     write_text(path, listing(trips))
 
 
-def given_texts(trainer: Trainer, trained: Trained, texts: Sequence[str], options: argparse.Namespace) -> list[RoundTrip]:
+def given_texts(
+    trainer: Trainer, trained: Trained, texts: Sequence[str], options: argparse.Namespace
+) -> list[RoundTrip]:
     """Round trips of texts of the user's own."""
     if trained.tokenizer is None:
-        raise UserError("--text needs a tokenizer, and the data of this run came without one; leave --text out to see held-out samples")
+        raise UserError(
+            "--text needs a tokenizer, and the data of this run came without one; leave --text out to see held-out samples"
+        )
     rows = trained.tokenizer.encode(texts)
     for text, row in zip(texts, rows, strict=True):
         if not 0 < len(row) <= trainer.max_seq_len:
@@ -84,14 +108,18 @@ def given_texts(trainer: Trainer, trained: Trained, texts: Sequence[str], option
     tokens = torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows])).to(device)
     mask = torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
     decoded = through(trainer, tokens, mask, options.steps, options.temperature, options.seed)
-    return [RoundTrip(text, None, back) for text, back in zip(texts, decode(trained.tokenizer, decoded, mask), strict=True)]
+    return [
+        RoundTrip(text, None, back) for text, back in zip(texts, decode(trained.tokenizer, decoded, mask), strict=True)
+    ]
 
 
 def from_noise(trainer: Trainer, trained: Trained, options: argparse.Namespace) -> list[str]:
     """Texts made together with their latents from noise, of the lengths of held-out texts."""
     if trained.config.loss.loss_type not in ("unconditional", "random", "sequential"):
-        raise UserError(f"--unconditional: a run with loss.loss_type={trained.config.loss.loss_type} was never trained on noise in both; "
-                        "train with loss=unconditional or loss=random")
+        raise UserError(
+            f"--unconditional: a run with loss.loss_type={trained.config.loss.loss_type} was never trained on noise in both; "
+            "train with loss=unconditional or loss=random"
+        )
     dataset, device = trained.held_out(), next(trainer.parameters()).device
     lengths = torch.from_numpy(dataset.lengths(np.arange(options.count) % len(dataset))).to(device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
@@ -100,17 +128,34 @@ def from_noise(trainer: Trainer, trained: Trained, options: argparse.Namespace) 
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m job.sample", description="Round trips through a trained model: text, L2T (decoded from the text's own "
-                                "latent), T2L2T (decoded from the latent predicted from the text).")
+    p = argparse.ArgumentParser(
+        prog="python -m job.sample",
+        description="Round trips through a trained model: text, L2T (decoded from the text's own "
+        "latent), T2L2T (decoded from the latent predicted from the text).",
+    )
     p.add_argument("path", type=Path, help="run directory, checkpoint, or exported model")
-    p.add_argument("--text", action="append", help="a text of your own (may be given several times) instead of held-out ones")
-    p.add_argument("--unconditional", action="store_true", help="texts from noise, for models trained with loss=unconditional, random or sequential")
+    p.add_argument(
+        "--text", action="append", help="a text of your own (may be given several times) instead of held-out ones"
+    )
+    p.add_argument(
+        "--unconditional",
+        action="store_true",
+        help="texts from noise, for models trained with loss=unconditional, random or sequential",
+    )
     p.add_argument("--count", type=int, default=8, help="number of samples (8)")
-    p.add_argument("--steps", type=int, help="passes per direction (1, the one-shot form that cycle_vae trains; 32 with --unconditional)")
+    p.add_argument(
+        "--steps",
+        type=int,
+        help="passes per direction (1, the one-shot form that cycle_vae trains; 32 with --unconditional)",
+    )
     p.add_argument("--temperature", type=float, help="0 takes the likeliest tokens (0; 1 with --unconditional)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     p.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
-    p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take the moving average of the weights (if there is one, as training does)")
+    p.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving average of the weights (if there is one, as training does)",
+    )
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return p
 
@@ -133,7 +178,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif options.text:
             print(listing(given_texts(trainer, trained, options.text, options)))
         else:
-            print(listing(round_trips(trainer, trained.held_out(), trained.config, options.count, options.steps, options.temperature, options.seed)))
+            print(
+                listing(
+                    round_trips(
+                        trainer,
+                        trained.held_out(),
+                        trained.config,
+                        options.count,
+                        options.steps,
+                        options.temperature,
+                        options.seed,
+                    )
+                )
+            )
 
 
 if __name__ == "__main__":

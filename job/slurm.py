@@ -76,16 +76,34 @@ def resume(options: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cyclevae slurm", description=__doc__)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    verb = verbs.add_parser("submit", help="submit a run or a sweep: the arguments of job.train", usage="cyclevae slurm submit [--dry-run] [--json] "
-                            "[--config-name NAME] OVERRIDES...", description="The overrides of `python -m job.train`; a list of values is a sweep: "
-                            "loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).")
+    verb = verbs.add_parser(
+        "submit",
+        help="submit a run or a sweep: the arguments of job.train",
+        usage="cyclevae slurm submit [--dry-run] [--json] [--config-name NAME] OVERRIDES...",
+        description="The overrides of `python -m job.train`; a list of values is a sweep: "
+        "loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).",
+    )
     verb.set_defaults(function=submit)
-    for name, function, runs in (("list", listed, None), ("status", status, Path), ("logs", logs, None), ("cancel", cancel, str), ("resume", resume, Path)):
+    for name, function, runs in (
+        ("list", listed, None),
+        ("status", status, Path),
+        ("logs", logs, None),
+        ("cancel", cancel, str),
+        ("resume", resume, Path),
+    ):
         verb = verbs.add_parser(name, help=function.__doc__)
         verb.set_defaults(function=function)
         if runs is not None:
-            verb.add_argument("runs", type=runs, nargs="+", metavar="RUN", help="run directory" + (" or job id" if runs is str else ""))
-    verbs.choices["list"].add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
+            verb.add_argument(
+                "runs",
+                type=runs,
+                nargs="+",
+                metavar="RUN",
+                help="run directory" + (" or job id" if runs is str else ""),
+            )
+    verbs.choices["list"].add_argument(
+        "directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)"
+    )
     verbs.choices["logs"].add_argument("run", type=Path, metavar="RUN")
     verbs.choices["logs"].add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
     verbs.choices["logs"].add_argument("-n", "--lines", type=int, default=50)

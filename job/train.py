@@ -21,7 +21,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from job.assembly import Job, batch_sizes, distribute, find_checkpoint, new_trainer, passes, reduction_seconds, tensors, total_over_ranks, write_description
+from job.assembly import (
+    Job,
+    batch_sizes,
+    distribute,
+    find_checkpoint,
+    new_trainer,
+    passes,
+    reduction_seconds,
+    tensors,
+    total_over_ranks,
+    write_description,
+)
 from job.command import guarded, unknown_key
 from job.config import Config, config_dir, keys, validate
 from job.data.loader import Batch, Loader, dead_worker, open_datasets
@@ -53,8 +64,14 @@ def train(config: Config, run_dir: Path) -> ExitCode:
         say(f"warning: {warning}")
     watchdog = Watchdog(config.training.sick_rank_timeout_seconds).start()
     train_data, validation_data = open_datasets(config)
-    checkpointer = Checkpointer(run_dir / "checkpoints", process, keep_last=config.logging.keep_last, keep_every=config.logging.keep_every,
-                                log=say, beat=watchdog.beat)
+    checkpointer = Checkpointer(
+        run_dir / "checkpoints",
+        process,
+        keep_last=config.logging.keep_last,
+        keep_every=config.logging.keep_every,
+        log=say,
+        beat=watchdog.beat,
+    )
     checkpoint = find_checkpoint(config, checkpointer, say)
     global_batch_size, accumulation = batch_sizes(config, process.world_size)
     if checkpoint is not None:
@@ -65,17 +82,43 @@ def train(config: Config, run_dir: Path) -> ExitCode:
     if process.is_main:
         write_description(config, run_dir, process)
 
-    sampler = Sampler(train_data, len(train_data), global_batch_size, config.training.seed, config.data.length_bucketing)
-    loader = Loader(train_data, sampler, rank=process.rank, world_size=process.world_size, batch_size=config.training.train_batch_size,
-                    accumulation=accumulation, max_seq_len=config.model.max_seq_len, pad_to_max=config.data.pad_to_max,
-                    standardize=config.data.standardize_latents, num_workers=config.data.num_workers, pin_memory=process.device.type == "cuda",
-                    worker_init=ignore_in_worker)
+    sampler = Sampler(
+        train_data, len(train_data), global_batch_size, config.training.seed, config.data.length_bucketing
+    )
+    loader = Loader(
+        train_data,
+        sampler,
+        rank=process.rank,
+        world_size=process.world_size,
+        batch_size=config.training.train_batch_size,
+        accumulation=accumulation,
+        max_seq_len=config.model.max_seq_len,
+        pad_to_max=config.data.pad_to_max,
+        standardize=config.data.standardize_latents,
+        num_workers=config.data.num_workers,
+        pin_memory=process.device.type == "cuda",
+        worker_init=ignore_in_worker,
+    )
     trainer = new_trainer(config, train_data, starting=checkpoint is None)
     module = distribute(trainer, config, process)
     optimizer = Optimizer(trainer.model, config, process.device)
-    job = Job(config, run_dir, process, train_data, validation_data, loader, trainer, module, optimizer,
-              Accumulator(process.device), checkpointer, watchdog, signals, Parts(process.device),
-              Work(config.model, trainer.model.vocab_size, trainer.model.latent_dim))  # type: ignore[arg-type]
+    job = Job(
+        config,
+        run_dir,
+        process,
+        train_data,
+        validation_data,
+        loader,
+        trainer,
+        module,
+        optimizer,
+        Accumulator(process.device),
+        checkpointer,
+        watchdog,
+        signals,
+        Parts(process.device),
+        Work(config.model, trainer.model.vocab_size, trainer.model.latent_dim),
+    )  # type: ignore[arg-type]
     start = 0
     if checkpoint is not None:
         saved = checkpointer.load(checkpoint, tensors(job))
@@ -83,10 +126,22 @@ def train(config: Config, run_dir: Path) -> ExitCode:
         lost = distributed.agree_max(int(process.is_main and not job.metrics))
         job.evaluated = -1 if lost else saved["evaluated"]
     checkpointer.prepare(tensors(job))
-    say(f"{run_dir}: {sum(p.numel() for p in trainer.parameters()) / 1e6:.1f} M parameters, {len(train_data)} training samples, "
-        f"global batch {global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {config.training.num_train_steps}")
-    with Reporter(config, run_dir, process, job.phases, job.work, dtype=compute_dtype(config.training.dtype, process.device), saves=checkpointer.stats,
-                  silence=lambda: watchdog.seconds_since_beat, gather=distributed.gather, started=started) as job.reporter:
+    say(
+        f"{run_dir}: {sum(p.numel() for p in trainer.parameters()) / 1e6:.1f} M parameters, {len(train_data)} training samples, "
+        f"global batch {global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {config.training.num_train_steps}"
+    )
+    with Reporter(
+        config,
+        run_dir,
+        process,
+        job.phases,
+        job.work,
+        dtype=compute_dtype(config.training.dtype, process.device),
+        saves=checkpointer.stats,
+        silence=lambda: watchdog.seconds_since_beat,
+        gather=distributed.gather,
+        started=started,
+    ) as job.reporter:
         reason = loop(job, start)
         if reason is not None:
             signals.ignore_further()
@@ -128,16 +183,22 @@ def loop(job: Job, start: int) -> str | None:
             interval = done
         stopping = signals.agreed(distributed.agree_max, c.training.max_minutes)
         stopping = stopping or evaluate_if_due(job, done, progress)
-        save_due = c.logging.save_minutes is not None and distributed.agree_max(int(time.monotonic() - last_save > 60 * c.logging.save_minutes))
+        save_due = c.logging.save_minutes is not None and distributed.agree_max(
+            int(time.monotonic() - last_save > 60 * c.logging.save_minutes)
+        )
         if stopping or done == total or save_due or (c.logging.save_freq and done % c.logging.save_freq == 0):
             last_save = time.monotonic()
             save(job, done, blocking=bool(stopping) or done == total)
             if stopping:
                 waited = (signals.requested_seconds_ago or 0.0) - job.checkpointer.stats.last_save_seconds
-                progress.say(f"stop: {max(0.0, waited):.1f} s to the step's end, {job.checkpointer.stats.last_save_seconds:.1f} s to save")
+                progress.say(
+                    f"stop: {max(0.0, waited):.1f} s to the step's end, {job.checkpointer.stats.last_save_seconds:.1f} s to save"
+                )
     progress.close()
     if stopping and not job.checkpointer.wait():
-        raise UserError(f"{job.run_dir}/checkpoints: stopped ({stopping}), but the checkpoint could not be written; earlier ones are kept")
+        raise UserError(
+            f"{job.run_dir}/checkpoints: stopped ({stopping}), but the checkpoint could not be written; earlier ones are kept"
+        )
     return stopping
 
 
@@ -145,13 +206,17 @@ def train_step(job: Job, step: int, micro_batches: list[Batch]) -> None:
     """One optimizer step: forward and backward of every micro-batch, one reduction over ranks, one update."""
     config, stages = job.config, job.trainer.stages(step)
     for number, batch in enumerate(micro_batches):
-        on_device: dict[str, Any] = {name: tensor.to(job.process.device, non_blocking=True) for name, tensor in batch.items()}
+        on_device: dict[str, Any] = {
+            name: tensor.to(job.process.device, non_blocking=True) for name, tensor in batch.items()
+        }
         on_device["row_lengths"] = batch["attention_mask"].sum(1).tolist()
         if config.model.dropout:
             torch.manual_seed(seed_for("dropout", config.training.seed, step, number, job.process.rank))
         for stage in range(stages):
             last = number == len(micro_batches) - 1 and stage == stages - 1
-            reducing = job.module.no_sync() if isinstance(job.module, DistributedDataParallel) and not last else nullcontext()
+            reducing = (
+                job.module.no_sync() if isinstance(job.module, DistributedDataParallel) and not last else nullcontext()
+            )
             with reducing:
                 with job.parts("forward"), autocast(config.training.dtype, job.process.device):
                     loss, metrics = job.module(on_device, step, stage=stage)
@@ -166,7 +231,9 @@ def train_step(job: Job, step: int, micro_batches: list[Batch]) -> None:
 
 def save(job: Job, done: int, blocking: bool) -> None:
     job.watchdog.beat(done, "saving")
-    kept = record(done, job.config, job.train_data.fingerprint, job.loader.sampler.global_batch_size) | {"evaluated": job.evaluated}
+    kept = record(done, job.config, job.train_data.fingerprint, job.loader.sampler.global_batch_size) | {
+        "evaluated": job.evaluated
+    }
     with job.phases("checkpoint"):
         job.checkpointer.save(done, tensors(job), kept, blocking=blocking)
 
@@ -179,10 +246,18 @@ def report_interval(job: Job, done: int, steps: int) -> dict[str, float]:
     seconds, work = job.phases.read(), job.work.read()
     busy = seconds["step"] + seconds["data_wait"]
     values = {
-        "step": done, "epoch": job.loader.sampler.epoch(done), "lr": learning_rate(done - 1, job.config.optimizer, job.config.training), **means,
-        "tokens_per_second": work.tokens / busy, "step_seconds": busy / steps, "data_wait_seconds": seconds["data_wait"] / steps,
-        **job.parts.read(), **reduction_seconds(job.module), "model_flops_utilization": work.flops / busy / job.reporter.all_flops,
-        **job.reporter.device_values, "nonfinite_steps": int(nonfinite),
+        "step": done,
+        "epoch": job.loader.sampler.epoch(done),
+        "lr": learning_rate(done - 1, job.config.optimizer, job.config.training),
+        **means,
+        "tokens_per_second": work.tokens / busy,
+        "step_seconds": busy / steps,
+        "data_wait_seconds": seconds["data_wait"] / steps,
+        **job.parts.read(),
+        **reduction_seconds(job.module),
+        "model_flops_utilization": work.flops / busy / job.reporter.all_flops,
+        **job.reporter.device_values,
+        "nonfinite_steps": int(nonfinite),
     }
     job.reporter.interval(values, seconds, work)
     return values
@@ -204,15 +279,19 @@ def describe_nonfinite(job: Job) -> str:
     parameter = job.optimizer.names[int(job.optimizer.bad_parameter)]
     samples = job.loader.sampler.batch(step).tolist()
     listed = ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")
-    return (f"loss or gradient not finite in {job.config.training.max_nonfinite_steps} steps in a row (training.max_nonfinite_steps), last in step {step}: "
-            f"not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; the last checkpoint is from before")
+    return (
+        f"loss or gradient not finite in {job.config.training.max_nonfinite_steps} steps in a row (training.max_nonfinite_steps), last in step {step}: "
+        f"not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; the last checkpoint is from before"
+    )
 
 
 def known_failure(error: RuntimeError | MemoryError) -> UserError:
     """One line for what the system took away: memory, or a loader process. Other errors are raised again."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return UserError(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'on the host'}); lower training.train_batch_size and set "
-                         "training.global_batch_size to keep the batch, or set training.activation_checkpointing=true")
+        return UserError(
+            f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'on the host'}); lower training.train_batch_size and set "
+            "training.global_batch_size to keep the batch, or set training.activation_checkpointing=true"
+        )
     lost = dead_worker(error)
     if lost is None:
         raise error

@@ -20,11 +20,20 @@ class Stopped(Exception):
 def evaluate_if_due(job: Job, done: int, progress: Progress) -> str | None:
     """Evaluate after `done` steps when it is time and not done yet. Returns why to stop, when a stop came in between."""
     c = job.config
-    if job.evaluated == done or not (done == c.training.num_train_steps or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
+    if job.evaluated == done or not (
+        done == c.training.num_train_steps or (c.logging.eval_freq and done % c.logging.eval_freq == 0)
+    ):
         return None
-    batches = evaluation_batches(job.validation_data, num_samples=c.logging.num_eval_batches * c.training.eval_batch_size,
-                                 batch_size=c.training.eval_batch_size, rank=job.process.rank, world_size=job.process.world_size,
-                                 max_seq_len=c.model.max_seq_len, pad_to_max=c.data.pad_to_max, standardize=c.data.standardize_latents)
+    batches = evaluation_batches(
+        job.validation_data,
+        num_samples=c.logging.num_eval_batches * c.training.eval_batch_size,
+        batch_size=c.training.eval_batch_size,
+        rank=job.process.rank,
+        world_size=job.process.world_size,
+        max_seq_len=c.model.max_seq_len,
+        pad_to_max=c.data.pad_to_max,
+        standardize=c.data.standardize_latents,
+    )
     on_device = ({name: tensor.to(job.process.device) for name, tensor in batch.items()} for batch in batches)
 
     def between() -> None:
@@ -55,7 +64,9 @@ def finish(job: Job) -> None:
     """The files and the table that show what the run came to. result.json, written last, marks it finished."""
     c = job.config
     if not job.checkpointer.wait():
-        raise UserError(f"{job.run_dir}/checkpoints: the last checkpoint could not be written; free space there and run the same command again")
+        raise UserError(
+            f"{job.run_dir}/checkpoints: the last checkpoint could not be written; free space there and run the same command again"
+        )
     with for_evaluation(job) as trainer:
         trips = round_trips(trainer, job.validation_data, c, c.logging.num_samples) if job.process.is_main else []
     if not job.process.is_main:

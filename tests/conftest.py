@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy machine two threads wait for each other longer than tiny tensors take
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: on a busy machine two threads wait for each other longer than tiny tensors take
 
 from job import prepare
 
@@ -15,9 +17,29 @@ from job import prepare
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
-SUBJECTS = ["The parser", "A client", "The server", "This module", "Every test", "The cache", "An iterator", "The compiler", "A thread", "The socket"]
+SUBJECTS = [
+    "The parser",
+    "A client",
+    "The server",
+    "This module",
+    "Every test",
+    "The cache",
+    "An iterator",
+    "The compiler",
+    "A thread",
+    "The socket",
+]
 VERBS = ["returns", "reads", "closes", "checks", "copies", "prints", "sorts", "opens"]
-OBJECTS = ["the first line", "a new file", "each value", "the whole message", "all the names", "an empty list", "the last record", "a long string of text"]
+OBJECTS = [
+    "the first line",
+    "a new file",
+    "each value",
+    "the whole message",
+    "all the names",
+    "an empty list",
+    "the last record",
+    "a long string of text",
+]
 OPTIONS = ["--vocab-size", "300", "--latent-dim", "8", "--validation-fraction", "0.2", "--shard-size", "100"]
 
 

@@ -25,8 +25,13 @@ MAY_IMPORT = {
 }
 # One owner each.
 OWNERS = {
-    "hydra": {"config", "command", "train", "launch"}, "submitit": {"launch"}, "kubernetes": {"launch"}, "prometheus_client": {"monitoring"},
-    "mmdit": {"model"}, "sklearn": {"data"}, "tokenizers": {"data"},
+    "hydra": {"config", "command", "train", "launch"},
+    "submitit": {"launch"},
+    "kubernetes": {"launch"},
+    "prometheus_client": {"monitoring"},
+    "mmdit": {"model"},
+    "sklearn": {"data"},
+    "tokenizers": {"data"},
 }
 
 
@@ -64,8 +69,19 @@ def test_environment_variables_have_one_reader(path: Path) -> None:
 
 def test_every_configuration_key_is_read() -> None:
     """A key is read where its name is an attribute of something, outside the schema itself."""
-    read = {node.attr for path in FILES if path.name != "config.py" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    in_config = {"loss.allow_degenerate_epsilon", "model.cluster_size", "optimizer.name", "monitoring.targets_dir"}  # by functions of the schema
+    read = {
+        node.attr
+        for path in FILES
+        if path.name != "config.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    in_config = {
+        "loss.allow_degenerate_epsilon",
+        "model.cluster_size",
+        "optimizer.name",
+        "monitoring.targets_dir",
+    }  # by functions of the schema
     in_yaml = {"logging.run_name", "logging.save_dir"}  # configs/base.yaml makes hydra.run.dir of them
     unread = {name for name in list(config.keys()) if name.split(".")[1] not in read} - in_config - in_yaml
     assert not unread

@@ -31,7 +31,12 @@ def test_every_objective_can_be_chosen(name: str, loss: str) -> None:
 
 def test_lgdlm_compatibility_wins_over_the_configuration_it_is_added_to() -> None:
     config = composed("demo", "compat=lgdlm")
-    assert (config.model.n_heads, config.model.head_dim, config.model.qk_rmsnorm, config.model.time_scale) == (8, 64, False, 1.0)
+    assert (config.model.n_heads, config.model.head_dim, config.model.qk_rmsnorm, config.model.time_scale) == (
+        8,
+        64,
+        False,
+        1.0,
+    )
     assert config.loss.ce_over_padding
     assert config.loss.normalize_latent_loss
     assert not config.model.interpolate_schedule
@@ -44,21 +49,39 @@ def test_defaults_of_the_main_configuration() -> None:
     assert composed("mmdit_cycle_vae").model.latent_parameterization == "v_param"
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["training.train_batch_size=0"], ["training.train_batch_size=0", "more than 0"]),
-    (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
-    (["loss.latent_t_mode=half"], ["loss.latent_t_mode=half", "full, random"]),
-    (["loss=l2t", "loss.cycle_text_weight=0.3"], ["loss.cycle_text_weight=0.3", "no effect", "loss.loss_type=cycle_vae"]),
-    (["loss.cycle_latent_t_max=0.5"], ["loss.cycle_latent_t_max=0.5", "loss.latent_t_mode=random"]),
-    (["loss.latent_t_mode=random", "loss.cycle_latent_t_min=0.99"], ["cycle_latent_t_min=0.99", "cycle_latent_t_max=0.98"]),
-    (["model.latent_parameterization=epsilon"], ["epsilon", "degenerate", "v_param", "allow_degenerate_epsilon"]),
-    (["model.latent_beta_min=0.1", "model.latent_beta_schedule=linear"], ["latent_beta_min=0.1", "latent_beta_max=0.02"]),
-    (["loss=random", "training.mode_weights=[1,1]"], ["training.mode_weights=[1.0, 1.0]", "unconditional, l2t, t2l"]),
-    (["loss=sequential", "training.sequential_schedule=[]"], ["training.sequential_schedule", "empty"]),
-    (["loss=sequential", "training.sequential_schedule=[{type: both, steps: 3}]"], ["type: both", "l2t"]),
-    (["training.global_batch_size=64", "training.gradient_accumulation_steps=2"], ["gradient_accumulation_steps", "global_batch_size"]),
-    (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.train_batch_size=0"], ["training.train_batch_size=0", "more than 0"]),
+        (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
+        (["loss.latent_t_mode=half"], ["loss.latent_t_mode=half", "full, random"]),
+        (
+            ["loss=l2t", "loss.cycle_text_weight=0.3"],
+            ["loss.cycle_text_weight=0.3", "no effect", "loss.loss_type=cycle_vae"],
+        ),
+        (["loss.cycle_latent_t_max=0.5"], ["loss.cycle_latent_t_max=0.5", "loss.latent_t_mode=random"]),
+        (
+            ["loss.latent_t_mode=random", "loss.cycle_latent_t_min=0.99"],
+            ["cycle_latent_t_min=0.99", "cycle_latent_t_max=0.98"],
+        ),
+        (["model.latent_parameterization=epsilon"], ["epsilon", "degenerate", "v_param", "allow_degenerate_epsilon"]),
+        (
+            ["model.latent_beta_min=0.1", "model.latent_beta_schedule=linear"],
+            ["latent_beta_min=0.1", "latent_beta_max=0.02"],
+        ),
+        (
+            ["loss=random", "training.mode_weights=[1,1]"],
+            ["training.mode_weights=[1.0, 1.0]", "unconditional, l2t, t2l"],
+        ),
+        (["loss=sequential", "training.sequential_schedule=[]"], ["training.sequential_schedule", "empty"]),
+        (["loss=sequential", "training.sequential_schedule=[{type: both, steps: 3}]"], ["type: both", "l2t"]),
+        (
+            ["training.global_batch_size=64", "training.gradient_accumulation_steps=2"],
+            ["gradient_accumulation_steps", "global_batch_size"],
+        ),
+        (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
+    ],
+)
 def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
         validate(composed("mmdit_cycle_vae", "data.dir=somewhere", *overrides))
@@ -68,9 +91,18 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides: list
 
 
 def test_degenerate_epsilon_can_be_insisted_on_with_a_warning() -> None:
-    config = composed("mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.allow_degenerate_epsilon=true")
+    config = composed(
+        "mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.allow_degenerate_epsilon=true"
+    )
     assert len(validate(config)) == 1
-    assert validate(composed("mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.latent_t_mode=random")) == []
+    assert (
+        validate(
+            composed(
+                "mmdit_cycle_vae", "data.dir=d", "model.latent_parameterization=epsilon", "loss.latent_t_mode=random"
+            )
+        )
+        == []
+    )
 
 
 def test_a_configuration_survives_its_own_yaml() -> None:

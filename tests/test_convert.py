@@ -32,7 +32,10 @@ def save_run(run: Path, config: Config, average: bool) -> None:
     checkpointer = Checkpointer(run / "checkpoints", process, keep_last=2, keep_every=0)
     for step in (1, 2):
         model, averaged = (build_model(config.model, VOCAB, DIM, seed) for seed in (step, step + 10))
-        tensors = {"model": model.state_dict(), "optimizer": {"average": dict(averaged.named_parameters()) if average else {}}}
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": {"average": dict(averaged.named_parameters()) if average else {}},
+        }
         checkpointer.save(step, tensors, record(step, config, "fingerprint", 8), blocking=True)
         assert checkpointer.wait()
 
@@ -40,7 +43,9 @@ def save_run(run: Path, config: Config, average: bool) -> None:
 @pytest.fixture
 def config() -> Config:
     data = DataConfig(source="synthetic", synthetic_samples=64, synthetic_vocab_size=VOCAB, synthetic_latent_dim=DIM)
-    return Config(data=data, model=MODEL, training=TrainingConfig(eval_batch_size=4), logging=LoggingConfig(num_eval_batches=2))
+    return Config(
+        data=data, model=MODEL, training=TrainingConfig(eval_batch_size=4), logging=LoggingConfig(num_eval_batches=2)
+    )
 
 
 @pytest.fixture
@@ -129,13 +134,18 @@ def test_texts_from_noise(tmp_path: Path, config: Config, capsys: pytest.Capture
     config.loss = LossConfig(loss_type="unconditional")
     save_run(tmp_path / "run", config, average=False)
     validation = open_datasets(config)[1]
-    texts = printed(capsys, sample, tmp_path / "run", "--unconditional", "--count", 3, "--steps", 4).strip().splitlines()
+    texts = (
+        printed(capsys, sample, tmp_path / "run", "--unconditional", "--count", 3, "--steps", 4).strip().splitlines()
+    )
     assert [len(text.split()) for text in texts] == validation.lengths(np.arange(3)).tolist()
     assert str(validation.info.mask_token_id) not in " ".join(texts).split()
 
 
 def test_lgdlm_checkpoint_to_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model_state_dict": {f"model.{name}": tensor for name, tensor in weights_of(3).items()}, "step": 5}, tmp_path / "step_5.pt")
+    torch.save(
+        {"model_state_dict": {f"model.{name}": tensor for name, tensor in weights_of(3).items()}, "step": 5},
+        tmp_path / "step_5.pt",
+    )
     words = printed(capsys, convert, "checkpoint", tmp_path, tmp_path / "w.safetensors")
     assert "step 5" in words
     assert "keys of mmdit 0.3" in words
@@ -159,7 +169,11 @@ def test_lgdlm_data_to_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for name in ("tokens", "latents"):
         (tmp_path / name).mkdir()
     for number in range(20):
-        np.savez(tmp_path / "tokens" / f"{number}_tokens.npz", input_ids=np.full(4, number + 2), attention_mask=np.arange(4) < 3)
+        np.savez(
+            tmp_path / "tokens" / f"{number}_tokens.npz",
+            input_ids=np.full(4, number + 2),
+            attention_mask=np.arange(4) < 3,
+        )
         np.save(tmp_path / "latents" / f"{number}.npy", np.full(DIM, number, np.float32))
     (tmp_path / "latents" / "5.npy").unlink()
     command = ["data", tmp_path / "tokens", tmp_path / "latents", tmp_path / "out"]

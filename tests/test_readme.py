@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-COMMANDS = re.findall(r"python -m job\.(prepare|convert|evaluate|sample|benchmark)\b([^`#]*?)\s*(?:[`#]|$)", README, re.MULTILINE)
+COMMANDS = re.findall(
+    r"python -m job\.(prepare|convert|evaluate|sample|benchmark)\b([^`#]*?)\s*(?:[`#]|$)", README, re.MULTILINE
+)
 
 
 def test_the_readme_has_commands() -> None:

@@ -17,8 +17,20 @@ from job.errors import ExitCode, UserError
 from job.inference import load_trained
 from job.train import train
 
-TINY = ["data=synthetic", "model.hidden_size=32", "model.n_blocks=1", "model.n_heads=2", "model.head_dim=16", "model.cond_dim=32", "training.device=cpu",
-        "training.num_train_steps=4", "training.train_batch_size=4", "training.eval_batch_size=8", "logging.num_eval_batches=1", "logging.log_freq=2"]
+TINY = [
+    "data=synthetic",
+    "model.hidden_size=32",
+    "model.n_blocks=1",
+    "model.n_heads=2",
+    "model.head_dim=16",
+    "model.cond_dim=32",
+    "training.device=cpu",
+    "training.num_train_steps=4",
+    "training.train_batch_size=4",
+    "training.eval_batch_size=8",
+    "logging.num_eval_batches=1",
+    "logging.log_freq=2",
+]
 
 
 def configured(*overrides: str) -> Config:
@@ -38,7 +50,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_directory_holds_what_the_readme_lists(finished: Path) -> None:
-    for name in ("config.yaml", "environment.json", "training_log.jsonl", "evaluation.jsonl", "curves.png", "samples.txt", "result.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "training_log.jsonl",
+        "evaluation.jsonl",
+        "curves.png",
+        "samples.txt",
+        "result.json",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert [path.name for path in (finished / "checkpoints").glob("step_*")] == ["step_00000004"]
     assert from_dict(OmegaConf.to_container(OmegaConf.load(finished / "config.yaml"))) == configured()  # type: ignore[arg-type]
@@ -48,14 +68,35 @@ def test_a_run_directory_holds_what_the_readme_lists(finished: Path) -> None:
 def test_the_log_holds_numbers_only_a_line_per_interval(finished: Path) -> None:
     lines = log_of(finished)
     assert [line["step"] for line in lines] == [2, 4]
-    named = {"step", "epoch", "lr", "loss", "base_l2t_text_loss", "base_t2l_latent_loss", "cycle_text_loss", "cycle_latent_loss", "cycle_text_weight",
-             "cycle_latent_weight", "grad_norm", "t_lat_mean", "latent_pred_norm", "x0_pred_norm", "tokens_per_second", "step_seconds", "data_wait_seconds",
-             "nonfinite_steps"}
+    named = {
+        "step",
+        "epoch",
+        "lr",
+        "loss",
+        "base_l2t_text_loss",
+        "base_t2l_latent_loss",
+        "cycle_text_loss",
+        "cycle_latent_loss",
+        "cycle_text_weight",
+        "cycle_latent_weight",
+        "grad_norm",
+        "t_lat_mean",
+        "latent_pred_norm",
+        "x0_pred_norm",
+        "tokens_per_second",
+        "step_seconds",
+        "data_wait_seconds",
+        "nonfinite_steps",
+    }
     for line in lines:
         assert named <= set(line)
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in line.values())
-        weighted = (line["base_l2t_text_loss"] + 0.1 * line["base_t2l_latent_loss"] + line["cycle_text_weight"] * line["cycle_text_loss"]
-                    + line["cycle_latent_weight"] * line["cycle_latent_loss"])
+        weighted = (
+            line["base_l2t_text_loss"]
+            + 0.1 * line["base_t2l_latent_loss"]
+            + line["cycle_text_weight"] * line["cycle_text_loss"]
+            + line["cycle_latent_weight"] * line["cycle_latent_loss"]
+        )
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
@@ -66,12 +107,18 @@ def test_a_finished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[st
     assert (finished / "training_log.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["training.seed=7"], ["training.seed: 42 -> 7", "training.allow_changed=[training.seed"]),  # synthetic data changes with the seed
-    (["model.hidden_size=48", "loss.latent_loss_weight=0.5"], ["model.hidden_size", "loss.latent_loss_weight"]),
-    (["training.train_batch_size=8"], ["global_batch_size: 4 -> 8"]),
-    (["training.resume=never"], ["training.resume=never", "logging.run_name"]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["training.seed=7"],
+            ["training.seed: 42 -> 7", "training.allow_changed=[training.seed"],
+        ),  # synthetic data changes with the seed
+        (["model.hidden_size=48", "loss.latent_loss_weight=0.5"], ["model.hidden_size", "loss.latent_loss_weight"]),
+        (["training.train_batch_size=8"], ["global_batch_size: 4 -> 8"]),
+        (["training.resume=never"], ["training.resume=never", "logging.run_name"]),
+    ],
+)
 def test_another_run_in_the_same_directory_is_refused(finished: Path, overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
         train(configured(*overrides), finished)
@@ -81,7 +128,9 @@ def test_another_run_in_the_same_directory_is_refused(finished: Path, overrides:
 
 def test_a_change_can_be_allowed_by_name(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "longer"
-    longer = configured("training.num_train_steps=6", "training.allow_changed=[training.num_train_steps]", f"training.resume={finished}")
+    longer = configured(
+        "training.num_train_steps=6", "training.allow_changed=[training.num_train_steps]", f"training.resume={finished}"
+    )
     assert train(longer, run) == ExitCode.FINISHED
     assert [line["step"] for line in log_of(run)] == [6]
 
@@ -99,14 +148,28 @@ def poisoned(prepared: Path, directory: Path, row: int) -> ShardDataset:
 
 
 def on_data(directory: Path, *overrides: str) -> Config:
-    return configured("data=shards", f"data.dir={directory}", "model.max_seq_len=64", "training.num_train_steps=8", "training.train_batch_size=64", *overrides)
+    return configured(
+        "data=shards",
+        f"data.dir={directory}",
+        "model.max_seq_len=64",
+        "training.num_train_steps=8",
+        "training.train_batch_size=64",
+        *overrides,
+    )
 
 
 def test_a_bad_sample_skips_its_step_and_nothing_else(prepared: Path, tmp_path: Path) -> None:
     data = poisoned(prepared, tmp_path / "data", row=3)
     steps = -(-len(data) // 64)  # one epoch, and the sample is in exactly one of its batches
-    assert train(on_data(tmp_path / "data", f"training.num_train_steps={steps}", "logging.log_freq=1", "training.ema_decay=0.5"),
-                 tmp_path / "run") == ExitCode.FINISHED
+    assert (
+        train(
+            on_data(
+                tmp_path / "data", f"training.num_train_steps={steps}", "logging.log_freq=1", "training.ema_decay=0.5"
+            ),
+            tmp_path / "run",
+        )
+        == ExitCode.FINISHED
+    )
     lines = log_of(tmp_path / "run")
     assert lines[-1]["nonfinite_steps"] in (1, 2)  # the last batch reaches into the next epoch
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -118,30 +181,50 @@ def test_bad_steps_in_a_row_end_the_run_by_name(prepared: Path, tmp_path: Path) 
     config = on_data(tmp_path / "data", f"training.train_batch_size={len(data)}", "training.max_nonfinite_steps=2")
     with pytest.raises(UserError) as stopped:
         train(config, tmp_path / "run")
-    for word in ("2 steps in a row", "step 1", "base_t2l_latent_loss", "cycle_latent_loss", "first bad gradient", "training samples"):
+    for word in (
+        "2 steps in a row",
+        "step 1",
+        "base_t2l_latent_loss",
+        "cycle_latent_loss",
+        "first bad gradient",
+        "training samples",
+    ):
         assert word in str(stopped.value)
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["loss.loss_typ=l2t"], ExitCode.USAGE, "did you mean loss.loss_type"),
-    (["data.token_dir=x"], ExitCode.USAGE, "job.convert data"),
-    (["tokenizer.path=x"], ExitCode.USAGE, "job.prepare --tokenizer"),
-    (["+loss.foo=1"], ExitCode.USAGE, "unknown configuration key loss.foo"),
-    (["loss=vae"], ExitCode.USAGE, "choose one of cycle_vae"),
-    (["model.hidden_size=wide"], ExitCode.USAGE, "could not be converted to Integer"),
-    (["--config-name", "nothing"], ExitCode.USAGE, "nothing"),
-    (["data.dir=/nowhere"], ExitCode.FAILED, "python -m job.prepare"),
-    (["data=synthetic", "training.train_batch_size=3", "training.global_batch_size=8"], ExitCode.FAILED, "not a multiple"),
-    (["data=synthetic", "training.device=cuda"], ExitCode.FAILED, "training.device=cpu"),
-    (["data=synthetic", "training.resume=/nowhere"], ExitCode.FAILED, "/nowhere"),
-    (["data=synthetic", "training.init_from=/nowhere"], ExitCode.FAILED, "/nowhere"),
-    (["data=synthetic", "model.latent_dim=7"], ExitCode.FAILED, "model.latent_dim=7"),
-    (["data=synthetic", "model.vocab_size=7"], ExitCode.FAILED, "model.vocab_size=7"),
-    (["data=synthetic", "training.compile_model=true"], ExitCode.FAILED, "no-compiler is not installed"),
-])
-def test_a_users_mistake_is_one_line_and_an_exit_code(arguments: list[str], code: ExitCode, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["loss.loss_typ=l2t"], ExitCode.USAGE, "did you mean loss.loss_type"),
+        (["data.token_dir=x"], ExitCode.USAGE, "job.convert data"),
+        (["tokenizer.path=x"], ExitCode.USAGE, "job.prepare --tokenizer"),
+        (["+loss.foo=1"], ExitCode.USAGE, "unknown configuration key loss.foo"),
+        (["loss=vae"], ExitCode.USAGE, "choose one of cycle_vae"),
+        (["model.hidden_size=wide"], ExitCode.USAGE, "could not be converted to Integer"),
+        (["--config-name", "nothing"], ExitCode.USAGE, "nothing"),
+        (["data.dir=/nowhere"], ExitCode.FAILED, "python -m job.prepare"),
+        (
+            ["data=synthetic", "training.train_batch_size=3", "training.global_batch_size=8"],
+            ExitCode.FAILED,
+            "not a multiple",
+        ),
+        (["data=synthetic", "training.device=cuda"], ExitCode.FAILED, "training.device=cpu"),
+        (["data=synthetic", "training.resume=/nowhere"], ExitCode.FAILED, "/nowhere"),
+        (["data=synthetic", "training.init_from=/nowhere"], ExitCode.FAILED, "/nowhere"),
+        (["data=synthetic", "model.latent_dim=7"], ExitCode.FAILED, "model.latent_dim=7"),
+        (["data=synthetic", "model.vocab_size=7"], ExitCode.FAILED, "model.vocab_size=7"),
+        (["data=synthetic", "training.compile_model=true"], ExitCode.FAILED, "no-compiler is not installed"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_an_exit_code(
+    arguments: list[str],
+    code: ExitCode,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr("sys.argv", ["train", *arguments, f"logging.save_dir={tmp_path}"])
     monkeypatch.setattr(main_job, "failures", [])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -164,7 +247,9 @@ def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypa
     monkeypatch.setattr(main_job, "train", note)
     long = [f"/data/{'x' * 300}/{number}" for number in (1, 2)]
     for sweep in ("training.seed=1,2", f"training.init_from={','.join(long)}"):
-        monkeypatch.setattr("sys.argv", ["train", "--multirun", *TINY, f"logging.save_dir={tmp_path}", "logging.run_name=s", sweep])
+        monkeypatch.setattr(
+            "sys.argv", ["train", "--multirun", *TINY, f"logging.save_dir={tmp_path}", "logging.run_name=s", sweep]
+        )
         assert guarded(main_job.main) == ExitCode.FINISHED
     assert {path.parent for path in directories} == {tmp_path / "s"}
     short, long = [path.name for path in directories[:2]], [path.name for path in directories[2:]]

@@ -30,7 +30,10 @@ class PyTorchJobLauncher(Launcher):
     """Every point is a job of `python -m job.train ...` on its nodes, which the operator starts again when its exit code asks for it."""
 
     def __init__(self, **params: Any) -> None:
-        self.params = {name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value for name, value in params.items()}
+        self.params = {
+            name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for name, value in params.items()
+        }
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config

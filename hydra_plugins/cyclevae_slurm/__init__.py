@@ -15,7 +15,9 @@ from hydra_plugins.hydra_submitit_launcher import config, submitit_launcher
 class Container:
     runtime: str | None = None  # pyxis (srun --container-image) or apptainer; null: no container
     image: str | None = None
-    mounts: list[str] = field(default_factory=list)  # HOST:CONTAINER[:ro]; the working directory and the runs are always mounted
+    mounts: list[str] = field(
+        default_factory=list
+    )  # HOST:CONTAINER[:ro]; the working directory and the runs are always mounted
     env: dict[str, str] = field(default_factory=dict)  # variables set for the ranks
     options: list[str] = field(default_factory=list)  # further options of srun (pyxis) or apptainer exec
 

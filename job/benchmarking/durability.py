@@ -44,8 +44,23 @@ class Rows:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.info = DatasetInfo(vocab_size=16, latent_dim=4, max_length=8, mask_token_id=1, pad_token_id=0, counts={}, shards={}, latent_mean=[0.0] * 4,
-                                latent_std=[1.0] * 4, token_counts=[], encoder={}, tokenizer=None, files={}, options={}, generated_by="benchmark")
+        self.info = DatasetInfo(
+            vocab_size=16,
+            latent_dim=4,
+            max_length=8,
+            mask_token_id=1,
+            pad_token_id=0,
+            counts={},
+            shards={},
+            latent_mean=[0.0] * 4,
+            latent_std=[1.0] * 4,
+            token_counts=[],
+            encoder={},
+            tokenizer=None,
+            files={},
+            options={},
+            generated_by="benchmark",
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -63,8 +78,19 @@ def resume_seconds(samples: int, repeats: int, global_batch_size: int = 64) -> f
     for seed in range(repeats):
         started = time.perf_counter()
         data = Rows(samples)
-        loader = Loader(data, Sampler(data, samples, global_batch_size, seed), rank=0, world_size=1, batch_size=global_batch_size, accumulation=1,
-                        max_seq_len=8, pad_to_max=False, standardize=True, num_workers=0, pin_memory=False)
+        loader = Loader(
+            data,
+            Sampler(data, samples, global_batch_size, seed),
+            rank=0,
+            world_size=1,
+            batch_size=global_batch_size,
+            accumulation=1,
+            max_seq_len=8,
+            pad_to_max=False,
+            standardize=True,
+            num_workers=0,
+            pin_memory=False,
+        )
         step = int(2.5 * samples / global_batch_size)
         next(loader.steps(step, step + 1))
         seconds.append(time.perf_counter() - started)

@@ -70,12 +70,22 @@ class Case:
         self.optimizer = Optimizer(model, self.config, device)
         called = AllHeads(model) if self.config.model.implementation == "plain" else model
         self.trainer = build_trainer(called, self.config.model, self.config.loss, self.config.training, MASK).to(device)
-        self.module = DistributedDataParallel(self.trainer, gradient_as_bucket_view=True) if dist.is_initialized() else self.trainer
+        self.module = (
+            DistributedDataParallel(self.trainer, gradient_as_bucket_view=True)
+            if dist.is_initialized()
+            else self.trainer
+        )
         generator = torch.Generator().manual_seed(0)
         mask = torch.arange(shape.seq_len) < torch.tensor(shape.lengths())[:, None]
         tokens = torch.randint(4, shape.vocab, mask.shape, generator=generator) * mask
-        batch = {"input_ids": tokens, "attention_mask": mask, "latent": torch.randn(shape.batch, shape.latent_dim, generator=generator)}
-        self.batch: dict[str, Any] = {name: value.to(device) for name, value in batch.items()} | {"row_lengths": shape.lengths()}
+        batch = {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "latent": torch.randn(shape.batch, shape.latent_dim, generator=generator),
+        }
+        self.batch: dict[str, Any] = {name: value.to(device) for name, value in batch.items()} | {
+            "row_lengths": shape.lengths()
+        }
 
     def step(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of one training step, and its loss."""
@@ -83,7 +93,11 @@ class Case:
         self.trainer.zero_grad()
         stages = self.trainer.stages(0)
         for stage in range(stages):
-            reducing = self.module.no_sync() if isinstance(self.module, DistributedDataParallel) and stage < stages - 1 else nullcontext()
+            reducing = (
+                self.module.no_sync()
+                if isinstance(self.module, DistributedDataParallel) and stage < stages - 1
+                else nullcontext()
+            )
             with reducing:
                 start = self._now()
                 with autocast(self.config.training.dtype, self.device):
@@ -108,8 +122,13 @@ class Case:
         return sum(count * of_pass[name] for name, count in passes(self.trainer, 0).items())
 
 
-def compare(settings: dict[str, dict[str, Any]], shape: Shape, device: torch.device, repeats: int,
-            peak_flops: float | None = None) -> dict[str, dict[str, Any]]:
+def compare(
+    settings: dict[str, dict[str, Any]],
+    shape: Shape,
+    device: torch.device,
+    repeats: int,
+    peak_flops: float | None = None,
+) -> dict[str, dict[str, Any]]:
     """Figures of each setting by name: seconds, tokens a second, operations, and the speed-up over the first (median of the pairs)."""
     cases = {name: Case(values, shape, device) for name, values in settings.items()}
     first = {name: case.step() for name, case in cases.items()}
@@ -123,12 +142,21 @@ def compare(settings: dict[str, dict[str, Any]], shape: Shape, device: torch.dev
     for name, case in cases.items():
         median = statistics.median(totals[name])
         ratios = [a / b for a, b in zip(baseline, totals[name], strict=True)]
-        figures[name] = {"step_seconds": median, "step_seconds_min": min(totals[name]), "step_seconds_max": max(totals[name]),
-                         "first_step_seconds": sum(first[name][0].values()), "first_loss": first[name][1],
-                         "tokens_per_second": sum(shape.lengths()) / median, "flops_per_step": case.flops, "flops_per_second": case.flops / median,
-                         "mfu": case.flops / median / peak_flops if peak_flops else None, "speedup": statistics.median(ratios),
-                         "speedup_min": min(ratios), "speedup_max": max(ratios),
-                         "parts": {part: statistics.median(step[part] for step in steps[name]) for part in PARTS}}
+        figures[name] = {
+            "step_seconds": median,
+            "step_seconds_min": min(totals[name]),
+            "step_seconds_max": max(totals[name]),
+            "first_step_seconds": sum(first[name][0].values()),
+            "first_loss": first[name][1],
+            "tokens_per_second": sum(shape.lengths()) / median,
+            "flops_per_step": case.flops,
+            "flops_per_second": case.flops / median,
+            "mfu": case.flops / median / peak_flops if peak_flops else None,
+            "speedup": statistics.median(ratios),
+            "speedup_min": min(ratios),
+            "speedup_max": max(ratios),
+            "parts": {part: statistics.median(step[part] for step in steps[name]) for part in PARTS},
+        }
     del cases, case
     for name, values in settings.items():
         figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
@@ -148,4 +176,8 @@ def _peak_memory(values: dict[str, Any], shape: Shape, device: str, threads: int
         case.step()
     on_gpu = case.device.type == "cuda"
     # not getrusage's ru_maxrss, which a child takes over from its parent
-    return torch.cuda.max_memory_allocated() / 2**30 if on_gpu else int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return (
+        torch.cuda.max_memory_allocated() / 2**30
+        if on_gpu
+        else int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    )

@@ -16,12 +16,32 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from job.benchmarking.measure import Case, Shape
 from job.runtime.precision import autocast
 
-FREE = ("view", "reshape", "expand", "permute", "transpose", "t.default", "slice", "select", "split", "unbind", "squeeze", "alias", "detach", "as_strided",
-        "empty", "prim.", "unflatten", "chunk")  # operations that start no kernel
+FREE = (
+    "view",
+    "reshape",
+    "expand",
+    "permute",
+    "transpose",
+    "t.default",
+    "slice",
+    "select",
+    "split",
+    "unbind",
+    "squeeze",
+    "alias",
+    "detach",
+    "as_strided",
+    "empty",
+    "prim.",
+    "unflatten",
+    "chunk",
+)  # operations that start no kernel
 
 ATTENTION: dict[Any, Any] = {  # torch's counter knows the kernels of GPUs only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
 }
 
 
@@ -64,15 +84,26 @@ def count(values: dict[str, Any], shape: Shape) -> dict[str, Any]:
 
     Memory is not to be trusted with training.activation_checkpointing: what is computed anew is freed late in this way of counting.
     """
-    with FakeTensorMode(), patch.object(nn.Module, "to", lambda module, _: module):  # such tensors cannot be moved, and need not be
+    with (
+        FakeTensorMode(),
+        patch.object(nn.Module, "to", lambda module, _: module),
+    ):  # such tensors cannot be moved, and need not be
         case = Case(values, shape, torch.device("cpu"))
         counter, flops = _Counter(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        for tensor in (*case.trainer.state_dict().values(), *(x for state in case.optimizer.tensors().values() for x in tree_leaves(state))):
+        for tensor in (
+            *case.trainer.state_dict().values(),
+            *(x for state in case.optimizer.tensors().values() for x in tree_leaves(state)),
+        ):
             if isinstance(tensor, Tensor):
                 counter.hold(tensor)
         with flops, counter:
             step(case)
-    return {"kernels": counter.kernels, "flops": flops.get_total_flops(), "bytes_moved": counter.moved, "peak_gib": counter.peak / 2**30}
+    return {
+        "kernels": counter.kernels,
+        "flops": flops.get_total_flops(),
+        "bytes_moved": counter.moved,
+        "peak_gib": counter.peak / 2**30,
+    }
 
 
 def step(case: Case) -> None:

@@ -22,10 +22,14 @@ def step_seconds(values: dict[str, Any], shape: Shape, device: str, ranks: int, 
         return statistics.median(float(seconds) for seconds in (Path(directory) / "seconds").read_text().split())
 
 
-def _rank(rank: int, values: dict[str, Any], shape: Shape, device: str, ranks: int, repeats: int, directory: str) -> None:
+def _rank(
+    rank: int, values: dict[str, Any], shape: Shape, device: str, ranks: int, repeats: int, directory: str
+) -> None:
     here = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks
+    )
     case = Case(values, shape, here)
     seconds = [sum(case.step()[0].values()) for _ in range(repeats + 1)][1:]
     if rank == 0:

@@ -34,32 +34,64 @@ def run(data: Path, overrides: list[str], steps: int) -> dict[str, float]:
     """Seconds from the start of `python -m job.train --config-name demo` on `data` to the end of its first step, and of the steps after it
     the mean time, the part spent waiting for data, and tokens a second. UserError if the run fails."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "job.train", "--config-name", "demo", f"data.dir={data.absolute()}", f"logging.save_dir={directory}",
-                   "logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=0", "monitoring.enabled=false", *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "job.train",
+            "--config-name",
+            "demo",
+            f"data.dir={data.absolute()}",
+            f"logging.save_dir={directory}",
+            "logging.log_freq=1",
+            "logging.eval_freq=0",
+            "logging.save_freq=0",
+            "monitoring.enabled=false",
+            *overrides,
+        ]
         log = Path(directory) / "demo" / "training_log.jsonl"
         started = time.perf_counter()
         first = 0.0
         lines: list[str] = []
-        with (Path(directory) / "output").open("w+") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        with (
+            (Path(directory) / "output").open("w+") as output,
+            subprocess.Popen(command, stdout=output, stderr=output) as process,
+        ):
             while len(lines) <= steps and time.perf_counter() - started < DEADLINE_SECONDS:
                 if process.poll() is not None:
                     output.seek(0)
-                    raise UserError(f"job.train ended with {process.returncode}: {output.read().strip().splitlines()[-1]}")
+                    raise UserError(
+                        f"job.train ended with {process.returncode}: {output.read().strip().splitlines()[-1]}"
+                    )
                 lines = log.read_text().splitlines() if log.exists() else []
                 first = first or (time.perf_counter() - started if lines else 0.0)
                 time.sleep(0.02)
             process.kill()
-    values: list[dict[str, Any]] = [json.loads(line) for line in lines[1: steps + 1]]
+    values: list[dict[str, Any]] = [json.loads(line) for line in lines[1 : steps + 1]]
     total = sum(value["step_seconds"] for value in values)
-    return {"first_step_seconds": first, "step_seconds": total / len(values), "data_wait": sum(value["data_wait_seconds"] for value in values) / total,
-            "tokens_per_second": sum(value["tokens_per_second"] for value in values) / len(values)}
+    return {
+        "first_step_seconds": first,
+        "step_seconds": total / len(values),
+        "data_wait": sum(value["data_wait_seconds"] for value in values) / total,
+        "tokens_per_second": sum(value["tokens_per_second"] for value in values) / len(values),
+    }
 
 
 def loader_rate(data: Path, batch_size: int = 32, steps: int = 200) -> float:
     """Tokens a second that the loader makes of `data` in one process, without training beside it."""
     dataset = ShardDataset(data, "train")
-    loader = Loader(dataset, Sampler(dataset, len(dataset), batch_size, seed=0), rank=0, world_size=1, batch_size=batch_size, accumulation=1,
-                    max_seq_len=dataset.info.max_length, pad_to_max=False, standardize=True, num_workers=0, pin_memory=False)
+    loader = Loader(
+        dataset,
+        Sampler(dataset, len(dataset), batch_size, seed=0),
+        rank=0,
+        world_size=1,
+        batch_size=batch_size,
+        accumulation=1,
+        max_seq_len=dataset.info.max_length,
+        pad_to_max=False,
+        standardize=True,
+        num_workers=0,
+        pin_memory=False,
+    )
     started = time.perf_counter()
     tokens = sum(int(batch["attention_mask"].sum()) for batches in loader.steps(0, steps) for batch in batches)
     return tokens / (time.perf_counter() - started)

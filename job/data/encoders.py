@@ -47,13 +47,21 @@ class LsaEncoder:
             try:
                 features = tfidf.fit_transform(texts[:FIT_SAMPLES])
                 if min(features.shape) <= latent_dim:
-                    raise UserError(f"--latent-dim {latent_dim}: the training split has only {features.shape[0]} texts with {features.shape[1]} different "
-                                    "words; give more texts or fewer dimensions")
+                    raise UserError(
+                        f"--latent-dim {latent_dim}: the training split has only {features.shape[0]} texts with {features.shape[1]} different "
+                        "words; give more texts or fewer dimensions"
+                    )
                 svd.fit(features)
             except ValueError as error:
                 raise UserError(f"--encoder lsa: the texts cannot be used ({error})") from error
-        return cls(make_pipeline(tfidf, svd), {"name": "lsa", "vocabulary": features.shape[1],
-                                               "explained_variance": round(float(svd.explained_variance_ratio_.sum()), 4)})
+        return cls(
+            make_pipeline(tfidf, svd),
+            {
+                "name": "lsa",
+                "vocabulary": features.shape[1],
+                "explained_variance": round(float(svd.explained_variance_ratio_.sum()), 4),
+            },
+        )
 
     def save(self, file: Any) -> None:
         """Write for `load`: a working file of one command, never part of a dataset."""
@@ -73,24 +81,49 @@ class LsaEncoder:
 class SentenceTransformersEncoder:
     """Any model of the sentence-transformers library, by name or directory."""
 
-    def __init__(self, model: str, *, truncate_dim: int | None, batch_size: int, dtype: str, device: str | None, local_rank: int,
-                 local_files_only: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        truncate_dim: int | None,
+        batch_size: int,
+        dtype: str,
+        device: str | None,
+        local_rank: int,
+        local_files_only: bool,
+    ) -> None:
         library = optional("sentence_transformers", "sentence-transformers")
         import torch
 
         if device is None and torch.cuda.is_available():
             device = f"cuda:{local_rank % torch.cuda.device_count()}"
         try:
-            self.model = library.SentenceTransformer(model, device=device, truncate_dim=truncate_dim, local_files_only=local_files_only,
-                                                     model_kwargs={"torch_dtype": getattr(torch, dtype)})
+            self.model = library.SentenceTransformer(
+                model,
+                device=device,
+                truncate_dim=truncate_dim,
+                local_files_only=local_files_only,
+                model_kwargs={"torch_dtype": getattr(torch, dtype)},
+            )
         except Exception as error:  # each backend of the library raises its own
             raise UserError(f"--encoder-model {model}: cannot be loaded ({str(error).splitlines()[0]})") from error
         self.batch_size = batch_size
-        self.description = {"name": "sentence_transformers", "model": model, "truncate_dim": truncate_dim, "dtype": dtype}
+        self.description = {
+            "name": "sentence_transformers",
+            "model": model,
+            "truncate_dim": truncate_dim,
+            "dtype": dtype,
+        }
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), D]."""
-        latents = self.model.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False, convert_to_numpy=False, convert_to_tensor=True)
+        latents = self.model.encode(
+            list(texts),
+            batch_size=self.batch_size,
+            show_progress_bar=False,
+            convert_to_numpy=False,
+            convert_to_tensor=True,
+        )
         return latents.float().cpu().numpy()
 
 

@@ -1,7 +1,7 @@
 """The LGDLM research code's data: a directory of token files and one of latents, a sample a file.
 
-    TOKEN_DIR/<stem>_tokens.npz or <stem>.npz    input_ids int [S], attention_mask int or bool [S]
-    LATENT_DIR/<stem>.npy                        float [D], [1, D] or [k, D], of which row 0 counts
+TOKEN_DIR/<stem>_tokens.npz or <stem>.npz    input_ids int [S], attention_mask int or bool [S]
+LATENT_DIR/<stem>.npy                        float [D], [1, D] or [k, D], of which row 0 counts
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def read_latent(path: Path) -> np.ndarray:
     return latent
 
 
-def read_samples(pairs: list[tuple[Path, Path]], vocab_size: int, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_samples(
+    pairs: list[tuple[Path, Path]], vocab_size: int, problems: Problems
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and latent of every usable pair; all latents have the dimension of the first."""
     latent_dim = None
     progress = Progress("samples", len(pairs))
@@ -152,12 +154,18 @@ class ShardWriter:
         if rows := self.waiting[split]:
             number = sum(record.split == split for record in self.records)
             latents = np.stack([latent for _, latent in rows])
-            self.records.append(write_shard(self.directory, split, number, [tokens for tokens, _ in rows], latents, self.vocab_size))
+            self.records.append(
+                write_shard(self.directory, split, number, [tokens for tokens, _ in rows], latents, self.vocab_size)
+            )
             self.waiting[split] = []
 
 
-def _special_tokens(tokenizer: tokenizers.TextTokenizer | None, mask_token_id: int | None, pad_token_id: int | None,
-                    vocab_size: int | None) -> tuple[int, int, int]:
+def _special_tokens(
+    tokenizer: tokenizers.TextTokenizer | None,
+    mask_token_id: int | None,
+    pad_token_id: int | None,
+    vocab_size: int | None,
+) -> tuple[int, int, int]:
     """Mask id, pad id and vocabulary: as given, else the tokenizer's."""
     mask = tokenizer.mask_token_id if mask_token_id is None and tokenizer else mask_token_id
     pad = tokenizer.pad_token_id if pad_token_id is None and tokenizer else pad_token_id
@@ -169,8 +177,18 @@ def _special_tokens(tokenizer: tokenizers.TextTokenizer | None, mask_token_id: i
     return mask, pad, size
 
 
-def convert(token_dir: Path, latent_dir: Path, out: Path, *, tokenizer: Path | None, mask_token_id: int | None = None, pad_token_id: int | None = None,
-            vocab_size: int | None = None, validation_fraction: float = 0.05, skip_bad: bool = False) -> str:
+def convert(
+    token_dir: Path,
+    latent_dir: Path,
+    out: Path,
+    *,
+    tokenizer: Path | None,
+    mask_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    vocab_size: int | None = None,
+    validation_fraction: float = 0.05,
+    skip_bad: bool = False,
+) -> str:
     """Write a dataset from LGDLM's two directories; `out` appears whole or not at all. Returns a summary.
 
     Unpaired and corrupt files are named on standard error and raise UserError, unless `skip_bad`.
@@ -191,16 +209,28 @@ def convert(token_dir: Path, latent_dir: Path, out: Path, *, tokenizer: Path | N
                 writer.add(tokens, latent)
         problems.report()
         if problems.count and not skip_bad:
-            raise UserError(f"{token_dir}: {problems.count} unpaired or corrupt files; mend or remove them, or leave them out with --skip-bad")
+            raise UserError(
+                f"{token_dir}: {problems.count} unpaired or corrupt files; mend or remove them, or leave them out with --skip-bad"
+            )
         for split in SPLITS:
             writer.flush(split)
         if loaded:
             write_whole(partial / tokenizers.TOKENIZER_FILE, lambda file: file.write(loaded.to_json().encode()))
-        info = write_info(partial, writer.records, vocab_size=size, mask_token_id=mask, pad_token_id=pad,
-                          tokenizer=tokenizers.TOKENIZER_FILE if loaded else None, encoder={"name": "lgdlm"},
-                          options={"validation_fraction": validation_fraction, "skipped": problems.count}, generated_by="python -m job.convert data")
+        info = write_info(
+            partial,
+            writer.records,
+            vocab_size=size,
+            mask_token_id=mask,
+            pad_token_id=pad,
+            tokenizer=tokenizers.TOKENIZER_FILE if loaded else None,
+            encoder={"name": "lgdlm"},
+            options={"validation_fraction": validation_fraction, "skipped": problems.count},
+            generated_by="python -m job.convert data",
+        )
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return (f"{out}: {info.counts['train']} training and {info.counts['validation']} validation samples, {problems.count} bad files left out, "
-            f"at most {info.max_length} tokens, {info.latent_dim} latent dimensions")
+    return (
+        f"{out}: {info.counts['train']} training and {info.counts['validation']} validation samples, {problems.count} bad files left out, "
+        f"at most {info.max_length} tokens, {info.latent_dim} latent dimensions"
+    )

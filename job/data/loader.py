@@ -25,16 +25,24 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
     data, longest = config.data, config.model.max_seq_len
     if data.source == "synthetic":
         counts: dict[Split, int] = {"train": data.synthetic_samples, "validation": max(8, data.synthetic_samples // 8)}
-        synthetic = {split: SyntheticDataset(count, data.synthetic_vocab_size, data.synthetic_latent_dim, longest, config.training.seed, split)
-                     for split, count in counts.items()}
+        synthetic = {
+            split: SyntheticDataset(
+                count, data.synthetic_vocab_size, data.synthetic_latent_dim, longest, config.training.seed, split
+            )
+            for split, count in counts.items()
+        }
         return synthetic["train"], synthetic["validation"]
     directory = Path(data.dir or "")
     train, validation = ShardDataset(directory, "train", data.verify_hashes), ShardDataset(directory, "validation")
     if train.info.max_length > longest:
-        raise UserError(f"model.max_seq_len={longest} is shorter than the longest row of {directory} ({train.info.max_length} tokens); "
-                        f"set model.max_seq_len={-(-train.info.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE} or prepare with --max-length {longest}")
+        raise UserError(
+            f"model.max_seq_len={longest} is shorter than the longest row of {directory} ({train.info.max_length} tokens); "
+            f"set model.max_seq_len={-(-train.info.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE} or prepare with --max-length {longest}"
+        )
     if not len(validation):
-        raise UserError(f"{directory}: the validation split is empty; prepare with a larger --validation-fraction or more texts")
+        raise UserError(
+            f"{directory}: the validation split is empty; prepare with a larger --validation-fraction or more texts"
+        )
     return train, validation
 
 
@@ -48,7 +56,14 @@ def padded_length(lengths: np.ndarray, max_seq_len: int, pad_to_max: bool) -> in
     return max_seq_len if pad_to_max else min(max_seq_len, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
-def collate(dataset: Dataset, indices: np.ndarray, positions: np.ndarray, global_lengths: np.ndarray, seq_len: int, standardize: bool) -> Batch:
+def collate(
+    dataset: Dataset,
+    indices: np.ndarray,
+    positions: np.ndarray,
+    global_lengths: np.ndarray,
+    seq_len: int,
+    standardize: bool,
+) -> Batch:
     """Samples `indices` as one batch of rows padded to `seq_len`.
 
     input_ids int64 [B, S], attention_mask bool [B, S] (True on real tokens), latent float32 [B, D], position int64 [B] (place of each row
@@ -57,14 +72,20 @@ def collate(dataset: Dataset, indices: np.ndarray, positions: np.ndarray, global
     rows = [dataset[int(index)] for index in indices]
     input_ids = np.full((len(rows), seq_len), dataset.info.pad_token_id, np.int64)
     for row, (tokens, _) in zip(input_ids, rows, strict=True):
-        row[:len(tokens)] = tokens
+        row[: len(tokens)] = tokens
     latent = torch.from_numpy(np.stack([latent for _, latent in rows]))
     if standardize:
         mean, std = latent_scale(dataset.info)
         latent = (latent - mean) / std
     lengths = np.array([len(tokens) for tokens, _ in rows])
-    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(np.arange(seq_len) < lengths[:, None]), "latent": latent,
-            "position": torch.from_numpy(positions), "global_lengths": torch.from_numpy(global_lengths), "index": torch.from_numpy(indices)}
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(np.arange(seq_len) < lengths[:, None]),
+        "latent": latent,
+        "position": torch.from_numpy(positions),
+        "global_lengths": torch.from_numpy(global_lengths),
+        "index": torch.from_numpy(indices),
+    }
 
 
 class Loader(TorchDataset["Batch | UserError"]):
@@ -72,11 +93,27 @@ class Loader(TorchDataset["Batch | UserError"]):
     batch, so that any number of ranks sees the same samples in the same order, all padded to one length per step.
     """
 
-    def __init__(self, dataset: Dataset, sampler: Sampler, *, rank: int, world_size: int, batch_size: int, accumulation: int, max_seq_len: int,
-                 pad_to_max: bool, standardize: bool, num_workers: int, pin_memory: bool, worker_init: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        accumulation: int,
+        max_seq_len: int,
+        pad_to_max: bool,
+        standardize: bool,
+        num_workers: int,
+        pin_memory: bool,
+        worker_init: Callable[[int], None] | None = None,
+    ) -> None:
         if sampler.global_batch_size != world_size * batch_size * accumulation:
-            raise UserError(f"global batch of {sampler.global_batch_size} is not training.train_batch_size={batch_size} x {world_size} ranks x "
-                            f"{accumulation} accumulation steps")
+            raise UserError(
+                f"global batch of {sampler.global_batch_size} is not training.train_batch_size={batch_size} x {world_size} ranks x "
+                f"{accumulation} accumulation steps"
+            )
         self.dataset, self.sampler = dataset, sampler
         self.rank, self.world_size, self.batch_size, self.accumulation = rank, world_size, batch_size, accumulation
         self.max_seq_len, self.pad_to_max, self.standardize = max_seq_len, pad_to_max, standardize
@@ -101,8 +138,15 @@ class Loader(TorchDataset["Batch | UserError"]):
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """For each optimizer step of [start, stop) its micro-batches; starting late costs nothing."""
         # A generator of its own: the DataLoader draws a seed for its workers and must not touch the global one.
-        loader = DataLoader(self, batch_size=None, sampler=range(start * self.accumulation, stop * self.accumulation), num_workers=self.num_workers,
-                            pin_memory=self.pin_memory, worker_init_fn=self.worker_init, generator=torch.Generator())
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start * self.accumulation, stop * self.accumulation),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=self.worker_init,
+            generator=torch.Generator(),
+        )
         micro_batches: list[Batch] = []
         try:
             for item in loader:
@@ -124,11 +168,22 @@ def dead_worker(error: BaseException) -> RetryError | None:
     text = str(error)
     if "DataLoader worker" not in text:
         return None
-    return RetryError(f"a data loader process died: {text.splitlines()[0]} (often out of memory; data.num_workers=0 loads in the training process)")
+    return RetryError(
+        f"a data loader process died: {text.splitlines()[0]} (often out of memory; data.num_workers=0 loads in the training process)"
+    )
 
 
-def evaluation_batches(dataset: Dataset, *, num_samples: int, batch_size: int, rank: int, world_size: int, max_seq_len: int, pad_to_max: bool,
-                       standardize: bool) -> Iterator[Batch]:
+def evaluation_batches(
+    dataset: Dataset,
+    *,
+    num_samples: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    max_seq_len: int,
+    pad_to_max: bool,
+    standardize: bool,
+) -> Iterator[Batch]:
     """This rank's batches of the first `num_samples` samples (all, if there are fewer): batch j goes to rank j % world_size.
 
     `position` is the place in the evaluation set and `global_lengths` covers that set; the last batch may be short, and a rank may get one less.
@@ -136,5 +191,7 @@ def evaluation_batches(dataset: Dataset, *, num_samples: int, batch_size: int, r
     chosen = np.arange(min(num_samples, len(dataset)))
     lengths = dataset.lengths(chosen)
     for start in range(rank * batch_size, len(chosen), world_size * batch_size):
-        places = chosen[start:start + batch_size]
-        yield collate(dataset, places, places, lengths, padded_length(lengths[places], max_seq_len, pad_to_max), standardize)
+        places = chosen[start : start + batch_size]
+        yield collate(
+            dataset, places, places, lengths, padded_length(lengths[places], max_seq_len, pad_to_max), standardize
+        )

@@ -128,7 +128,9 @@ def text_hash(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[:16]
 
 
-def split_texts(texts: Iterable[str], max_samples: int | None, validation_fraction: float) -> tuple[dict[str, list[str]], int]:
+def split_texts(
+    texts: Iterable[str], max_samples: int | None, validation_fraction: float
+) -> tuple[dict[str, list[str]], int]:
     """Texts of each split, in the order of their hashes (so that any prefix is a random sample), and the number of duplicates dropped.
 
     A text's split depends on nothing but its words.
@@ -158,15 +160,27 @@ def _plan(run: Run) -> None:
     options = run.options
     shutil.rmtree(run.work, ignore_errors=True)
     # What can be missing is looked for before the texts are read.
-    tokenizer = None if options.tokenizer == "train" else tokenizers.load(options.tokenizer, local_files_only=run.local_files_only,
-                                                                          mask_token=options.mask_token, pad_token=options.pad_token)
+    tokenizer = (
+        None
+        if options.tokenizer == "train"
+        else tokenizers.load(
+            options.tokenizer,
+            local_files_only=run.local_files_only,
+            mask_token=options.mask_token,
+            pad_token=options.pad_token,
+        )
+    )
     if options.encoder != "lsa":
         _encoder(run)
-    texts = read_texts(options.source, text_key=options.text_key, hf_split=options.hf_split, split_sentences=options.split_sentences)
+    texts = read_texts(
+        options.source, text_key=options.text_key, hf_split=options.hf_split, split_sentences=options.split_sentences
+    )
     splits, duplicates = split_texts(texts, options.max_samples, options.validation_fraction)
     for split, of_split in splits.items():
         if not of_split:
-            raise UserError(f"--source {' '.join(options.source)}: no text for the {split} split; give more texts or another --validation-fraction")
+            raise UserError(
+                f"--source {' '.join(options.source)}: no text for the {split} split; give more texts or another --validation-fraction"
+            )
     say(f"{sum(map(len, splits.values()))} texts, {duplicates} duplicates dropped")
     tokenizer = tokenizer or tokenizers.train(splits["train"], options.vocab_size or 0)
     write_whole(run.out / tokenizers.TOKENIZER_FILE, lambda file: file.write(tokenizer.to_json().encode()))
@@ -176,36 +190,53 @@ def _plan(run: Run) -> None:
         say("encoder fitted")
     for split, of_split in splits.items():
         for number, start in enumerate(range(0, len(of_split), options.shard_size)):
-            write_json(run.texts_file(split, number), of_split[start:start + options.shard_size])
-    write_json(run.plan_file, {"options": dataclasses.asdict(options), "duplicates": duplicates, "mask_token_id": tokenizer.mask_token_id,
-                               "pad_token_id": tokenizer.pad_token_id, "shards": {split: -(-len(splits[split]) // options.shard_size) for split in SPLITS}})
+            write_json(run.texts_file(split, number), of_split[start : start + options.shard_size])
+    write_json(
+        run.plan_file,
+        {
+            "options": dataclasses.asdict(options),
+            "duplicates": duplicates,
+            "mask_token_id": tokenizer.mask_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "shards": {split: -(-len(splits[split]) // options.shard_size) for split in SPLITS},
+        },
+    )
 
 
 def refuse_other_options(out: Path, there: dict[str, Any], options: Options) -> None:
     """UserError naming the first option in which a directory differs from this command."""
     for name, value in dataclasses.asdict(options).items():
         if there.get(name) != value:
-            raise UserError(f"{out}: was prepared with --{name.replace('_', '-')} {there.get(name)}, not {value}; give the same options, "
-                            "another --out, or delete the directory")
+            raise UserError(
+                f"{out}: was prepared with --{name.replace('_', '-')} {there.get(name)}, not {value}; give the same options, "
+                "another --out, or delete the directory"
+            )
 
 
 def _encoder(run: Run) -> Encoder:
     options = run.options
     if options.encoder == "lsa":
         return LsaEncoder.load(run.encoder_file)
-    return SentenceTransformersEncoder(options.encoder_model or "", truncate_dim=options.truncate_dim, batch_size=options.encoder_batch_size or 1,
-                                       dtype=options.encoder_dtype or "float32", device=run.encoder_device, local_rank=run.local_rank,
-                                       local_files_only=run.local_files_only)
+    return SentenceTransformersEncoder(
+        options.encoder_model or "",
+        truncate_dim=options.truncate_dim,
+        batch_size=options.encoder_batch_size or 1,
+        dtype=options.encoder_dtype or "float32",
+        device=run.encoder_device,
+        local_rank=run.local_rank,
+        local_files_only=run.local_files_only,
+    )
 
 
-def _encode(texts: Sequence[str], tokenizer: tokenizers.TextTokenizer, encoder: Encoder, max_length: int,
-            progress: Progress) -> tuple[list[np.ndarray], np.ndarray]:
+def _encode(
+    texts: Sequence[str], tokenizer: tokenizers.TextTokenizer, encoder: Encoder, max_length: int, progress: Progress
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Tokens and latents of the texts that fit into `max_length` tokens. The others are dropped: a cut text would have the latent of
     words that are not there, and two texts that differ behind the cut could become one row in both splits."""
     rows: list[np.ndarray] = []
     latents: list[np.ndarray] = []
     for start in range(0, len(texts), CHUNK):
-        chunk = texts[start:start + CHUNK]
+        chunk = texts[start : start + CHUNK]
         tokens = tokenizer.encode(chunk)
         fits = [0 < len(row) <= max_length for row in tokens]
         rows += [row for row, fit in zip(tokens, fits, strict=True) if fit]
@@ -218,7 +249,11 @@ def _encode(texts: Sequence[str], tokenizer: tokenizers.TextTokenizer, encoder: 
 def _write_shards(run: Run, plan: dict[str, Any]) -> None:
     """This rank's share of the shards, finished ones left out."""
     everything = [(split, number) for split in SPLITS for number in range(plan["shards"][split])]
-    mine = [(split, number) for split, number in everything[run.rank::run.world_size] if not run.record_file(split, number).exists()]
+    mine = [
+        (split, number)
+        for split, number in everything[run.rank :: run.world_size]
+        if not run.record_file(split, number).exists()
+    ]
     if not mine:
         return
     encoder = _encoder(run)
@@ -230,7 +265,9 @@ def _write_shards(run: Run, plan: dict[str, Any]) -> None:
         rows, latents = _encode(texts, tokenizer, encoder, run.options.max_length, progress)
         progress.bar.close()
         if not np.isfinite(latents).all():
-            raise UserError(f"the encoder gave a latent that is not finite, in {split} shard {number}; try --encoder-dtype float32")
+            raise UserError(
+                f"the encoder gave a latent that is not finite, in {split} shard {number}; try --encoder-dtype float32"
+            )
         record = write_shard(run.out, split, number, rows, latents, tokenizer.vocab_size)
         record.dropped = len(texts) - len(rows)
         write_json(run.record_file(split, number), dataclasses.asdict(record))
@@ -243,12 +280,25 @@ def _finish(run: Run, plan: dict[str, Any]) -> DatasetInfo:
     _wait(lambda: all(file.exists() for file in files))
     records = [ShardRecord(**json.loads(file.read_bytes())) for file in files]
     if not any(record.rows for record in records if record.split == "train"):
-        raise UserError(f"every text is longer than --max-length {run.options.max_length} tokens; raise it, or cut texts with --split-sentences")
-    options = dataclasses.asdict(run.options) | {"duplicates": plan["duplicates"], "dropped": sum(record.dropped for record in records)}
+        raise UserError(
+            f"every text is longer than --max-length {run.options.max_length} tokens; raise it, or cut texts with --split-sentences"
+        )
+    options = dataclasses.asdict(run.options) | {
+        "duplicates": plan["duplicates"],
+        "dropped": sum(record.dropped for record in records),
+    }
     tokenizer = tokenizers.saved(run.out / tokenizers.TOKENIZER_FILE, plan["mask_token_id"], plan["pad_token_id"])
-    info = write_info(run.out, records, vocab_size=tokenizer.vocab_size, mask_token_id=plan["mask_token_id"], pad_token_id=plan["pad_token_id"],
-                      tokenizer=tokenizers.TOKENIZER_FILE, encoder=json.loads((run.work / "encoder.json").read_bytes()), options=options,
-                      generated_by="python -m job.prepare")
+    info = write_info(
+        run.out,
+        records,
+        vocab_size=tokenizer.vocab_size,
+        mask_token_id=plan["mask_token_id"],
+        pad_token_id=plan["pad_token_id"],
+        tokenizer=tokenizers.TOKENIZER_FILE,
+        encoder=json.loads((run.work / "encoder.json").read_bytes()),
+        options=options,
+        generated_by="python -m job.prepare",
+    )
     shutil.rmtree(run.work, ignore_errors=True)
     for leftover in run.out.glob(f".*{TEMPORARY}"):  # of a process killed while it wrote
         leftover.unlink()

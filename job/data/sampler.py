@@ -49,10 +49,17 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
 class Sampler:
     """Dataset indices of every global batch. Its whole state is the step."""
 
-    def __init__(self, dataset: HasLengths, num_samples: int, global_batch_size: int, seed: int, length_bucketing: bool = False) -> None:
+    def __init__(
+        self, dataset: HasLengths, num_samples: int, global_batch_size: int, seed: int, length_bucketing: bool = False
+    ) -> None:
         if num_samples < 1:
             raise UserError("the training split is empty; prepare more texts")
-        self.dataset, self.num_samples, self.global_batch_size, self.seed = dataset, num_samples, global_batch_size, seed
+        self.dataset, self.num_samples, self.global_batch_size, self.seed = (
+            dataset,
+            num_samples,
+            global_batch_size,
+            seed,
+        )
         self.length_bucketing = length_bucketing
         self._window: tuple[int, np.ndarray] | None = None  # the last window looked at: neighbouring steps share it
 

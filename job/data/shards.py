@@ -1,10 +1,10 @@
 """The prepared dataset: memory-mapped shards described by `dataset.json`, which is written last.
 
-    DIR/dataset.json                  DatasetInfo
-    DIR/tokenizer.json                absent when the tokens came without a tokenizer
-    DIR/train-00000.tokens.npy        all rows after each other, smallest sufficient unsigned type
-    DIR/train-00000.offsets.npy       int64 [rows + 1], row i is tokens[offsets[i]:offsets[i + 1]]
-    DIR/train-00000.latents.npy       float32 [rows, latent_dim]
+DIR/dataset.json                  DatasetInfo
+DIR/tokenizer.json                absent when the tokens came without a tokenizer
+DIR/train-00000.tokens.npy        all rows after each other, smallest sufficient unsigned type
+DIR/train-00000.offsets.npy       int64 [rows + 1], row i is tokens[offsets[i]:offsets[i + 1]]
+DIR/train-00000.latents.npy       float32 [rows, latent_dim]
 """
 
 from __future__ import annotations
@@ -76,11 +76,15 @@ def read_info(directory: Path) -> DatasetInfo:
         if values["format_version"] == FORMAT_VERSION:
             return DatasetInfo(**values)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{directory}: no finished dataset here ({INFO_FILE} is missing); "
-                        f"prepare one with `python -m job.prepare --out {directory}`, the same command finishes an interrupted one") from None
+        raise UserError(
+            f"{directory}: no finished dataset here ({INFO_FILE} is missing); "
+            f"prepare one with `python -m job.prepare --out {directory}`, the same command finishes an interrupted one"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged or not a dataset description ({error!r}); prepare the data again") from error
-    raise UserError(f"{path}: format_version {values['format_version']}, this version reads {FORMAT_VERSION}; prepare the data again")
+    raise UserError(
+        f"{path}: format_version {values['format_version']}, this version reads {FORMAT_VERSION}; prepare the data again"
+    )
 
 
 def check_files(directory: Path, info: DatasetInfo, verify_hashes: bool) -> None:
@@ -90,10 +94,14 @@ def check_files(directory: Path, info: DatasetInfo, verify_hashes: bool) -> None
         if not path.is_file():
             raise UserError(f"{path}: missing; copy the dataset again or prepare it again")
         if path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path}: corrupt, {path.stat().st_size} bytes instead of {entry['bytes']}; copy the dataset again or prepare it again")
+            raise UserError(
+                f"{path}: corrupt, {path.stat().st_size} bytes instead of {entry['bytes']}; copy the dataset again or prepare it again"
+            )
         if (verify_hashes or name == info.tokenizer) and file_entry(path)["sha256"] != entry["sha256"]:
             what = "the tokenizer was changed after the data was prepared" if name == info.tokenizer else "corrupt"
-            raise UserError(f"{path}: {what}, its SHA-256 is not the one in {INFO_FILE}; copy the dataset again or prepare it again")
+            raise UserError(
+                f"{path}: {what}, its SHA-256 is not the one in {INFO_FILE}; copy the dataset again or prepare it again"
+            )
 
 
 class ShardDataset:
@@ -123,7 +131,9 @@ class ShardDataset:
                 try:
                     arrays.append(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
                 except (OSError, ValueError) as error:
-                    raise UserError(f"{path}: cannot be read ({error}); copy the dataset again or prepare it again") from error
+                    raise UserError(
+                        f"{path}: cannot be read ({error}); copy the dataset again or prepare it again"
+                    ) from error
             self._open[number] = tuple(arrays)
         return self._open[number]
 
@@ -145,9 +155,11 @@ class ShardDataset:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         tokens, offsets, latents = self._shard(number)
         row = index - int(self._starts[number])
-        ids = tokens[offsets[row]:offsets[row + 1]].astype(np.int64)
+        ids = tokens[offsets[row] : offsets[row + 1]].astype(np.int64)
         # An id outside the vocabulary would surface much later, as a device-side assertion that names nothing.
         if not 0 < len(ids) <= self.info.max_length or ids.max() >= self.info.vocab_size:
-            raise UserError(f"{self.directory / shard_file(self.split, number, 'tokens')}: row {row} is corrupt; "
-                            "copy the dataset again or prepare it again (data.verify_hashes=true checks every file)")
+            raise UserError(
+                f"{self.directory / shard_file(self.split, number, 'tokens')}: row {row} is corrupt; "
+                "copy the dataset again or prepare it again (data.verify_hashes=true checks every file)"
+            )
         return ids, np.array(latents[row], np.float32)

@@ -21,7 +21,9 @@ PARQUET = (".parquet",)
 def _text_of(record: object, key: str, place: str) -> str:
     """The text in a record, or UserError that says where it is missing."""
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        there = f"it has {', '.join(map(str, record))}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+        there = (
+            f"it has {', '.join(map(str, record))}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+        )
         raise UserError(f"{place}: no text under the key {key!r}, {there}; name the key with --text-key")
     return str(record[key])
 
@@ -53,7 +55,9 @@ def _parquet(path: Path, key: str) -> Iterator[str]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if key not in file.schema_arrow.names:
-            raise UserError(f"{path}: no column {key!r}, it has {', '.join(file.schema_arrow.names)}; name the column with --text-key")
+            raise UserError(
+                f"{path}: no column {key!r}, it has {', '.join(file.schema_arrow.names)}; name the column with --text-key"
+            )
         for batch in file.iter_batches(columns=[key]):
             for text in batch.column(0).to_pylist():
                 if text is not None:
@@ -66,7 +70,9 @@ def _hugging_face(name: str, key: str, split: str) -> Iterator[str]:
     """A dataset of the hub (NAME or NAME:CONFIG) or a directory written by `save_to_disk`."""
     datasets = optional("datasets", "datasets")
     try:
-        if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+        if Path(name).is_dir() and any(
+            (Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")
+        ):
             rows = datasets.load_from_disk(name)
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
@@ -85,9 +91,15 @@ def find_files(source: str) -> list[Path]:
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.suffix in suffixes and file.is_file()]
     else:
-        files = [path] if path.is_file() else [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
+        files = (
+            [path]
+            if path.is_file()
+            else [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
+        )
     if not files:
-        raise UserError(f"--source {source}: no such file, and no file with one of the endings {', '.join(suffixes)} under this name")
+        raise UserError(
+            f"--source {source}: no such file, and no file with one of the endings {', '.join(suffixes)} under this name"
+        )
     return sorted(files)
 
 

@@ -24,13 +24,22 @@ MARKUP = (
 COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 COMMENT_MARK = re.compile(r"^[ \t]*#+ ?", re.MULTILINE)
 BULLET = re.compile(r"\s*(?:[-*+o•]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
-FIELD = re.compile(r"\s*(?:[:@](?:param|type|returns?|rtype|raises?|arg)\b[^:]*:|\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*\s*(?:--|:|-)(?=\s))\s*")
-CODE_LINE = re.compile(r"\s*(?:>>>|\.\.\.|\.\. |[$%#>|+=~_]|[\w.]+\(.*\)\s*(?:->.*)?$|(?:import|from|def|class|return) .*[^.\w]$)|.*[-=*~_^#]{4}")
+FIELD = re.compile(
+    r"\s*(?:[:@](?:param|type|returns?|rtype|raises?|arg)\b[^:]*:|\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*\s*(?:--|:|-)(?=\s))\s*"
+)
+CODE_LINE = re.compile(
+    r"\s*(?:>>>|\.\.\.|\.\. |[$%#>|+=~_]|[\w.]+\(.*\)\s*(?:->.*)?$|(?:import|from|def|class|return) .*[^.\w]$)|.*[-=*~_^#]{4}"
+)
 CODE = re.compile(r"[{}\\|<>]|\s=\s|==|\S\(\)\.|\b(?:XXX|TODO|FIXME)\b")
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bcf\.)(?<!\bvs\.)(?<!\bNo\.)[\"')]*\s+(?=[\"'(]?[A-Za-z])")
+SENTENCE_END = re.compile(
+    r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bcf\.)(?<!\bvs\.)(?<!\bNo\.)[\"')]*\s+(?=[\"'(]?[A-Za-z])"
+)
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
-FUNCTION_WORDS = re.compile(r"\b(?:an?|and|are|as|at|be|been|by|can|for|from|has|if|in|into|is|its?|may|not|of|on|or|otherwise|returns?|should|so|than|that|"
-                            r"the|then|this|to|used?|was|when|where|which|will|with)\b", re.IGNORECASE)
+FUNCTION_WORDS = re.compile(
+    r"\b(?:an?|and|are|as|at|be|been|by|can|for|from|has|if|in|into|is|its?|may|not|of|on|or|otherwise|returns?|should|so|than|that|"
+    r"the|then|this|to|used?|was|when|where|which|will|with)\b",
+    re.IGNORECASE,
+)
 
 
 def docstrings(source: bytes) -> Iterator[str]:
@@ -45,7 +54,9 @@ def docstrings(source: bytes) -> Iterator[str]:
         node = statements.pop()
         if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
             yield text
-        statements += [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler))]
+        statements += [
+            child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler))
+        ]
 
 
 def comments(source: bytes) -> Iterator[str]:
@@ -58,7 +69,11 @@ def documentation(path: Path) -> Iterator[str]:
     """All that a file of the library says in words."""
     source = path.read_bytes()
     if path.name == REFERENCE:
-        yield from (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        yield from (
+            node.value
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        )
     else:
         yield from docstrings(source)
         yield from comments(source)
@@ -76,12 +91,12 @@ def paragraphs(text: str) -> Iterator[str]:
             lines = []
             continue
         item = BULLET.match(line)
-        rest = line[item.end():] if item else line
+        rest = line[item.end() :] if item else line
         name = FIELD.match(rest)
-        if item or (name and (not lines or rest[name.end():][:1].isupper())):
+        if item or (name and (not lines or rest[name.end() :][:1].isupper())):
             yield " ".join(lines)
             lines = []
-            rest = rest[name.end():] if name else rest
+            rest = rest[name.end() :] if name else rest
         lines.append(rest.strip())
         quoted = line.rstrip().endswith("::")
     yield " ".join(lines)
@@ -102,8 +117,16 @@ def is_english(sentence: str) -> bool:
     words = WORD.findall(sentence)
     letters = sum(character.isalpha() or character == " " for character in sentence)
     common = FUNCTION_WORDS.search(sentence) or sum(word.islower() for word in words) >= 3
-    return (3 <= len(words) <= 40 and 15 <= len(sentence) <= 250 and sentence[0].isupper() and sentence[-1] in ".!?" and sentence.isascii()
-            and letters >= 0.8 * len(sentence) and common and not CODE.search(sentence))
+    return (
+        3 <= len(words) <= 40
+        and 15 <= len(sentence) <= 250
+        and sentence[0].isupper()
+        and sentence[-1] in ".!?"
+        and sentence.isascii()
+        and letters >= 0.8 * len(sentence)
+        and common
+        and not CODE.search(sentence)
+    )
 
 
 def stdlib_sentences() -> Iterator[str]:

@@ -60,8 +60,10 @@ def _special(tokenizer: Tokenizer, source: str, what: str, candidates: Sequence[
     for candidate in candidates:
         if candidate is not None and (number := tokenizer.token_to_id(candidate)) is not None:
             return int(number)
-    raise UserError(f"tokenizer {source}: no {what} token (looked for {', '.join(filter(None, candidates))}); "
-                    f"name one of its tokens with --{what}-token, or use another tokenizer or --tokenizer train")
+    raise UserError(
+        f"tokenizer {source}: no {what} token (looked for {', '.join(filter(None, candidates))}); "
+        f"name one of its tokens with --{what}-token, or use another tokenizer or --tokenizer train"
+    )
 
 
 def _find(source: str, local_files_only: bool) -> Path:
@@ -74,6 +76,7 @@ def _find(source: str, local_files_only: bool) -> Path:
             raise UserError(f"{path}: no {TOKENIZER_FILE} in this directory")
         return path / TOKENIZER_FILE
     from huggingface_hub import hf_hub_download
+
     try:
         for extra in ("special_tokens_map.json", "tokenizer_config.json"):
             try:
@@ -83,20 +86,28 @@ def _find(source: str, local_files_only: bool) -> Path:
         return Path(hf_hub_download(source, TOKENIZER_FILE, local_files_only=local_files_only))
     except Exception as error:
         where = "the local cache" if local_files_only else "the hub"
-        raise UserError(f"tokenizer {source}: no such file or directory, and {where} does not have it ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"tokenizer {source}: no such file or directory, and {where} does not have it ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def load(source: str, *, local_files_only: bool = False, mask_token: str | None = None, pad_token: str | None = None) -> TextTokenizer:
+def load(
+    source: str, *, local_files_only: bool = False, mask_token: str | None = None, pad_token: str | None = None
+) -> TextTokenizer:
     """Tokenizer from a file, a directory with tokenizer.json, or a hub name. UserError if it is damaged or lacks a mask or pad token."""
     path = _find(source, local_files_only)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{path}: not a tokenizer of the `tokenizers` library ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not a tokenizer of the `tokenizers` library ({str(error).splitlines()[0]})"
+        ) from error
     named = _named_tokens(path.parent)
     masks = [mask_token] if mask_token else [named.get("mask_token"), *MASK_NAMES]
     pads = [pad_token] if pad_token else [named.get("pad_token"), *PAD_NAMES]
-    return TextTokenizer(tokenizer, _special(tokenizer, source, "mask", masks), _special(tokenizer, source, "pad", pads))
+    return TextTokenizer(
+        tokenizer, _special(tokenizer, source, "mask", masks), _special(tokenizer, source, "pad", pads)
+    )
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -104,10 +115,16 @@ def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD_NAMES[0], MASK_NAMES[0]], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_NAMES[0], MASK_NAMES[0]],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return TextTokenizer(tokenizer, _special(tokenizer, "train", "mask", MASK_NAMES), _special(tokenizer, "train", "pad", PAD_NAMES))
+    return TextTokenizer(
+        tokenizer, _special(tokenizer, "train", "mask", MASK_NAMES), _special(tokenizer, "train", "pad", PAD_NAMES)
+    )
 
 
 def saved(path: Path, mask_token_id: int, pad_token_id: int) -> TextTokenizer:

@@ -33,30 +33,57 @@ def _save(array: np.ndarray, file: BinaryIO) -> None:
     np.save(file, array, allow_pickle=False)
 
 
-def write_shard(directory: Path, split: str, number: int, tokens: Sequence[np.ndarray], latents: np.ndarray, vocab_size: int) -> ShardRecord:
+def write_shard(
+    directory: Path, split: str, number: int, tokens: Sequence[np.ndarray], latents: np.ndarray, vocab_size: int
+) -> ShardRecord:
     """Write the rows of one shard: tokens int [L] each, latents [rows, D]."""
     lengths = np.array([len(row) for row in tokens], np.int64)
     flat = np.concatenate([np.zeros(0, np.int64), *tokens])
     latents = latents.astype(np.float32)
-    arrays = (flat.astype(np.min_scalar_type(vocab_size - 1)), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), latents)
+    arrays = (
+        flat.astype(np.min_scalar_type(vocab_size - 1)),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        latents,
+    )
     files = {}
     for part, array in zip(PARTS, arrays, strict=True):
         path = directory / shard_file(split, number, part)
         write_whole(path, partial(_save, array))
         files[path.name] = file_entry(path)
     exact = latents.astype(np.float64)
-    return ShardRecord(split=split, rows=len(tokens), longest=int(lengths.max(initial=0)), token_counts=np.bincount(flat, minlength=vocab_size).tolist(),
-                       latent_sum=exact.sum(0).tolist(), latent_square_sum=(exact**2).sum(0).tolist(), files=files)
+    return ShardRecord(
+        split=split,
+        rows=len(tokens),
+        longest=int(lengths.max(initial=0)),
+        token_counts=np.bincount(flat, minlength=vocab_size).tolist(),
+        latent_sum=exact.sum(0).tolist(),
+        latent_square_sum=(exact**2).sum(0).tolist(),
+        files=files,
+    )
 
 
-def write_info(directory: Path, records: Sequence[ShardRecord], *, vocab_size: int, mask_token_id: int, pad_token_id: int, tokenizer: str | None,
-               encoder: dict[str, Any], options: dict[str, Any], generated_by: str) -> DatasetInfo:
+def write_info(
+    directory: Path,
+    records: Sequence[ShardRecord],
+    *,
+    vocab_size: int,
+    mask_token_id: int,
+    pad_token_id: int,
+    tokenizer: str | None,
+    encoder: dict[str, Any],
+    options: dict[str, Any],
+    generated_by: str,
+) -> DatasetInfo:
     """Write dataset.json, which turns the shards of `records` (in order within each split) into a dataset. UserError if a split is empty."""
-    of_split: dict[str, list[ShardRecord]] = {split: [record for record in records if record.split == split] for split in SPLITS}
+    of_split: dict[str, list[ShardRecord]] = {
+        split: [record for record in records if record.split == split] for split in SPLITS
+    }
     counts: dict[str, int] = {split: sum(record.rows for record in of_split[split]) for split in SPLITS}
     for split in SPLITS:
         if not counts[split]:
-            raise UserError(f"{directory}: no sample is left for the {split} split; give more texts or change the validation fraction or the maximum length")
+            raise UserError(
+                f"{directory}: no sample is left for the {split} split; give more texts or change the validation fraction or the maximum length"
+            )
     train = of_split["train"]
     mean = np.sum([record.latent_sum for record in train], axis=0) / counts["train"]
     variance = np.sum([record.latent_square_sum for record in train], axis=0) / counts["train"] - mean**2
@@ -66,9 +93,21 @@ def write_info(directory: Path, records: Sequence[ShardRecord], *, vocab_size: i
     if tokenizer:
         files[tokenizer] = file_entry(directory / tokenizer)
     info = DatasetInfo(
-        vocab_size=vocab_size, latent_dim=len(mean), max_length=max(record.longest for record in records), mask_token_id=mask_token_id,
-        pad_token_id=pad_token_id, counts=counts, shards={split: [record.rows for record in of_split[split]] for split in SPLITS},
-        latent_mean=mean.tolist(), latent_std=std.tolist(), token_counts=np.sum([record.token_counts for record in train], axis=0).tolist(),
-        encoder=encoder, tokenizer=tokenizer, files=files, options=options, generated_by=generated_by)
+        vocab_size=vocab_size,
+        latent_dim=len(mean),
+        max_length=max(record.longest for record in records),
+        mask_token_id=mask_token_id,
+        pad_token_id=pad_token_id,
+        counts=counts,
+        shards={split: [record.rows for record in of_split[split]] for split in SPLITS},
+        latent_mean=mean.tolist(),
+        latent_std=std.tolist(),
+        token_counts=np.sum([record.token_counts for record in train], axis=0).tolist(),
+        encoder=encoder,
+        tokenizer=tokenizer,
+        files=files,
+        options=options,
+        generated_by=generated_by,
+    )
     write_json(directory / INFO_FILE, dataclasses.asdict(info), indent=1)
     return info

@@ -33,7 +33,18 @@ def entry(container: dict[str, Any], directories: Sequence[str]) -> Entry:
     mounts = ",".join([*(f"{directory}:{directory}" for directory in dict.fromkeys(directories)), *container["mounts"]])
     if runtime == "pyxis":
         named = [f"--container-env={','.join(variables)}"] if variables else []  # these win over the image's own
-        return Entry(variables, [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={directories[0]}", *named,
-                                 *container["options"]])
-    return Entry({f"APPTAINERENV_{name}": value for name, value in variables.items()}, [],
-                 ["apptainer", "exec", "--bind", mounts, "--pwd", directories[0], *container["options"], image])
+        return Entry(
+            variables,
+            [
+                f"--container-image={image}",
+                f"--container-mounts={mounts}",
+                f"--container-workdir={directories[0]}",
+                *named,
+                *container["options"],
+            ],
+        )
+    return Entry(
+        {f"APPTAINERENV_{name}": value for name, value in variables.items()},
+        [],
+        ["apptainer", "exec", "--bind", mounts, "--pwd", directories[0], *container["options"], image],
+    )

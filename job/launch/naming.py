@@ -17,4 +17,6 @@ class NameByDifference(Callback):
         given = OverridesParser.create().parse_overrides(list(overrides.task))
         common = [override.key_or_group for override in given if not override.is_sweep_override()]
         with flag_override(overrides, "readonly", False):
-            overrides.hydra.insert(0, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]")  # first: the user's own wins
+            overrides.hydra.insert(
+                0, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"
+            )  # first: the user's own wins

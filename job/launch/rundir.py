@@ -18,7 +18,9 @@ from job.launch import scheduler
 
 ALIVE_SECONDS = 90.0  # the batch step renews slurm/alive every 20 s; a network file system shows it later
 COLLATERAL = re.compile(r"lost another rank|gave up|Exited with exit code|Job step aborted|could not join the run")
-FAILURE = re.compile(r"^(\d+: )?(error: |[\w.]+(Error|Exception|Interrupt)\b|Fatal Python error|srun: error: |slurmstepd: error: )")
+FAILURE = re.compile(
+    r"^(\d+: )?(error: |[\w.]+(Error|Exception|Interrupt)\b|Fatal Python error|srun: error: |slurmstepd: error: )"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class RunDirectory:
         last = next((event for event in reversed(self.events) if event["job"] == job), never)
         # The run's own word first: accounting comes late, or not at all, and may still tell of an earlier start.
         told = {"finished": "COMPLETED", "failed": "FAILED"}.get(last["event"])
-        state, code = (told, "") if told else scheduler.ended([job]).get(job, (f"ended without a word ({last['event']})", ""))
+        state, code = (
+            (told, "") if told else scheduler.ended([job]).get(job, (f"ended without a word ({last['event']})", ""))
+        )
         if state == "COMPLETED":
             return state
         return f"{state} (exit code {code if last['exit_code'] is None else last['exit_code']})"
@@ -71,7 +75,7 @@ class RunDirectory:
         path = self.log(job)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         starts = [number for number, line in enumerate(lines) if re.match(r"slurm: .*: started", line)]
-        said = [line for line in lines[starts[-1] if starts else 0:] if FAILURE.match(line)]
+        said = [line for line in lines[starts[-1] if starts else 0 :] if FAILURE.match(line)]
         own = [line for line in said if not COLLATERAL.search(line)]
         return next(iter(own or said), None)
 
@@ -86,10 +90,20 @@ class RunDirectory:
         sign = self.path / "slurm" / "alive"
         alive = sign.exists() and time.time() - sign.stat().st_mtime < ALIVE_SECONDS
         return {
-            "run": str(self.path), "job": self.job, "state": queued.get(self.job) or str(last_event.get("event", "submitted")).upper(), "alive": alive,
-            "step": step, "steps": total, "loss": values.get("loss"), "tokens_per_second": values.get("tokens_per_second"),
-            "seconds_left": round((total - step) * values["step_seconds"]) if total and "step_seconds" in values else None,
-            "restarts": last_event.get("restarts", 0), "reason": last_event.get("reason"), "log": str(self.log()),
+            "run": str(self.path),
+            "job": self.job,
+            "state": queued.get(self.job) or str(last_event.get("event", "submitted")).upper(),
+            "alive": alive,
+            "step": step,
+            "steps": total,
+            "loss": values.get("loss"),
+            "tokens_per_second": values.get("tokens_per_second"),
+            "seconds_left": round((total - step) * values["step_seconds"])
+            if total and "step_seconds" in values
+            else None,
+            "restarts": last_event.get("restarts", 0),
+            "reason": last_event.get("reason"),
+            "log": str(self.log()),
         }
 
 

@@ -9,7 +9,17 @@ from collections.abc import Iterable
 
 from job.errors import UserError
 
-OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"}
+OVER = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+}
 
 
 def available() -> bool:
@@ -39,7 +49,15 @@ def queued() -> dict[str, str]:
 def ended(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:
     """State and exit code (`1:0`) of jobs that accounting knows; empty where the cluster has no accounting."""
     try:
-        lines = output("sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode", "--jobs", ",".join(jobs)).splitlines()
+        lines = output(
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--format=JobID,State,ExitCode",
+            "--jobs",
+            ",".join(jobs),
+        ).splitlines()
     except UserError:
         return {}
     fields = [line.split("|") for line in lines]

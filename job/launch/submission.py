@@ -25,8 +25,17 @@ def _never_called(_values: DictConfig) -> None:
 
 def submit_sweep(arguments: list[str], dry_run: bool, quiet: bool, launcher: str = "slurm") -> list[dict[str, str]]:
     """Submit what the arguments of job.train say, one job per point; returns their jobs and run directories."""
-    chosen = [] if any(argument.startswith("hydra/launcher=") for argument in arguments) else [f"hydra/launcher={launcher}"]
-    sys.argv = ["cyclevae", "--multirun", *chosen, "hydra.launcher.wait=false", f"hydra.launcher.dry_run={str(dry_run).lower()}", *arguments]
+    chosen = (
+        [] if any(argument.startswith("hydra/launcher=") for argument in arguments) else [f"hydra/launcher={launcher}"]
+    )
+    sys.argv = [
+        "cyclevae",
+        "--multirun",
+        *chosen,
+        "hydra.launcher.wait=false",
+        f"hydra.launcher.dry_run={str(dry_run).lower()}",
+        *arguments,
+    ]
     before = len(sweep.submitted)
     with contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext():
         _never_called()

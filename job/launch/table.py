@@ -24,7 +24,14 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     left = row["seconds_left"]
-    return (row["job"] or "-", row["state"], "yes" if row["alive"] else "no", f"{row['step']}/{row['steps'] or '?'}",
-            f"{row['loss']:.4g}" if row["loss"] is not None else "-", f"{row['tokens_per_second']:.0f}/s" if row["tokens_per_second"] else "-",
-            f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}" if left is not None else "-",
-            "-" if row["restarts"] is None else str(row["restarts"]), row["run"])
+    return (
+        row["job"] or "-",
+        row["state"],
+        "yes" if row["alive"] else "no",
+        f"{row['step']}/{row['steps'] or '?'}",
+        f"{row['loss']:.4g}" if row["loss"] is not None else "-",
+        f"{row['tokens_per_second']:.0f}/s" if row["tokens_per_second"] else "-",
+        f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}" if left is not None else "-",
+        "-" if row["restarts"] is None else str(row["restarts"]),
+        row["run"],
+    )

@@ -17,7 +17,11 @@ def add_outputs(verbs: Any, dry_run: str) -> None:
         verbs.choices[name].add_argument("--dry-run", action="store_true", help=dry_run)
 
 
-def run(parser: argparse.ArgumentParser, submit: Callable[[list[str], argparse.Namespace], None], arguments: list[str] | None) -> int:
+def run(
+    parser: argparse.ArgumentParser,
+    submit: Callable[[list[str], argparse.Namespace], None],
+    arguments: list[str] | None,
+) -> int:
     """Parse a command line and run its verb; `submit` takes what the parser does not know, for job.train. Returns the exit code."""
     options, rest = parser.parse_known_args(arguments)
     if options.function is submit:

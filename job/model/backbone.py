@@ -35,9 +35,18 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     from mmdit.mmdit_pytorch import JointAttention
 
     dims = (config.hidden_size, config.hidden_size)
-    backbone = MMDiT(depth=config.n_blocks, dim_modalities=dims, dim_cond=config.cond_dim, dim_head=config.head_dim, heads=config.n_heads,
-                     num_residual_streams=config.num_residual_streams, ff_kwargs={"dropout": config.dropout})
+    backbone = MMDiT(
+        depth=config.n_blocks,
+        dim_modalities=dims,
+        dim_cond=config.cond_dim,
+        dim_head=config.head_dim,
+        heads=config.n_heads,
+        num_residual_streams=config.num_residual_streams,
+        ff_kwargs={"dropout": config.dropout},
+    )
     if config.qk_rmsnorm:
         for block in backbone.blocks:  # MMDiTBlock takes qk_rmsnorm and drops it
-            block.joint_attn = JointAttention(dim_inputs=dims, dim_head=config.head_dim, heads=config.n_heads, qk_rmsnorm=True)
+            block.joint_attn = JointAttention(
+                dim_inputs=dims, dim_head=config.head_dim, heads=config.n_heads, qk_rmsnorm=True
+            )
     return backbone

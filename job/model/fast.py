@@ -46,7 +46,9 @@ class _HeadNorm(torch.autograd.Function):
         return (gradient * gain).addcmul_(unit, along, value=-1).mul_(inverse), product.sum(0)
 
 
-def _enter(block: Any, modality: int, streams: Tensor, cond: Tensor, spans: Spans, asking: slice) -> tuple[tuple[Tensor, ...], Mixing | None]:
+def _enter(
+    block: Any, modality: int, streams: Tensor, cond: Tensor, spans: Spans, asking: slice
+) -> tuple[tuple[Tensor, ...], Mixing | None]:
     """Queries [.., h, d] of the `asking` tokens, keys and values [N, h, d] of streams [N, s, H], and the weights of the way back."""
     attention = block.joint_attn
     x, weights = read(block.attn_residual_fns[modality], streams)
@@ -58,15 +60,21 @@ def _enter(block: Any, modality: int, streams: Tensor, cond: Tensor, spans: Span
         parts = F.linear(x[asking], weight[:width]), *F.linear(x, weight[width:]).chunk(2, dim=-1)
     q, k, v = (part.unflatten(-1, (attention.split_heads.axes_lengths["h"], -1)) for part in parts)
     if attention.qk_rmsnorm:
-        q, k = (_HeadNorm.apply(x, norms[modality].gamma[:, 0] * norms[modality].scale).to(v.dtype)
-                for x, norms in ((q, attention.q_rmsnorms), (k, attention.k_rmsnorms)))
+        q, k = (
+            _HeadNorm.apply(x, norms[modality].gamma[:, 0] * norms[modality].scale).to(v.dtype)
+            for x, norms in ((q, attention.q_rmsnorms), (k, attention.k_rmsnorms))
+        )
     return (q, k, v), weights
 
 
-def _leave(block: Any, modality: int, streams: Tensor, weights: Mixing | None, attended: Tensor, cond: Tensor, spans: Spans) -> Tensor:
+def _leave(
+    block: Any, modality: int, streams: Tensor, weights: Mixing | None, attended: Tensor, cond: Tensor, spans: Spans
+) -> Tensor:
     """Streams [N, s, H] after attention's outputs [N, h * d] and the feed-forward."""
     attention_gammas, ff_gammas = block.to_post_branch_gammas[-1](cond).chunk(2, dim=-1)
-    attention_gamma, ff_gamma = (gammas.split(block.dim_modalities, dim=-1)[modality] for gammas in (attention_gammas, ff_gammas))
+    attention_gamma, ff_gamma = (
+        gammas.split(block.dim_modalities, dim=-1)[modality] for gammas in (attention_gammas, ff_gammas)
+    )
     streams = write(streams, weights, spans.scale(block.joint_attn.to_out[modality](attended), attention_gamma))
     x, weights = read(block.ff_residual_fns[modality], streams)
     y = block.feedforwards[modality](_norm(block.ff_layernorms[modality], x, cond, spans))
@@ -78,7 +86,9 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def encode_block(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool) -> Streams:
+def encode_block(
+    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool
+) -> Streams:
     """Both streams through one block."""
     enter, leave = (_compiled(_enter), _compiled(_leave)) if compiled else (_enter, _leave)
     text_qkv, text_weights = enter(block, 0, text, cond, layout.text, layout.read_text if last else slice(0, len(text)))
@@ -105,7 +115,9 @@ def encode(model: Any, groups: Sequence[Rows], padding: Padding) -> tuple[Tensor
     text = model.text_encoder.token_embed(tokens) + F.embedding(layout.positions, model.text_encoder.position_embed[0])
     latent = model.latent_encoder(torch.cat([group.latents for group in groups]))[:, 0]
     times = [torch.broadcast_tensors(group.text_t, group.latent_t) for group in groups]
-    cond = F.silu(model.conditioning(torch.cat([text_t for text_t, _ in times]), torch.cat([latent_t for _, latent_t in times])))
+    cond = F.silu(
+        model.conditioning(torch.cat([text_t for text_t, _ in times]), torch.cat([latent_t for _, latent_t in times]))
+    )
     streams = (x.float()[:, None].repeat(1, model.num_residual_streams, 1) for x in (text, latent))
     text, latent = streams
     for index, block in enumerate(model.mmdit.blocks):

@@ -1,7 +1,7 @@
 """Checkpoints of the LGDLM research code, read without running any code they hold.
 
-    latest/checkpoint.pt            model_state_dict, optimizer_state_dict, state (a pickled TrainingState), config (None)
-    cycle_vae_impl/step_N.pt        model_state_dict, optimizer_state_dict, step, cfg, rng_torch, rng_cuda
+latest/checkpoint.pt            model_state_dict, optimizer_state_dict, state (a pickled TrainingState), config (None)
+cycle_vae_impl/step_N.pt        model_state_dict, optimizer_state_dict, step, cfg, rng_torch, rng_cuda
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ def find_checkpoint(source: Path) -> Path:
     for name in ("checkpoint.pt", "latest/checkpoint.pt"):
         if (source / name).is_file():
             return source / name
-    steps = {int(match[1]): path for path in source.glob("step_*.pt") if (match := re.fullmatch(r"step_(\d+)", path.stem))}
+    steps = {
+        int(match[1]): path for path in source.glob("step_*.pt") if (match := re.fullmatch(r"step_(\d+)", path.stem))
+    }
     if not steps:
-        raise UserError(f"{source}: no LGDLM checkpoint here (looked for checkpoint.pt, latest/checkpoint.pt and step_N.pt)")
+        raise UserError(
+            f"{source}: no LGDLM checkpoint here (looked for checkpoint.pt, latest/checkpoint.pt and step_N.pt)"
+        )
     return steps[max(steps)]
 
 
@@ -56,10 +60,18 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it holds {unsafe[1]}, which is not loaded since that could run code" if unsafe else "its contents are not plain tensors"
-        raise UserError(f"{path}: cannot be read safely: {why}; save model_state_dict alone and convert that") from error
+        why = (
+            f"it holds {unsafe[1]}, which is not loaded since that could run code"
+            if unsafe
+            else "its contents are not plain tensors"
+        )
+        raise UserError(
+            f"{path}: cannot be read safely: {why}; save model_state_dict alone and convert that"
+        ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: truncated, or not a checkpoint of torch.save ({str(error).splitlines()[0]}); copy it again") from error
+        raise UserError(
+            f"{path}: truncated, or not a checkpoint of torch.save ({str(error).splitlines()[0]}); copy it again"
+        ) from error
 
 
 def read_checkpoint(source: Path) -> LgdlmCheckpoint:
@@ -68,7 +80,9 @@ def read_checkpoint(source: Path) -> LgdlmCheckpoint:
     content = _load(path)
     weights = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path}: holds no model_state_dict, so it is not an LGDLM checkpoint; give checkpoint.pt or step_N.pt")
+        raise UserError(
+            f"{path}: holds no model_state_dict, so it is not an LGDLM checkpoint; give checkpoint.pt or step_N.pt"
+        )
     step = content.get("step", getattr(content.get("state"), "step", None))
     return LgdlmCheckpoint(path, {PREFIXES.sub("", name): tensor for name, tensor in weights.items()}, step)
 
@@ -84,6 +98,8 @@ def generation(weights: Mapping[str, Any]) -> str:
 def check_generation(path: Path, weights: Mapping[str, Any]) -> None:
     """UserError for weights of mmdit 0.2 with several residual streams."""
     if generation(weights) == "0.2":
-        raise UserError(f"{path}: weights of mmdit 0.2, whose hyper-connections (dynamic_alpha_scale, static_beta [streams]) compute something else than the "
-                        "manifold-constrained ones of mmdit 0.3 (h_post_scale, static_beta [streams, 1, 1]), so they cannot be loaded; "
-                        "only weights with one residual stream are common to both")
+        raise UserError(
+            f"{path}: weights of mmdit 0.2, whose hyper-connections (dynamic_alpha_scale, static_beta [streams]) compute something else than the "
+            "manifold-constrained ones of mmdit 0.3 (h_post_scale, static_beta [streams, 1, 1]), so they cannot be loaded; "
+            "only weights with one residual stream are common to both"
+        )

@@ -37,7 +37,9 @@ class LatentEncoder(nn.Module):
     def __init__(self, latent_dim: int, hidden_size: int) -> None:
         super().__init__()
         width = 2 * hidden_size
-        self.projection = nn.Sequential(nn.Linear(latent_dim, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, hidden_size))
+        self.projection = nn.Sequential(
+            nn.Linear(latent_dim, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, hidden_size)
+        )
         self.position_embed = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -54,10 +56,14 @@ class TimestepEmbedder(nn.Module):
         self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(features, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
         half = features // 2
-        self.register_buffer("frequencies", torch.exp(-math.log(longest_period) * torch.arange(half) / half), persistent=False)
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(longest_period) * torch.arange(half) / half), persistent=False
+        )
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = self.scale * t.float()[:, None] * self.frequencies  # float32: bf16 cannot tell neighbouring timesteps apart
+        angles = (
+            self.scale * t.float()[:, None] * self.frequencies
+        )  # float32: bf16 cannot tell neighbouring timesteps apart
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
@@ -68,10 +74,16 @@ class Conditioning(nn.Module):
         super().__init__()
         self.text_sigma_map = TimestepEmbedder(cond_dim, scale)
         self.latent_sigma_map = TimestepEmbedder(cond_dim, scale)
-        self.combine = nn.Sequential(nn.Linear(2 * cond_dim, 4 * cond_dim), nn.SiLU(), nn.Linear(4 * cond_dim, cond_dim))
+        self.combine = nn.Sequential(
+            nn.Linear(2 * cond_dim, 4 * cond_dim), nn.SiLU(), nn.Linear(4 * cond_dim, cond_dim)
+        )
 
     def forward(self, text_timesteps: Tensor, latent_timesteps: Tensor) -> Tensor:
-        return self.combine(torch.cat([F.silu(self.text_sigma_map(text_timesteps)), F.silu(self.latent_sigma_map(latent_timesteps))], dim=-1))
+        return self.combine(
+            torch.cat(
+                [F.silu(self.text_sigma_map(text_timesteps)), F.silu(self.latent_sigma_map(latent_timesteps))], dim=-1
+            )
+        )
 
 
 class MultimodalMMDiT(nn.Module):
@@ -96,8 +108,15 @@ class MultimodalMMDiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, text_tokens: Tensor, latents: Tensor, text_timesteps: Tensor, latent_timesteps: Tensor, attention_mask: Tensor,
-                heads: tuple[str, ...] = ("text", "latent")) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self,
+        text_tokens: Tensor,
+        latents: Tensor,
+        text_timesteps: Tensor,
+        latent_timesteps: Tensor,
+        attention_mask: Tensor,
+        heads: tuple[str, ...] = ("text", "latent"),
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Text logits [B, S, V] and latent prediction [B, D]; None for a head not asked for.
 
         text_tokens [B, S] int64, latents [B, D], timesteps [B] in [0, 1] (0 clean), attention_mask [B, S] bool (True on real tokens).
@@ -107,8 +126,10 @@ class MultimodalMMDiT(nn.Module):
             modality_masks=(attention_mask, None),
             time_cond=self.conditioning(text_timesteps, latent_timesteps),
         )
-        return (self.text_head(text) if "text" in heads else None,
-                self.latent_head(latent[:, 0]) if "latent" in heads else None)
+        return (
+            self.text_head(text) if "text" in heads else None,
+            self.latent_head(latent[:, 0]) if "latent" in heads else None,
+        )
 
     def encode(self, groups: Sequence[Rows], padding: Padding) -> tuple[Tensor, Tensor]:
         """The fast path: see `job.model.fast.encode`."""
@@ -140,5 +161,7 @@ def vocabulary(config: ModelConfig, data_vocab_size: int) -> int:
     if config.vocab_size is None:
         return -(-data_vocab_size // config.vocab_multiple) * config.vocab_multiple
     if config.vocab_size < data_vocab_size:
-        raise UserError(f"model.vocab_size={config.vocab_size} is below the data's vocabulary of {data_vocab_size}; leave model.vocab_size out")
+        raise UserError(
+            f"model.vocab_size={config.vocab_size} is below the data's vocabulary of {data_vocab_size}; leave model.vocab_size out"
+        )
     return config.vocab_size

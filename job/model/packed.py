@@ -32,7 +32,9 @@ class Spans:
         """Layer norm of x [N, H] with a gain and a bias [C, H] per condition."""
         if self.by_index:
             return F.layer_norm(x, x.shape[-1:], eps=eps) * gamma[self.index] + beta[self.index]
-        parts = zip(x.split(self.counts), gamma.to(x.dtype), beta.to(x.dtype), strict=True)  # the kernel applies gain and bias in its own pass
+        parts = zip(
+            x.split(self.counts), gamma.to(x.dtype), beta.to(x.dtype), strict=True
+        )  # the kernel applies gain and bias in its own pass
         return torch.cat([F.layer_norm(part, x.shape[-1:], g, b, eps) for part, g, b in parts])
 
     def scale(self, x: Tensor, gamma: Tensor) -> Tensor:
@@ -61,7 +63,9 @@ class Layout:
         self.whole = padding.repeat(len(groups))
         # Long rows attend one by one, without their padding; short ones, and all on a GPU, side by side with a mask: a call costs more than it saves.
         self.row_by_row = padding.ragged and seq_len > SHORT and not mask.is_cuda
-        self.key_mask = None if padding.full or self.row_by_row else F.pad(self.whole.mask, (0, 1), value=True)[:, None, None]
+        self.key_mask = (
+            None if padding.full or self.row_by_row else F.pad(self.whole.mask, (0, 1), value=True)[:, None, None]
+        )
         self.positions = padding.pack(torch.arange(seq_len, device=mask.device).expand(rows, -1)).repeat(len(groups))
         self.text, self.latent = self._spans(groups)
         # what the heads read, of the text tokens and of the rows: groups that a head reads lie side by side
@@ -82,13 +86,17 @@ class Layout:
         indices: tuple[list[Tensor], list[Tensor]] = ([], [])
         for group in groups:
             each = max(len(group.text_t), len(group.latent_t)) > 1
-            for count, index, lengths, places in zip(counts, indices, (self.lengths, [1] * rows), (row_of_token, row), strict=True):
+            for count, index, lengths, places in zip(
+                counts, indices, (self.lengths, [1] * rows), (row_of_token, row), strict=True
+            ):
                 index.append(len(count) + places if each else torch.full_like(places, len(count)))
                 count += lengths if each else [sum(lengths)]
         text, latent = (Spans(count, torch.cat(index)) for count, index in zip(counts, indices, strict=True))
         return text, latent
 
-    def select(self, part: slice, streams: Tensor, weights: Mixing | None, spans: Spans) -> tuple[Tensor, Mixing | None, Spans]:
+    def select(
+        self, part: slice, streams: Tensor, weights: Mixing | None, spans: Spans
+    ) -> tuple[Tensor, Mixing | None, Spans]:
         """The tokens of a slice, with their weights and spans."""
         return streams[part], weights and Mixing(*(w[part] for w in weights)), spans.select(part)
 
@@ -114,7 +122,9 @@ class Layout:
 
         for text_k, text_v, latent_q, latent_k, latent_v, heads in keys_and_values:
             q = joined(next(text_q) if "text" in heads else None, latent_q if "latent" in heads else None)
-            out = F.scaled_dot_product_attention(q, joined(text_k, latent_k), joined(text_v, latent_v), attn_mask=key_mask)
+            out = F.scaled_dot_product_attention(
+                q, joined(text_k, latent_k), joined(text_v, latent_v), attn_mask=key_mask
+            )
             out = out.transpose(1, 2).flatten(2)
             if "text" in heads:
                 of_text = out[:, :-1] if "latent" in heads else out

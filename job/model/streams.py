@@ -63,8 +63,12 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams, mix, post, branch = ctx.saved_tensors
         gradient = gradient.contiguous()  # the last block's is a sum's, expanded, which bmm would take matrix by matrix
-        return (torch.bmm(mix.mT, gradient), torch.bmm(gradient, streams.mT), torch.bmm(gradient, branch[:, :, None]),
-                torch.bmm(post.mT, gradient)[:, 0])
+        return (
+            torch.bmm(mix.mT, gradient),
+            torch.bmm(gradient, streams.mT),
+            torch.bmm(gradient, branch[:, :, None]),
+            torch.bmm(post.mT, gradient)[:, 0],
+        )
 
 
 def read(connection: Any, streams: Tensor) -> tuple[Tensor, Mixing | None]:
@@ -74,7 +78,11 @@ def read(connection: Any, streams: Tensor) -> tuple[Tensor, Mixing | None]:
     c = connection
     with torch.autocast(streams.device.type, enabled=False):
         scales = torch.cat([c.pre_branch_scale, c.residual_scale.expand(c.num_residual_streams), c.h_post_scale[None]])
-        weight = torch.cat([c.dynamic_alpha_fn[0], c.dynamic_beta_fn], dim=-1) * scales * ((c.norm.gamma + 1) * c.norm.scale)[:, None]
+        weight = (
+            torch.cat([c.dynamic_alpha_fn[0], c.dynamic_beta_fn], dim=-1)
+            * scales
+            * ((c.norm.gamma + 1) * c.norm.scale)[:, None]
+        )
         branch, logits = _Read.apply(streams, weight, torch.cat([c.static_alpha, c.static_beta[:, 0]], dim=-1))
     return branch, Mixing(sinkhorn(logits[..., 1:-1], c.residual_mix_constraint_fn).mT, 2 * logits[..., -1:].sigmoid())
 

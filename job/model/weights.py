@@ -22,9 +22,12 @@ def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Raises UserError when a key of MultimodalMMDiT is missing.
     """
+
     def shape(key: str) -> tuple[int, ...]:
         if key not in weights:
-            raise UserError(f"not the weights of a MultimodalMMDiT: {key} is missing (found {len(weights)} others, such as {next(iter(weights), 'none')})")
+            raise UserError(
+                f"not the weights of a MultimodalMMDiT: {key} is missing (found {len(weights)} others, such as {next(iter(weights), 'none')})"
+            )
         return tuple(weights[key].shape)
 
     vocab_size, hidden_size = shape("text_encoder.token_embed.weight")
@@ -33,10 +36,16 @@ def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     norm, streams = f"{block}joint_attn.q_rmsnorms.0.gamma", f"{block}attn_residual_fns.0.static_beta"
     n_heads, _, head_dim = shape(norm) if norm in weights else (width // HEAD_DIM, 1, HEAD_DIM)
     return {
-        "hidden_size": hidden_size, "n_blocks": len({key.split(".")[2] for key in weights if key.startswith("mmdit.blocks.")}), "n_heads": n_heads,
-        "head_dim": head_dim, "cond_dim": shape("conditioning.combine.2.weight")[0], "max_seq_len": shape("text_encoder.position_embed")[1],
-        "num_residual_streams": shape(streams)[0] if streams in weights else 1, "qk_rmsnorm": norm in weights,
-        "latent_dim": shape("latent_head.3.weight")[0], "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "n_blocks": len({key.split(".")[2] for key in weights if key.startswith("mmdit.blocks.")}),
+        "n_heads": n_heads,
+        "head_dim": head_dim,
+        "cond_dim": shape("conditioning.combine.2.weight")[0],
+        "max_seq_len": shape("text_encoder.position_embed")[1],
+        "num_residual_streams": shape(streams)[0] if streams in weights else 1,
+        "qk_rmsnorm": norm in weights,
+        "latent_dim": shape("latent_head.3.weight")[0],
+        "vocab_size": vocab_size,
     }
 
 
@@ -61,7 +70,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write one with `python -m job.convert`") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated, or not a safetensors file ({error}); write it with `python -m job.convert`") from error
+        raise UserError(
+            f"{path}: truncated, or not a safetensors file ({error}); write it with `python -m job.convert`"
+        ) from error
     try:
         return weights, describe(weights)
     except UserError as error:
@@ -79,8 +90,11 @@ def apply_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"{path} does not fit this model: {differences}; use {overrides(different)}")
     problems = [f"{name} is missing there" for name in own if name not in weights]
     problems += [f"{name} is unknown here" for name in weights if name not in own]
-    problems += [f"{name} is {list(weights[name].shape)} there and {list(own[name].shape)} here" for name in own
-                 if name in weights and weights[name].shape != own[name].shape]
+    problems += [
+        f"{name} is {list(weights[name].shape)} there and {list(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
     if problems:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise UserError(f"{path} does not fit this model: {'; '.join(problems[:NAMED])}{more}")

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 # Every scalar an objective can report, in the order of the log's columns.
-LOSS_METRICS = ("loss", "base_l2t_text_loss", "base_t2l_latent_loss", "cycle_text_loss", "cycle_latent_loss", "text_loss", "latent_loss")
+LOSS_METRICS = (
+    "loss",
+    "base_l2t_text_loss",
+    "base_t2l_latent_loss",
+    "cycle_text_loss",
+    "cycle_latent_loss",
+    "text_loss",
+    "latent_loss",
+)
 STEP_METRICS = (*LOSS_METRICS, "t_lat_mean", "latent_pred_norm", "x0_pred_norm", "grad_norm")
 
 
@@ -21,7 +29,9 @@ class Accumulator:
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, len(STEP_METRICS), dtype=torch.float64, device=device)
-        self.current = torch.zeros(2, len(STEP_METRICS), dtype=torch.float64, device=device)  # this step, over its micro-batches
+        self.current = torch.zeros(
+            2, len(STEP_METRICS), dtype=torch.float64, device=device
+        )  # this step, over its micro-batches
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_values = torch.zeros(2, len(STEP_METRICS), dtype=torch.float64, device=device)
         self.weights: dict[str, float] = {}  # python numbers, as applied at the last step

@@ -24,7 +24,11 @@ PANELS: Sequence[tuple[str, str, Sequence[str]]] = (
     ("held-out cross-entropy, nats per token", "eval", ("l2t/ce", "t2l2t/ce", "pseudo/entropy")),
     ("held-out token accuracy", "eval", ("l2t/token_acc", "t2l2t/token_acc", "text/most_frequent_token_acc")),
     ("what latent (nats) and text (MSE) bring", "eval", ("l2t/latent_gain", "t2l/text_gain")),
-    ("cosine of predicted latents", "eval", ("t2l/x0_cos", "t2l/x0_cos@0.9", "t2l/x0_cos@0.5", "t2l/x0_cos@0.25", "l2t2l/cos")),
+    (
+        "cosine of predicted latents",
+        "eval",
+        ("t2l/x0_cos", "t2l/x0_cos@0.9", "t2l/x0_cos@0.5", "t2l/x0_cos@0.25", "l2t2l/cos"),
+    ),
     ("error and length of predicted latents, t=1", "eval", ("t2l/x0_mse", "t2l/x0_norm_ratio", "l2t2l/retrieval_at_1")),
     ("latent directions in use", "eval", ("latent/active_dims", "latent/active_dims_data")),
 )
@@ -38,7 +42,11 @@ def write_curves(run_dir: Path) -> None:
     A metric that a log does not hold, and a panel without any, is left out.
     """
     logs = {"train": json_lines(run_dir / "training_log.jsonl"), "eval": json_lines(run_dir / "evaluation.jsonl")}
-    panels = [(title, logs[log], names) for title, log, names in PANELS if any(name in line for line in logs[log] for name in names)]
+    panels = [
+        (title, logs[log], names)
+        for title, log, names in PANELS
+        if any(name in line for line in logs[log] for name in names)
+    ]
     rows = max(1, math.ceil(len(panels) / COLUMNS))
     figure = Figure(figsize=(5 * COLUMNS, 3 * rows), layout="constrained")
     figure.suptitle(run_dir.resolve().name)
@@ -52,7 +60,9 @@ def draw(axes: Axes, title: str, log: Log, names: Sequence[str]) -> None:
     for name in names:
         points = [(line["step"], line[name]) for line in log if name in line]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < MARKED else None)
+            axes.plot(
+                *zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < MARKED else None
+            )
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)

@@ -10,7 +10,16 @@ from pathlib import Path
 import torch
 
 # Dense bf16 operations a second by a part of the GPU's name, as NVIDIA states them; more special names come first.
-BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "RTX 4090": 165e12}
+BF16_PEAK = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -20,7 +29,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         known = next((peak for part, peak in BF16_PEAK.items() if part in name), None)
         if known is not None:
             return known
-    size, tries = (4096, 4) if device.type == "cuda" else (512, 25)  # short, so that other processes leave some of them alone
+    size, tries = (
+        (4096, 4) if device.type == "cuda" else (512, 25)
+    )  # short, so that other processes leave some of them alone
     a = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     for _ in range(tries):
@@ -51,17 +62,28 @@ class Device:
         """Memory in use, at most in use and in all, in bytes, and the share of time in which the device computed since the last read."""
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
-            return {"device_memory_used_bytes": total - free, "device_memory_limit_bytes": total,
-                    "device_memory_peak_bytes": torch.cuda.max_memory_allocated(self._device), **self._gpu_utilization()}
+            return {
+                "device_memory_used_bytes": total - free,
+                "device_memory_limit_bytes": total,
+                "device_memory_peak_bytes": torch.cuda.max_memory_allocated(self._device),
+                **self._gpu_utilization(),
+            }
         busy, wall = time.process_time(), time.monotonic()
         share = (busy - self._busy) / max(1e-9, wall - self._wall) / len(os.sched_getaffinity(0))
         self._busy, self._wall = busy, wall
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return {"device_memory_used_bytes": resident, "device_memory_limit_bytes": host_memory_limit(),
-                "device_memory_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "device_utilization": min(1.0, share)}
+        return {
+            "device_memory_used_bytes": resident,
+            "device_memory_limit_bytes": host_memory_limit(),
+            "device_memory_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "device_utilization": min(1.0, share),
+        }
 
     def _gpu_utilization(self) -> dict[str, float]:
         try:
             return {"device_utilization": torch.cuda.utilization(self._device) / 100}
-        except (ModuleNotFoundError, RuntimeError):  # NVML's Python binding is not installed, or the driver does not tell (MIG)
+        except (
+            ModuleNotFoundError,
+            RuntimeError,
+        ):  # NVML's Python binding is not installed, or the driver does not tell (MIG)
             return {}

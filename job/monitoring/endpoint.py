@@ -23,13 +23,25 @@ JOB = "cyclevae"  # the label `job` of everything we export
 class Endpoint:
     """Server and thread of one rank. `observe` is called by the thread every few seconds; `gather` by the caller's, on every rank."""
 
-    def __init__(self, config: Config, metrics: Metrics, vitals: Vitals, local_rank: int, job_id: str,
-                 gather: Callable[[Any], list[Any]], observe: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        vitals: Vitals,
+        local_rank: int,
+        job_id: str,
+        gather: Callable[[Any], list[Any]],
+        observe: Callable[[], None],
+    ) -> None:
         c = config.monitoring
         self._metrics, self._observe = metrics, observe
         self._targets: Targets | None = None
         self._gateway = c.pushgateway if c.enabled else None
-        self._server = Server(c.host, c.port + local_rank if c.port else None, metrics.registry, vitals.healthy, vitals.ready) if c.enabled else None
+        self._server = (
+            Server(c.host, c.port + local_rank if c.port else None, metrics.registry, vitals.healthy, vitals.ready)
+            if c.enabled
+            else None
+        )
         if self._server is not None:
             node = socket.gethostname()
             everyone = gather((node if c.host in (None, "0.0.0.0", "::") else c.host, self._server.port, node))
@@ -62,7 +74,10 @@ class Endpoint:
         try:
             self._targets = Targets(directory, self._metrics.run, job_id, everyone)
         except OSError as error:
-            print(f"warning: {directory} cannot be written ({error}), so Prometheus will not find this run there; set monitoring.targets_dir", file=sys.stderr)
+            print(
+                f"warning: {directory} cannot be written ({error}), so Prometheus will not find this run there; set monitoring.targets_dir",
+                file=sys.stderr,
+            )
 
     def _run(self) -> None:
         while True:
@@ -71,7 +86,9 @@ class Endpoint:
                 if self._targets is not None:
                     self._targets.refresh()
                 if self._gateway is not None:
-                    push_to_gateway(self._gateway, JOB, self._metrics.registry, self._grouping, timeout=HOUSEKEEPING_SECONDS)
+                    push_to_gateway(
+                        self._gateway, JOB, self._metrics.registry, self._grouping, timeout=HOUSEKEEPING_SECONDS
+                    )
             except OSError as error:  # a disk or a gateway away for a while
                 self._warn(error)
             if self._end.wait(HOUSEKEEPING_SECONDS):

@@ -38,8 +38,16 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     code = source()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "version": metadata.version("cyclevae"), "python": platform.python_version(),
-        "platform": platform.platform(), "packages": {name: metadata.version(name) for name in PACKAGES},
-        "git_commit": code["revision"] or None, "built": code["built"] or None, "command": sys.argv,
-        "device": device.type, "gpu": gpu, "cuda": torch.version.cuda, "cpu_threads": torch.get_num_threads(), "world_size": world_size,
+        "version": metadata.version("cyclevae"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "git_commit": code["revision"] or None,
+        "built": code["built"] or None,
+        "command": sys.argv,
+        "device": device.type,
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+        "cpu_threads": torch.get_num_threads(),
+        "world_size": world_size,
     }

@@ -55,7 +55,10 @@ class Metrics(Collector):
 
     def set(self, values: Snapshot) -> None:
         """Take values over into the next scrapes; from the loop's thread. A rank above 0 keeps its own and drops the run's."""
-        self._values = {**self._values, **{series: value for series, value in values.items() if self.rank == 0 or series[0] in RANK_NAMES}}
+        self._values = {
+            **self._values,
+            **{series: value for series, value in values.items() if self.rank == 0 or series[0] in RANK_NAMES},
+        }
 
     def observe(self, values: Snapshot) -> None:
         """Replace what the monitoring thread saw."""
@@ -83,8 +86,14 @@ class Metrics(Collector):
 class Server:
     """HTTP on a thread of its own. `healthy` and `ready` give whether, and a word on why."""
 
-    def __init__(self, host: str | None, port: int | None, registry: CollectorRegistry, healthy: Callable[[], tuple[bool, str]],
-                 ready: Callable[[], tuple[bool, str]]) -> None:
+    def __init__(
+        self,
+        host: str | None,
+        port: int | None,
+        registry: CollectorRegistry,
+        healthy: Callable[[], tuple[bool, str]],
+        ready: Callable[[], tuple[bool, str]],
+    ) -> None:
         checks = {"/healthz": healthy, "/readyz": ready}
 
         class Handler(BaseHTTPRequestHandler):
@@ -114,7 +123,9 @@ class Server:
 
         self._server = listen(host, port, Handler)
         self.port: int = self._server.server_address[1]
-        os.register_at_fork(after_in_child=self._server.socket.close)  # a loader worker that outlives the rank must not hold its port
+        os.register_at_fork(
+            after_in_child=self._server.socket.close
+        )  # a loader worker that outlives the rank must not hold its port
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     def close(self) -> None:
@@ -143,5 +154,8 @@ def listen(host: str | None, port: int | None, handler: type[BaseHTTPRequestHand
     except OSError as error:
         if not port:
             raise
-        print(f"warning: monitoring.port={port} cannot be used ({error.strerror}); metrics are on a free port instead", file=sys.stderr)
+        print(
+            f"warning: monitoring.port={port} cannot be used ({error.strerror}); metrics are on a free port instead",
+            file=sys.stderr,
+        )
         return Listening((host or wildcard, 0), handler)

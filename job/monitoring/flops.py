@@ -20,12 +20,17 @@ def pass_flops(model: ModelConfig, lengths: np.ndarray, vocab_size: int, latent_
     token = 2 * (4 * hidden * inner + 8 * hidden * hidden)  # projections and feed-forward of one token in one block
     keys = 2 * 2 * hidden * inner  # keys and values alone
     attention = 4 * inner * (n + 1)  # of one query over all keys
-    modulation = 2 * 12 * hidden * model.cond_dim * model.n_blocks  # adaptive norms and gains of a row, 6 H outputs for each modality
+    modulation = (
+        2 * 12 * hidden * model.cond_dim * model.n_blocks
+    )  # adaptive norms and gains of a row, 6 H outputs for each modality
     trunk = (model.n_blocks - 1) * (n + 1) * (token + attention) + modulation
     latent_query, text_queries = token + attention, n * (token + attention)
     latent_head, text_head = 2 * (2 * hidden * hidden + 2 * hidden * latent_dim), n * 2 * hidden * vocab_size
-    forward = {"t2l": trunk + latent_query + n * keys + latent_head, "l2t": trunk + text_queries + keys + text_head,
-               "joint": trunk + latent_query + text_queries + latent_head + text_head}
+    forward = {
+        "t2l": trunk + latent_query + n * keys + latent_head,
+        "l2t": trunk + text_queries + keys + text_head,
+        "joint": trunk + latent_query + text_queries + latent_head + text_head,
+    }
     return {name: 3 * float(rows.sum()) for name, rows in forward.items()}  # backward is twice the forward
 
 
@@ -48,7 +53,11 @@ class Work:
         """One step over the rows of a global batch, with so many passes of each kind."""
         flops = pass_flops(self._model, lengths, self._vocab_size, self._latent_dim)
         tokens, samples, operations = self._done
-        self._done = Done(tokens + int(lengths.sum()), samples + len(lengths), operations + sum(count * flops[name] for name, count in passes.items()))
+        self._done = Done(
+            tokens + int(lengths.sum()),
+            samples + len(lengths),
+            operations + sum(count * flops[name] for name, count in passes.items()),
+        )
 
     def read(self) -> Done:
         """What was done, and a new interval."""

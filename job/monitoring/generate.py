@@ -1,6 +1,6 @@
 """Writes what follows from code: rules, runbook, dashboards, and their Kubernetes objects.
 
-    python -m job.monitoring.generate [ROOT]
+python -m job.monitoring.generate [ROOT]
 """
 
 from __future__ import annotations
@@ -37,17 +37,34 @@ def _yaml(*documents: dict[str, Any]) -> str:
     return f"# {NOTE}\n" + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=160, allow_unicode=True)
 
 
-def _object(kind: str, api_version: str, name: str, labels: dict[str, str] | None = None, **content: Any) -> dict[str, Any]:
-    return {"apiVersion": api_version, "kind": kind, "metadata": {"name": name, "labels": {**LABELS, **(labels or {})}}, **content}
+def _object(
+    kind: str, api_version: str, name: str, labels: dict[str, str] | None = None, **content: Any
+) -> dict[str, Any]:
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
+        "metadata": {"name": name, "labels": {**LABELS, **(labels or {})}},
+        **content,
+    }
 
 
 def pod_monitor() -> dict[str, Any]:
     """Scrapes the ports metrics-0 ... of every pod of a run; a pod names as many as it has ranks."""
-    relabelings = [{"targetLabel": "job", "replacement": "cyclevae"},
-                   {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"},
-                   {"sourceLabels": ["__meta_kubernetes_pod_label_training_kubeflow_org_job_name"], "targetLabel": "job_id"}]
-    endpoints = [{"port": f"metrics-{number}", "path": "/metrics", "honorLabels": True, "relabelings": relabelings} for number in range(PORTS)]
-    return _object("PodMonitor", "monitoring.coreos.com/v1", "cyclevae", spec={"selector": {"matchLabels": LABELS}, "podMetricsEndpoints": endpoints})
+    relabelings = [
+        {"targetLabel": "job", "replacement": "cyclevae"},
+        {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"},
+        {"sourceLabels": ["__meta_kubernetes_pod_label_training_kubeflow_org_job_name"], "targetLabel": "job_id"},
+    ]
+    endpoints = [
+        {"port": f"metrics-{number}", "path": "/metrics", "honorLabels": True, "relabelings": relabelings}
+        for number in range(PORTS)
+    ]
+    return _object(
+        "PodMonitor",
+        "monitoring.coreos.com/v1",
+        "cyclevae",
+        spec={"selector": {"matchLabels": LABELS}, "podMetricsEndpoints": endpoints},
+    )
 
 
 def files() -> dict[str, str]:
@@ -56,15 +73,27 @@ def files() -> dict[str, str]:
     kubernetes = {
         "podmonitor.yaml": _yaml(pod_monitor()),
         "prometheusrule.yaml": _yaml(_object("PrometheusRule", "monitoring.coreos.com/v1", "cyclevae", spec=rules)),
-        "dashboards.yaml": _yaml(*(_object("ConfigMap", "v1", f"cyclevae-dashboard-{name.removesuffix('.json')}", {"grafana_dashboard": "1"},
-                                           data={f"cyclevae-{name}": _Block(board)}) for name, board in boards.items())),
+        "dashboards.yaml": _yaml(
+            *(
+                _object(
+                    "ConfigMap",
+                    "v1",
+                    f"cyclevae-dashboard-{name.removesuffix('.json')}",
+                    {"grafana_dashboard": "1"},
+                    data={f"cyclevae-{name}": _Block(board)},
+                )
+                for name, board in boards.items()
+            )
+        ),
     }
     return {
         "docker/prometheus/rules.yml": _yaml(rules),
         "docker/RUNBOOK.md": f"<!-- {NOTE} -->\n{runbook()}",
         **{f"docker/grafana/dashboards/{name}": board for name, board in boards.items()},
         **{f"k8s/monitoring/{name}": content for name, content in kubernetes.items()},
-        "k8s/monitoring/kustomization.yaml": _yaml({"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": list(kubernetes)}),
+        "k8s/monitoring/kustomization.yaml": _yaml(
+            {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": list(kubernetes)}
+        ),
     }
 
 

@@ -40,7 +40,11 @@ class Goodput:
         """Steps `start` to `done` were done; call before `time_spent`, which moves `furthest` on."""
         self.steps += done - start
         self.replayed_steps += max(0, min(done, self.furthest) - start)
-        self.tokens, self.samples, self.flops = self.tokens + work.tokens, self.samples + work.samples, self.flops + work.flops
+        self.tokens, self.samples, self.flops = (
+            self.tokens + work.tokens,
+            self.samples + work.samples,
+            self.flops + work.flops,
+        )
 
     def time_spent(self, start: int, done: int, seconds: Mapping[str, float]) -> None:
         """Seconds of the loop's phases while steps `start` to `done` were done."""
@@ -55,8 +59,11 @@ class Goodput:
     def series(self) -> dict[Series, float]:
         """The counters for Prometheus."""
         return {
-            ("cyclevae_steps_total", ()): self.steps, ("cyclevae_replayed_steps_total", ()): self.replayed_steps, ("cyclevae_tokens_total", ()): self.tokens,
-            ("cyclevae_samples_total", ()): self.samples, ("cyclevae_model_flops_total", ()): self.flops,
+            ("cyclevae_steps_total", ()): self.steps,
+            ("cyclevae_replayed_steps_total", ()): self.replayed_steps,
+            ("cyclevae_tokens_total", ()): self.tokens,
+            ("cyclevae_samples_total", ()): self.samples,
+            ("cyclevae_model_flops_total", ()): self.flops,
             ("cyclevae_restarts_total", ()): max(0, self.starts - 1),
             **{("cyclevae_goodput_seconds_total", (phase,)): seconds for phase, seconds in self.seconds.items()},
         }

@@ -8,8 +8,15 @@ import time
 
 from tqdm import tqdm
 
-SHORT = {"loss": "loss", "base_l2t_text_loss": "l2t", "base_t2l_latent_loss": "t2l", "cycle_text_loss": "cycle_text", "cycle_latent_loss": "cycle_latent",
-         "text_loss": "text", "latent_loss": "latent"}
+SHORT = {
+    "loss": "loss",
+    "base_l2t_text_loss": "l2t",
+    "base_t2l_latent_loss": "t2l",
+    "cycle_text_loss": "cycle_text",
+    "cycle_latent_loss": "cycle_latent",
+    "text_loss": "text",
+    "latent_loss": "latent",
+}
 
 
 def clock(seconds: float) -> str:
@@ -21,7 +28,11 @@ def clock(seconds: float) -> str:
 
 def rate(tokens_per_second: float) -> str:
     """Tokens per second in three digits."""
-    return f"{tokens_per_second / 1000:.3g}k tokens/s" if tokens_per_second >= 1000 else f"{tokens_per_second:.3g} tokens/s"
+    return (
+        f"{tokens_per_second / 1000:.3g}k tokens/s"
+        if tokens_per_second >= 1000
+        else f"{tokens_per_second:.3g} tokens/s"
+    )
 
 
 class Progress:
@@ -30,7 +41,11 @@ class Progress:
     def __init__(self, total: int, step: int, show: bool) -> None:
         self.total, self.first, self.started = total, step, time.monotonic()
         self.show = show
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1) if show and sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+            if show and sys.stderr.isatty()
+            else None
+        )
 
     def update(self, step: int) -> None:
         if self.bar is not None:

@@ -25,7 +25,12 @@ from job.monitoring.training_log import JsonLines
 from job.monitoring.vitals import Vitals
 
 WRITE_SECONDS = 10.0  # between two writes of goodput.json
-TWO_TERMS = {"l2t": ("base_l2t_text",), "t2l": ("base_t2l_latent",), "unconditional": ("text", "latent"), "cycle_vae": ("base_l2t_text", "base_t2l_latent")}
+TWO_TERMS = {
+    "l2t": ("base_l2t_text",),
+    "t2l": ("base_t2l_latent",),
+    "unconditional": ("text", "latent"),
+    "cycle_vae": ("base_l2t_text", "base_t2l_latent"),
+}
 
 
 class Place(Protocol):
@@ -60,10 +65,29 @@ class Reporter:
     products are computed in, `started` when the process was.
     """
 
-    def __init__(self, config: Config, run_dir: Path, process: Place, phases: Phases, work: Work, *, dtype: torch.dtype, saves: Saves,
-                 silence: Callable[[], float], gather: Callable[[Any], list[Any]], started: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        process: Place,
+        phases: Phases,
+        work: Work,
+        *,
+        dtype: torch.dtype,
+        saves: Saves,
+        silence: Callable[[], float],
+        gather: Callable[[Any], list[Any]],
+        started: float,
+    ) -> None:
         c = config.monitoring
-        self.config, self.run_dir, self.phases, self.work, self.saves, self.main = config, run_dir, phases, work, saves, process.rank == 0
+        self.config, self.run_dir, self.phases, self.work, self.saves, self.main = (
+            config,
+            run_dir,
+            phases,
+            work,
+            saves,
+            process.rank == 0,
+        )
         self.log, self.evaluations = JsonLines(run_dir / "training_log.jsonl"), JsonLines(run_dir / "evaluation.jsonl")
         self.vitals = Vitals(silence, c.stalled_after_seconds, started)
         self.peak_flops = 1e12 * c.peak_tflops if c.peak_tflops else peak_flops(process.device, dtype)
@@ -76,12 +100,16 @@ class Reporter:
         self.device_values: dict[str, float] = {}
         self._observe()
         self._tensorboard: Any = None
-        self._endpoint = Endpoint(config, self.metrics, self.vitals, process.local_rank, process.job_id, gather, self._observe)
+        self._endpoint = Endpoint(
+            config, self.metrics, self.vitals, process.local_rank, process.job_id, gather, self._observe
+        )
 
     def begin(self, step: int, evaluated: int) -> None:
         """The loop begins at `step`, last evaluated at `evaluated`: what a killed run logged beyond is dropped."""
         if self.main:
-            logged = [int(line["step"]) for line in json_lines(self.log.path)[-1:]]  # newer than goodput.json when the run was killed
+            logged = [
+                int(line["step"]) for line in json_lines(self.log.path)[-1:]
+            ]  # newer than goodput.json when the run was killed
             self.goodput.furthest = max([self.goodput.furthest, *logged])
             self.log.continue_from(step)
             self.evaluations.continue_from(step if evaluated == step else step - 1)
@@ -110,8 +138,14 @@ class Reporter:
         self._count(seconds, work)
         found = {series: value for name, value in values.items() if (series := training_series(name))}
         expected = expected_save_interval(self.config, values["step_seconds"])
-        self.metrics.set({**found, **self.goodput.series(), ("cyclevae_progress_ratio", ()): self._done / self.config.training.num_train_steps,
-                          **({("cyclevae_checkpoint_expected_interval_seconds", ()): expected} if expected else {})})
+        self.metrics.set(
+            {
+                **found,
+                **self.goodput.series(),
+                ("cyclevae_progress_ratio", ()): self._done / self.config.training.num_train_steps,
+                **({("cyclevae_checkpoint_expected_interval_seconds", ()): expected} if expected else {}),
+            }
+        )
         if self.main:
             self.log.write(values)
             self._to_tensorboard(values)
@@ -159,13 +193,22 @@ class Reporter:
         s = self.saves
         values: dict[str, float] = {"saves_total": s.saves, "failures_total": s.failures}
         if s.saves:
-            values |= {"duration_seconds": s.last_save_seconds, "stall_seconds": s.last_stall_seconds, "share_bytes": s.bytes}
-        return {**self.vitals.series(), **{(f"cyclevae_checkpoint_{name}", ()): value for name, value in values.items()}}
+            values |= {
+                "duration_seconds": s.last_save_seconds,
+                "stall_seconds": s.last_stall_seconds,
+                "share_bytes": s.bytes,
+            }
+        return {
+            **self.vitals.series(),
+            **{(f"cyclevae_checkpoint_{name}", ()): value for name, value in values.items()},
+        }
 
     def _observe(self) -> None:
         """In the monitoring thread: the device, and the newest checkpoint on disk."""
         self.device_values = self._device.read()
-        found: dict[Series, float] = {series: value for name, value in self.device_values.items() if (series := training_series(name))}
+        found: dict[Series, float] = {
+            series: value for name, value in self.device_values.items() if (series := training_series(name))
+        }
         self.metrics.observe(found | (newest_checkpoint(self.run_dir / "checkpoints") if self.main else {}))
 
 
@@ -183,33 +226,63 @@ def newest_checkpoint(directory: Path) -> dict[Series, float]:
         committed = (steps[-1] / "commit.json").stat().st_mtime
     except (IndexError, FileNotFoundError):  # none yet, or it was just replaced
         return {}
-    return {("cyclevae_checkpoint_step", ()): int(steps[-1].name[5:]), ("cyclevae_checkpoint_size_bytes", ()): sizes,
-            ("cyclevae_checkpoint_last_success_timestamp_seconds", ()): committed}
+    return {
+        ("cyclevae_checkpoint_step", ()): int(steps[-1].name[5:]),
+        ("cyclevae_checkpoint_size_bytes", ()): sizes,
+        ("cyclevae_checkpoint_last_success_timestamp_seconds", ()): committed,
+    }
 
 
 def expected_save_interval(config: Config, step_seconds: float) -> float | None:
     """Seconds between checkpoints at this step time; None when they come only at the end."""
     c = config.logging
-    intervals = [*([c.save_freq * step_seconds] if c.save_freq else []), *([60 * c.save_minutes] if c.save_minutes else [])]
+    intervals = [
+        *([c.save_freq * step_seconds] if c.save_freq else []),
+        *([60 * c.save_minutes] if c.save_minutes else []),
+    ]
     return min(intervals, default=None)
 
 
 def constants(config: Config, process: Place, dtype: torch.dtype) -> dict[Series, float]:
     """What does not change while a run trains."""
     loss, made = config.loss, environment(process.device, process.world_size)
-    build = (made["version"], made["git_commit"] or "", made["packages"]["torch"], made["packages"]["mmdit"], made["python"], made["built"] or "")
-    words = (loss.loss_type, config.model.latent_parameterization, loss.latent_t_mode, config.model.implementation, str(dtype).removeprefix("torch."),
-             made["gpu"] or "cpu", str(process.world_size))
-    weights = {term: loss.latent_loss_weight if "latent" in term else 1.0
-               for term in TWO_TERMS.get(loss.loss_type, ("base_l2t_text", "base_t2l_latent", "text", "latent"))}
-    values: dict[Series, float] = {("cyclevae_build_info", build): 1, ("cyclevae_config_info", words): 1,
-                                   ("cyclevae_target_steps", ()): config.training.num_train_steps}
+    build = (
+        made["version"],
+        made["git_commit"] or "",
+        made["packages"]["torch"],
+        made["packages"]["mmdit"],
+        made["python"],
+        made["built"] or "",
+    )
+    words = (
+        loss.loss_type,
+        config.model.latent_parameterization,
+        loss.latent_t_mode,
+        config.model.implementation,
+        str(dtype).removeprefix("torch."),
+        made["gpu"] or "cpu",
+        str(process.world_size),
+    )
+    weights = {
+        term: loss.latent_loss_weight if "latent" in term else 1.0
+        for term in TWO_TERMS.get(loss.loss_type, ("base_l2t_text", "base_t2l_latent", "text", "latent"))
+    }
+    values: dict[Series, float] = {
+        ("cyclevae_build_info", build): 1,
+        ("cyclevae_config_info", words): 1,
+        ("cyclevae_target_steps", ()): config.training.num_train_steps,
+    }
     values |= {("cyclevae_loss_weight", (term,)): weight for term, weight in weights.items()}
     values |= {("cyclevae_loss_weight_target", (term,)): weight for term, weight in weights.items()}
     if loss.loss_type == "cycle_vae":
-        for term, target, end in (("cycle_text", loss.cycle_text_weight, loss.cycle_text_warmup_steps + loss.cycle_text_ramp_steps),
-                                  ("cycle_latent", loss.cycle_latent_weight, loss.cycle_latent_warmup_steps + loss.cycle_latent_ramp_steps)):
-            values |= {("cyclevae_loss_weight_target", (term,)): target, ("cyclevae_loss_weight_target_step", (term,)): end}
+        for term, target, end in (
+            ("cycle_text", loss.cycle_text_weight, loss.cycle_text_warmup_steps + loss.cycle_text_ramp_steps),
+            ("cycle_latent", loss.cycle_latent_weight, loss.cycle_latent_warmup_steps + loss.cycle_latent_ramp_steps),
+        ):
+            values |= {
+                ("cyclevae_loss_weight_target", (term,)): target,
+                ("cyclevae_loss_weight_target_step", (term,)): end,
+            }
     return values
 
 
@@ -218,5 +291,7 @@ def tensorboard_writer(directory: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("monitoring.tensorboard=true needs TensorBoard; run `pip install cyclevae[tensorboard]`") from error
+        raise UserError(
+            "monitoring.tensorboard=true needs TensorBoard; run `pip install cyclevae[tensorboard]`"
+        ) from error
     return SummaryWriter(str(directory), purge_step=first_step)

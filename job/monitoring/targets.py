@@ -20,8 +20,13 @@ class Targets:
 
     def __init__(self, directory: Path, run: str, job_id: str, endpoints: list[tuple[str, int, str]]) -> None:
         """`endpoints` are (address, port, node) by rank. OSError when the directory cannot be written."""
-        self._groups = [{"targets": [f"[{address}]:{port}" if ":" in address else f"{address}:{port}"],
-                         "labels": {"run": run, "job_id": job_id, "rank": str(rank), "node": node}} for rank, (address, port, node) in enumerate(endpoints)]
+        self._groups = [
+            {
+                "targets": [f"[{address}]:{port}" if ":" in address else f"{address}:{port}"],
+                "labels": {"run": run, "job_id": job_id, "rank": str(rank), "node": node},
+            }
+            for rank, (address, port, node) in enumerate(endpoints)
+        ]
         prefix = f"cyclevae-{re.sub(r'[^A-Za-z0-9_.-]+', '_', run)}@"
         remove_leftovers(directory, prefix)
         self.path = directory / f"{prefix}{job_id}.json"

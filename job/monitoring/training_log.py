@@ -21,7 +21,9 @@ class JsonLines:
     def continue_from(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint of `step` that this run goes on from, and a half-written last line."""
         if self.path.exists():
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in json_lines(self.path) if line["step"] <= step))
+            write_text(
+                self.path, "".join(json.dumps(line) + "\n" for line in json_lines(self.path) if line["step"] <= step)
+            )
 
     def write(self, values: dict[str, float]) -> None:
         """Append an object. What a full disk refuses is kept and written with a later one: a log must not end a run."""

@@ -43,8 +43,11 @@ class Vitals:
         return self.training, "training" if self.training else "not training"
 
     def series(self) -> dict[Series, float]:
-        values = {"start_timestamp_seconds": self._started, "last_progress_timestamp_seconds": time.time() - self._silence(),
-                  "stall_limit_seconds": self.stall_limit}
+        values = {
+            "start_timestamp_seconds": self._started,
+            "last_progress_timestamp_seconds": time.time() - self._silence(),
+            "stall_limit_seconds": self.stall_limit,
+        }
         if self._last_step is not None:
             values["last_step_timestamp_seconds"] = self._last_step
         return {(f"cyclevae_{name}", ()): value for name, value in values.items()}

@@ -32,8 +32,13 @@ def one_rank(rows: Rows) -> list[Rows]:
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, batches: Iterable[Batch], seed: int, gather: Gather = one_rank,
-             between: Callable[[], object] = lambda: None) -> dict[str, float]:
+def evaluate(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    seed: int,
+    gather: Gather = one_rank,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """Metrics by name (see `ROWS`) of this rank's evaluation batches; `position` is the place in the evaluation set.
 
     `gather` returns every rank's rows (a dict of CPU tensors [n, ...]; empty for a rank without batches), and all ranks return the
@@ -43,7 +48,9 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch], seed: int, gather: Gath
     batches = list(batches)
     samples = _in_order(gather(_concatenate([_samples(trainer, batch) for batch in batches])))
     if samples["position"].numel() < 2:
-        raise UserError(f"evaluation needs at least 2 samples, found {samples['position'].numel()}; prepare a larger validation split")
+        raise UserError(
+            f"evaluation needs at least 2 samples, found {samples['position'].numel()}; prepare a larger validation split"
+        )
     rounds = max(int(count["batches"]) for count in gather({"batches": torch.tensor(len(batches))}))
     rows = []
     was_training = trainer.training
@@ -71,8 +78,12 @@ def _in_order(ranks: list[Rows]) -> Rows:
 def _samples(trainer: Trainer, batch: Batch) -> Rows:
     """What a sample lends to others when latents and texts are shuffled, padded to one length."""
     missing = trainer.max_seq_len - batch["input_ids"].shape[1]
-    rows = {"position": batch["position"], "tokens": F.pad(batch["input_ids"], (0, missing)), "mask": F.pad(batch["attention_mask"].bool(), (0, missing)),
-            "latent": batch["latent"].float()}
+    rows = {
+        "position": batch["position"],
+        "tokens": F.pad(batch["input_ids"], (0, missing)),
+        "mask": F.pad(batch["attention_mask"].bool(), (0, missing)),
+        "latent": batch["latent"].float(),
+    }
     return {name: values.cpu() for name, values in rows.items()}
 
 
@@ -94,7 +105,9 @@ def _measure(trainer: Trainer, batch: Batch, samples: Rows, seed: int) -> Rows:
     other = (position + count // 2) % count  # every sample gets another one's latent and text
     other_mask = samples["mask"][other]
     longest = int(other_mask.sum(1).max())
-    other_step = dataclasses.replace(s, tokens=samples["tokens"][other, :longest].to(device), mask=other_mask[:, :longest].to(device))
+    other_step = dataclasses.replace(
+        s, tokens=samples["tokens"][other, :longest].to(device), mask=other_mask[:, :longest].to(device)
+    )
 
     logits = trainer.l2t(s, s.latent)
     pseudo = logits.argmax(-1)
@@ -150,18 +163,26 @@ def _summary(rows: Rows, samples: Rows) -> dict[str, float]:
         return float(F.cosine_similarity(x0[name], z, dim=-1).mean())
 
     metrics = {
-        "l2t/ce": per_token("l2t", 0), "l2t/token_acc": per_token("l2t", 1), "l2t/latent_gain": per_token("l2t_shuffled", 0) - per_token("l2t", 0),
+        "l2t/ce": per_token("l2t", 0),
+        "l2t/token_acc": per_token("l2t", 1),
+        "l2t/latent_gain": per_token("l2t_shuffled", 0) - per_token("l2t", 0),
         "t2l/text_gain": mse("x0_shuffled") - mse("x0"),
-        "t2l2t/ce": per_token("t2l2t", 0), "t2l2t/token_acc": per_token("t2l2t", 1),
+        "t2l2t/ce": per_token("t2l2t", 0),
+        "t2l2t/token_acc": per_token("t2l2t", 1),
         "l2t2l/cos": cosine("x0_cycle"),
     }
     for suffix in ("", *(f"@{t}" for t in NOISY_T)):
         x = x0[f"x0{suffix}"]
-        metrics |= {f"t2l/x0_cos{suffix}": cosine(f"x0{suffix}"), f"t2l/x0_mse{suffix}": mse(f"x0{suffix}"),
-                    f"t2l/x0_norm_ratio{suffix}": float(x.norm(dim=-1).mean() / z.norm(dim=-1).mean())}
+        metrics |= {
+            f"t2l/x0_cos{suffix}": cosine(f"x0{suffix}"),
+            f"t2l/x0_mse{suffix}": mse(f"x0{suffix}"),
+            f"t2l/x0_norm_ratio{suffix}": float(x.norm(dim=-1).mean() / z.norm(dim=-1).mean()),
+        }
     similarity = F.normalize(x0["x0_cycle"], dim=-1) @ F.normalize(z, dim=-1).T
     nearest = (similarity == similarity.max(1, keepdim=True).values).double()
-    metrics["l2t2l/retrieval_at_1"] = float((nearest.diagonal() / nearest.sum(1)).mean())  # a tie counts as the chance of drawing the right one
+    metrics["l2t2l/retrieval_at_1"] = float(
+        (nearest.diagonal() / nearest.sum(1)).mean()
+    )  # a tie counts as the chance of drawing the right one
     metrics["latent/active_dims"] = participation_ratio(x0["x0"])
     metrics["latent/active_dims_data"] = participation_ratio(z)
     metrics["pseudo/entropy"] = per_token("l2t", 2)
@@ -195,10 +216,22 @@ def verdicts(metrics: dict[str, float]) -> list[str]:
         return [f"the model is broken: latent_gain is {latent_gain}, text_gain {text_gain}"]
     shuffled_mse = text_gain + metrics["t2l/x0_mse"]
     accuracy, baseline = metrics["t2l2t/token_acc"], metrics["text/most_frequent_token_acc"]
-    decoder = f"ignores the latent: any other serves as well (latent_gain {latent_gain:.3f})" if latent_gain < IGNORED_LATENT_GAIN else "uses the latent"
-    encoder = f"ignores the text: any other serves as well (text_gain {text_gain:.3f})" if text_gain < IGNORED_TEXT_GAIN * shuffled_mse else "uses the text"
+    decoder = (
+        f"ignores the latent: any other serves as well (latent_gain {latent_gain:.3f})"
+        if latent_gain < IGNORED_LATENT_GAIN
+        else "uses the latent"
+    )
+    encoder = (
+        f"ignores the text: any other serves as well (text_gain {text_gain:.3f})"
+        if text_gain < IGNORED_TEXT_GAIN * shuffled_mse
+        else "uses the text"
+    )
     guess = "always guessing the most frequent token"
-    cycle = f"is no better than {guess}" if accuracy <= baseline else f"gets {accuracy:.1%} of the tokens right, {guess} {baseline:.1%}"
+    cycle = (
+        f"is no better than {guess}"
+        if accuracy <= baseline
+        else f"gets {accuracy:.1%} of the tokens right, {guess} {baseline:.1%}"
+    )
     return [f"the decoder {decoder}", f"the encoder {encoder}", f"text -> latent -> text {cycle}"]
 
 

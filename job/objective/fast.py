@@ -21,7 +21,14 @@ from job.objective.vocabulary import linear_cross_entropy
 class FastTrainer(Trainer):
     """Trainer whose model also has encode(groups, padding) -> (text head inputs, latent predictions)."""
 
-    def __init__(self, model: nn.Module, model_config: ModelConfig, loss: LossConfig, training: TrainingConfig, mask_token_id: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        model_config: ModelConfig,
+        loss: LossConfig,
+        training: TrainingConfig,
+        mask_token_id: int,
+    ) -> None:
         super().__init__(model, model_config, loss, training, mask_token_id)
         model.compiled, model.checkpointing = training.compile_model, training.activation_checkpointing  # type: ignore[assignment]
 
@@ -48,8 +55,13 @@ class FastTrainer(Trainer):
         base_latent = latent_loss(prediction, target, self.loss.normalize_latent_loss)
         base_text, tokens = self._cross_entropy(s, text, pick=latent_weight > 0)
         total = base_text + self.loss.latent_loss_weight * base_latent
-        metrics: Metrics = {"base_l2t_text_loss": base_text, "base_t2l_latent_loss": base_latent, "cycle_text_weight": text_weight,
-                            "cycle_latent_weight": latent_weight, **self._latent_metrics(t, prediction, z_t)}
+        metrics: Metrics = {
+            "base_l2t_text_loss": base_text,
+            "base_t2l_latent_loss": base_latent,
+            "cycle_text_weight": text_weight,
+            "cycle_latent_weight": latent_weight,
+            **self._latent_metrics(t, prediction, z_t),
+        }
         x0 = self.schedule.predict_x0(z_t, t, prediction)
         if not self._last_stage:
             detached = {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
@@ -88,7 +100,9 @@ class FastTrainer(Trainer):
     def t2l(self, s: Step, tokens: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         return self._encode(s, Rows(tokens, z_t, t.new_zeros(1), t, ("latent",)))[1]
 
-    def denoise(self, s: Step, tokens: Tensor, z_t: Tensor, text_t: Tensor, t: Tensor, masked: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, s: Step, tokens: Tensor, z_t: Tensor, text_t: Tensor, t: Tensor, masked: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
         place = s.padding.pack(masked).nonzero()[:, 0]
         text, prediction = self._encode(s, Rows(tokens, z_t, text_t, t, ("text", "latent")))
         loss, _ = linear_cross_entropy(text[place], self._text_head, s.padding.pack(s.tokens)[place])
@@ -105,7 +119,9 @@ class FastTrainer(Trainer):
         return Rows(tokens, z_t, t.new_zeros(1), t[:1] if self.loss.latent_t_mode == "full" else t, ("latent",))
 
     def _l2t_rows(self, s: Step, latent: Tensor) -> Rows:
-        return Rows(torch.full_like(s.tokens, self.mask_token_id), latent, latent.new_ones(1), latent.new_zeros(1), ("text",))
+        return Rows(
+            torch.full_like(s.tokens, self.mask_token_id), latent, latent.new_ones(1), latent.new_zeros(1), ("text",)
+        )
 
     def _cross_entropy(self, s: Step, text: Tensor, pick: bool = False) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the text head's inputs [T, H], and pseudo-tokens [B, S] if picked."""
@@ -116,7 +132,9 @@ class FastTrainer(Trainer):
         return total / self.text_count(s), s.padding.unpack(tokens) if pick else tokens
 
 
-def build_trainer(model: nn.Module, model_config: ModelConfig, loss: LossConfig, training: TrainingConfig, mask_token_id: int) -> Trainer:
+def build_trainer(
+    model: nn.Module, model_config: ModelConfig, loss: LossConfig, training: TrainingConfig, mask_token_id: int
+) -> Trainer:
     """The trainer that model.implementation names."""
     trainer = FastTrainer if model_config.implementation == "fast" else Trainer
     return trainer(model, model_config, loss, training, mask_token_id)

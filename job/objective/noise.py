@@ -38,4 +38,6 @@ class StepNoise:
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal draws for this rank's rows, [B, *shape] float32."""
-        return torch.randn(self.global_size, *shape, generator=self._generator(name), device=self.position.device)[self.position]
+        return torch.randn(self.global_size, *shape, generator=self._generator(name), device=self.position.device)[
+            self.position
+        ]

@@ -12,8 +12,16 @@ from job.objective.trainer import Trainer
 
 
 @torch.no_grad()
-def generate(trainer: Trainer, mask: Tensor, *, tokens: Tensor | None = None, latent: Tensor | None = None, steps: int = 1, temperature: float = 0.0,
-             seed: int = 0) -> tuple[Tensor, Tensor]:
+def generate(
+    trainer: Trainer,
+    mask: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    latent: Tensor | None = None,
+    steps: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Tokens [B, S] and latents [B, D] for texts of the lengths in mask [B, S] (True on real tokens); what is given is kept.
 
     Each of `steps` passes fills in the positions whose tokens are surest (MaskGIT, Chang et al. 2022) and moves the latent along the
@@ -28,12 +36,25 @@ def generate(trainer: Trainer, mask: Tensor, *, tokens: Tensor | None = None, la
     for step in range(steps if heads else 0):
         now, after = (torch.full((rows,), 1 - k / steps, device=device) for k in (step, step + 1))
         clean = torch.zeros_like(now)
-        logits, prediction = trainer.model(words, z, now if tokens is None else clean, now if latent is None else clean, mask, heads=heads)
+        logits, prediction = trainer.model(
+            words, z, now if tokens is None else clean, now if latent is None else clean, mask, heads=heads
+        )
         if latent is None:
             z = ddim_step(trainer, z, now, after, prediction)
         if tokens is None:
-            gumbel = -(-noise.uniform(f"sample_text_{step}", length, logits.shape[-1]).clamp(min=1e-20).log()).log().to(device) if temperature else 0.0
-            words = unmask(words, logits.float() + temperature * gumbel, trainer.mask_token_id, mask.sum(1) * (steps - step - 1) // steps)
+            gumbel = (
+                -(-noise.uniform(f"sample_text_{step}", length, logits.shape[-1]).clamp(min=1e-20).log())
+                .log()
+                .to(device)
+                if temperature
+                else 0.0
+            )
+            words = unmask(
+                words,
+                logits.float() + temperature * gumbel,
+                trainer.mask_token_id,
+                mask.sum(1) * (steps - step - 1) // steps,
+            )
     return words, z
 
 

@@ -35,8 +35,15 @@ class LatentSchedule(nn.Module):
 
     alpha_bar: Tensor
 
-    def __init__(self, timesteps: int = 1000, schedule: str = "cosine", beta_min: float = 1e-4, beta_max: float = 0.02,
-                 parameterization: str = "v_param", interpolate: bool = True) -> None:
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        schedule: str = "cosine",
+        beta_min: float = 1e-4,
+        beta_max: float = 0.02,
+        parameterization: str = "v_param",
+        interpolate: bool = True,
+    ) -> None:
         super().__init__()
         self.parameterization = parameterization
         self.interpolate = interpolate

@@ -54,11 +54,24 @@ class Step:
 class Trainer(nn.Module):
     """The objective over a model called as model(tokens, latents, text_timesteps, latent_timesteps, attention_mask, heads=...)."""
 
-    def __init__(self, model: nn.Module, model_config: ModelConfig, loss: LossConfig, training: TrainingConfig, mask_token_id: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        model_config: ModelConfig,
+        loss: LossConfig,
+        training: TrainingConfig,
+        mask_token_id: int,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.schedule = LatentSchedule(model_config.latent_timesteps, model_config.latent_beta_schedule, model_config.latent_beta_min,
-                                       model_config.latent_beta_max, model_config.latent_parameterization, model_config.interpolate_schedule)
+        self.schedule = LatentSchedule(
+            model_config.latent_timesteps,
+            model_config.latent_beta_schedule,
+            model_config.latent_beta_min,
+            model_config.latent_beta_max,
+            model_config.latent_parameterization,
+            model_config.interpolate_schedule,
+        )
         self.loss, self.training_config = loss, training
         self.t_eps, self.max_seq_len, self.mask_token_id = model_config.t_eps, model_config.max_seq_len, mask_token_id
 
@@ -80,7 +93,9 @@ class Trainer(nn.Module):
         """How many forward and backward passes, one after the other, make up this step: call with stage 0, 1, ..."""
         return 1
 
-    def forward(self, batch: Batch, step: int, noise: StepNoise | None = None, stage: int | None = None) -> tuple[Tensor, Metrics]:
+    def forward(
+        self, batch: Batch, step: int, noise: StepNoise | None = None, stage: int | None = None
+    ) -> tuple[Tensor, Metrics]:
         """Loss to minimize (scalar) and the metrics of the step (scalars, on the device) for 0-based optimizer step `step`.
 
         `noise` replaces the step's own draws. The mean of the losses over all ranks and micro-batches is the loss of the
@@ -92,9 +107,21 @@ class Trainer(nn.Module):
         lengths = batch.get("global_lengths", mask.sum(1))
         noise = noise or StepNoise(self.training_config.seed, step, position, lengths.shape[0])
         latent = batch["latent"].float()
-        s = Step(tokens, mask, latent[:, 0] if latent.dim() == 3 else latent, lengths, noise, self.loss.ce_over_padding,
-                 batch.get("row_lengths"))
-        terms = {"cycle_vae": self._cycle_vae, "l2t": self._l2t_only, "t2l": self._t2l_only, "unconditional": self._unconditional}
+        s = Step(
+            tokens,
+            mask,
+            latent[:, 0] if latent.dim() == 3 else latent,
+            lengths,
+            noise,
+            self.loss.ce_over_padding,
+            batch.get("row_lengths"),
+        )
+        terms = {
+            "cycle_vae": self._cycle_vae,
+            "l2t": self._l2t_only,
+            "t2l": self._t2l_only,
+            "unconditional": self._unconditional,
+        }
         loss, metrics = terms[self.mode(step)](s, step)
         return loss, {"loss": loss, **metrics}
 
@@ -102,7 +129,14 @@ class Trainer(nn.Module):
 
     def l2t(self, s: Step, latent: Tensor) -> Tensor:
         """Text logits [B, S, V] decoded from latents [B, D] taken as clean, the text fully masked."""
-        logits, _ = self.model(torch.full_like(s.tokens, self.mask_token_id), latent, s.timesteps(1.0), s.timesteps(0.0), s.mask, heads=("text",))
+        logits, _ = self.model(
+            torch.full_like(s.tokens, self.mask_token_id),
+            latent,
+            s.timesteps(1.0),
+            s.timesteps(0.0),
+            s.mask,
+            heads=("text",),
+        )
         return logits
 
     def t2l(self, s: Step, tokens: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
@@ -112,7 +146,9 @@ class Trainer(nn.Module):
 
     def cross_entropy(self, s: Step, logits: Tensor) -> Tensor:
         """Cross-entropy of logits [B, S, V] to the step's text."""
-        return text_cross_entropy(logits, s.tokens, torch.ones_like(s.mask) if self.loss.ce_over_padding else s.mask, self.text_count(s))
+        return text_cross_entropy(
+            logits, s.tokens, torch.ones_like(s.mask) if self.loss.ce_over_padding else s.mask, self.text_count(s)
+        )
 
     def text_count(self, s: Step) -> Tensor | int:
         """This rank's share of the tokens in the text loss."""
@@ -141,24 +177,34 @@ class Trainer(nn.Module):
         t, z_t, target = self.noisy_latent(s, "latent")
         prediction = self.t2l(s, s.tokens, z_t, t)
         loss = latent_loss(prediction, target, self.loss.normalize_latent_loss)
-        return self.loss.latent_loss_weight * loss, {"base_t2l_latent_loss": loss, **self._latent_metrics(t, prediction, z_t)}
+        return self.loss.latent_loss_weight * loss, {
+            "base_t2l_latent_loss": loss,
+            **self._latent_metrics(t, prediction, z_t),
+        }
 
     def _unconditional(self, s: Step, step: int) -> tuple[Tensor, Metrics]:
         """Both modalities noised (masked diffusion of the text with a linear schedule, Sahoo et al. 2024, MDLM)."""
         seq_len = s.tokens.shape[1]
         text_t = s.noise.uniform_of_all("text_t")
-        masked_of_all = s.noise.uniform_of_all("text_mask", self.max_seq_len)[:, :seq_len] < ((1 - self.t_eps) * text_t.clamp(min=self.t_eps))[:, None]
+        masked_of_all = (
+            s.noise.uniform_of_all("text_mask", self.max_seq_len)[:, :seq_len]
+            < ((1 - self.t_eps) * text_t.clamp(min=self.t_eps))[:, None]
+        )
         masked_of_all &= torch.arange(seq_len, device=s.tokens.device) < s.lengths[:, None]
         masked = masked_of_all[s.noise.position]
         t = s.noise.uniform("latent_t")
         z_t, target = self.schedule.add_noise(s.latent, t, s.noise.normal("latent_noise", s.latent.shape[1]))
         count = masked_of_all.sum().clamp(min=1) * s.share
-        text, prediction = self.denoise(s, torch.where(masked, self.mask_token_id, s.tokens), z_t, text_t[s.noise.position], t, masked, count)
+        text, prediction = self.denoise(
+            s, torch.where(masked, self.mask_token_id, s.tokens), z_t, text_t[s.noise.position], t, masked, count
+        )
         latent = latent_loss(prediction, target, self.loss.normalize_latent_loss)
         metrics: Metrics = {"text_loss": text, "latent_loss": latent, **self._latent_metrics(t, prediction, z_t)}
         return text + self.loss.latent_loss_weight * latent, metrics
 
-    def denoise(self, s: Step, tokens: Tensor, z_t: Tensor, text_t: Tensor, t: Tensor, masked: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, s: Step, tokens: Tensor, z_t: Tensor, text_t: Tensor, t: Tensor, masked: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Both heads at noisy text and latents: the cross-entropy of the `masked` tokens over `count`, and the latent prediction [B, D]."""
         logits, prediction = self.model(tokens, z_t, text_t, t, s.mask, heads=("text", "latent"))
         return text_cross_entropy(logits, s.tokens, masked, count), prediction
@@ -173,8 +219,13 @@ class Trainer(nn.Module):
         logits = self.l2t(s, s.latent)
         base_text = self.cross_entropy(s, logits)
         total = base_text + c.latent_loss_weight * base_latent
-        metrics: Metrics = {"base_l2t_text_loss": base_text, "base_t2l_latent_loss": base_latent, "cycle_text_weight": text_weight,
-                            "cycle_latent_weight": latent_weight, **self._latent_metrics(t, prediction, z_t)}
+        metrics: Metrics = {
+            "base_l2t_text_loss": base_text,
+            "base_t2l_latent_loss": base_latent,
+            "cycle_text_weight": text_weight,
+            "cycle_latent_weight": latent_weight,
+            **self._latent_metrics(t, prediction, z_t),
+        }
         if text_weight > 0:
             metrics["cycle_text_loss"] = self.cycle_text(s, self.schedule.predict_x0(z_t, t, prediction))
             total = total + text_weight * metrics["cycle_text_loss"]
@@ -186,8 +237,10 @@ class Trainer(nn.Module):
     def cycle_weights(self, step: int) -> tuple[float, float]:
         """Weights of cycle_text and cycle_latent as applied at a step."""
         c = self.loss
-        return (ramp(step, c.cycle_text_weight, c.cycle_text_warmup_steps, c.cycle_text_ramp_steps),
-                ramp(step, c.cycle_latent_weight, c.cycle_latent_warmup_steps, c.cycle_latent_ramp_steps))
+        return (
+            ramp(step, c.cycle_text_weight, c.cycle_text_warmup_steps, c.cycle_text_ramp_steps),
+            ramp(step, c.cycle_latent_weight, c.cycle_latent_warmup_steps, c.cycle_latent_ramp_steps),
+        )
 
     def cycle_text(self, s: Step, x0: Tensor) -> Tensor:
         """T2L2T: cross-entropy of the text decoded from the latent x0 [B, D] that was predicted from the text."""
@@ -207,9 +260,17 @@ class Trainer(nn.Module):
             return logits.argmax(-1)
         uniform = s.noise.uniform("pseudo_tokens", self.max_seq_len)[:, : s.tokens.shape[1], None]
         distribution = logits.float().softmax(-1).cumsum(-1)
-        return torch.searchsorted(distribution, uniform * distribution[..., -1:]).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        return (
+            torch.searchsorted(distribution, uniform * distribution[..., -1:])
+            .squeeze(-1)
+            .clamp(max=logits.shape[-1] - 1)
+        )
 
     def _latent_metrics(self, t: Tensor, prediction: Tensor, z_t: Tensor) -> Metrics:
         with torch.no_grad():
             x0 = self.schedule.predict_x0(z_t, t, prediction)
-            return {"t_lat_mean": t.mean(), "latent_pred_norm": prediction.float().norm(dim=-1).mean(), "x0_pred_norm": x0.norm(dim=-1).mean()}
+            return {
+                "t_lat_mean": t.mean(),
+                "latent_pred_norm": prediction.float().norm(dim=-1).mean(),
+                "x0_pred_norm": x0.norm(dim=-1).mean(),
+            }

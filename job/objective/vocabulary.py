@@ -11,15 +11,25 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 25  # logits at a time
-CPU_COLUMNS = 4096  # a product with this many words at a time, into rows that start on cache lines, is 1.3 times faster on a CPU
+CPU_COLUMNS = (
+    4096  # a product with this many words at a time, into rows that start on cache lines, is 1.3 times faster on a CPU
+)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made while a chunk's logits are there, so that backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, pick: bool, uniform: Tensor | None,
-                gradients: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        pick: bool,
+        uniform: Tensor | None,
+        gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), device=hidden.device)
         picked = targets.new_empty(len(targets) if pick else 0)
         grads: list[Tensor] = [torch.empty_like(hidden)] if gradients else []  # then of weight and bias
@@ -52,7 +62,7 @@ def _product(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """rows [N, H] @ weight [V, H].T in out [N, V]."""
     columns = CPU_COLUMNS if rows.device.type == "cpu" else len(weight)
     for start in range(0, len(weight), columns):
-        torch.mm(rows, weight[start: start + columns].T, out=out[:, start: start + columns])
+        torch.mm(rows, weight[start : start + columns].T, out=out[:, start : start + columns])
     return out
 
 
@@ -62,7 +72,9 @@ def _draw(exponents: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(distribution, uniform * distribution[:, -1:]).clamp(max=exponents.shape[1] - 1)
 
 
-def _add_gradients(grads: list[Tensor], part: slice, rows: Tensor, weight: Tensor, target: Tensor, exponents: Tensor, sums: Tensor) -> None:
+def _add_gradients(
+    grads: list[Tensor], part: slice, rows: Tensor, weight: Tensor, target: Tensor, exponents: Tensor, sums: Tensor
+) -> None:
     """Gradients of the sum of the losses: softmax minus one-hot, times the other factor."""
     exponents = exponents.div_(sums).scatter_add_(1, target, -torch.ones_like(sums))
     to_bias = exponents.sum(0)
@@ -78,8 +90,9 @@ def _add_gradients(grads: list[Tensor], part: slice, rows: Tensor, weight: Tenso
         grads[1] += exponents.T @ rows
 
 
-def linear_cross_entropy(hidden: Tensor, head: torch.nn.Linear, targets: Tensor, pick: bool = False,
-                         uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, head: torch.nn.Linear, targets: Tensor, pick: bool = False, uniform: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum (scalar, float32) of the cross-entropy of head(hidden [N, H]) to targets [N], and with `pick` the most likely tokens [N],
     or tokens drawn at `uniform` [N] in [0, 1). Backward may run once."""
     device = hidden.device.type

@@ -107,7 +107,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: none of the {len(_steps(path))} checkpoints is valid; the newest: {found}")
     found = _check(path)
     if isinstance(found, str):
-        raise UserError(f"{path} is not a valid checkpoint: {found}; give a directory like RUN/checkpoints/{_name(1000)}")
+        raise UserError(
+            f"{path} is not a valid checkpoint: {found}; give a directory like RUN/checkpoints/{_name(1000)}"
+        )
     return found
 
 
@@ -125,8 +127,16 @@ class Checkpointer:
     beat is called about once a second while a wait for a save makes progress (the watchdog's beat).
     """
 
-    def __init__(self, directory: Path, process: Process, *, keep_last: int, keep_every: int, log: Callable[[str], None] = print,
-                 beat: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        process: Process,
+        *,
+        keep_last: int,
+        keep_every: int,
+        log: Callable[[str], None] = print,
+        beat: Callable[[], object] = lambda: None,
+    ) -> None:
         self.directory, self.process, self.stats = directory, process, SaveStats()
         self._keep_last, self._keep_every, self._log, self._beat = keep_last, keep_every, log, beat
         self._stage: Stage | None = None
@@ -164,7 +174,9 @@ class Checkpointer:
         assert self._stage is not None
         self._stage.copy(share(tensors, self.process.rank, self.process.world_size))
         self._written, self._share_done = 0, False
-        self._thread = threading.Thread(target=self._run, args=(step, json.dumps(record), started), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(step, json.dumps(record), started), name="checkpoint", daemon=True
+        )
         self._thread.start()
         if blocking:
             self.wait()
@@ -209,7 +221,10 @@ class Checkpointer:
         problems = [f"{name} is missing" for name in wanted if name not in reader.shapes]
         problems += [f"{name} is unknown here" for name in reader.shapes if name not in wanted]
         for name, tensor in wanted.items():
-            there, here = (reader.dtypes.get(name), reader.shapes.get(name)), (DTYPES[tensor.dtype], tuple(tensor.shape))
+            there, here = (
+                (reader.dtypes.get(name), reader.shapes.get(name)),
+                (DTYPES[tensor.dtype], tuple(tensor.shape)),
+            )
             if name in reader.shapes and there != here:
                 problems.append(f"{name} is {there[0]} {list(there[1] or ())} there, {here[0]} {list(here[1])} here")
         if problems:
@@ -225,9 +240,13 @@ class Checkpointer:
         temporary = self.directory / (_name(step) + TMP)
         try:
             outcomes = distributed.gather(self._write_share(temporary), "saves")
-            error = next((f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)), None)
+            error = next(
+                (f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)), None
+            )
             if self.process.is_main:
-                error = error or self._commit(temporary, {"step": step, "record": json.loads(record), "files": outcomes})
+                error = error or self._commit(
+                    temporary, {"step": step, "record": json.loads(record), "files": outcomes}
+                )
             error = distributed.gather(error, "saves")[0]
         except RuntimeError as lost:
             error = f"another rank was lost ({str(lost).splitlines()[0]})"
@@ -280,7 +299,9 @@ class Checkpointer:
         """Remove what is neither among the keep_last newest nor a multiple of keep_every; later steps, invalid ones, are left to be written again."""
         steps = [step for step in _steps(self.directory) if step <= newest]
         valid = [step for step in steps if step not in self._invalid]
-        kept = set(valid[-self._keep_last:]) | {step for step in valid if self._keep_every and step % self._keep_every == 0}
+        kept = set(valid[-self._keep_last :]) | {
+            step for step in valid if self._keep_every and step % self._keep_every == 0
+        }
         for step in set(steps) - kept:
             try:
                 self._remove(self.directory / _name(step))

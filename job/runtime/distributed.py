@@ -24,9 +24,13 @@ from job.errors import ExitCode, RetryError, UserError
 from job.runtime.heartbeat import Heartbeats
 from job.runtime.place import place
 
-START_SECONDS = 300.0  # ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is
+START_SECONDS = (
+    300.0  # ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is
+)
 LINGER_SECONDS = 4.0  # rank 0 may keep the store (under srun it does) in which the others look up whom they lost
-SAVE_SECONDS = 3600.0  # how long one rank may write longer than another; a rank that died meanwhile closes its connection
+SAVE_SECONDS = (
+    3600.0  # how long one rank may write longer than another; a rank that died meanwhile closes its connection
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,14 @@ def _device(device: str, local_rank: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("training.device=cuda, but PyTorch sees no GPU here; check the driver and CUDA_VISIBLE_DEVICES, or set training.device=cpu")
+        raise UserError(
+            "training.device=cuda, but PyTorch sees no GPU here; check the driver and CUDA_VISIBLE_DEVICES, or set training.device=cpu"
+        )
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; start one process per GPU, "
-                        "with all GPUs of the node visible to each (for instance srun --gpus-per-node, not --gpus-per-task)")
+        raise UserError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; start one process per GPU, "
+            "with all GPUs of the node visible to each (for instance srun --gpus-per-node, not --gpus-per-task)"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -77,8 +85,14 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Pro
     here = place(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _stop_with_parent()
-    process = Process(here.rank, here.local_rank, here.world_size, _device(device, here.local_rank), socket.gethostname(),
-                      os.environ.get("SLURM_JOB_ID", "local"))
+    process = Process(
+        here.rank,
+        here.local_rank,
+        here.world_size,
+        _device(device, here.local_rank),
+        socket.gethostname(),
+        os.environ.get("SLURM_JOB_ID", "local"),
+    )
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if here.address is None:
@@ -90,13 +104,21 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Pro
     try:
         store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
         store = dist.PrefixStore(f"job/{here.run_id}", store)
-        dist.init_process_group("gloo" if process.device.type == "cpu" else "nccl", store=store, rank=here.rank, world_size=here.world_size,
-                                timeout=patience, device_id=process.device if process.device.type == "cuda" else None)
+        dist.init_process_group(
+            "gloo" if process.device.type == "cpu" else "nccl",
+            store=store,
+            rank=here.rank,
+            world_size=here.world_size,
+            timeout=patience,
+            device_id=process.device if process.device.type == "cuda" else None,
+        )
         _groups["control"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         _groups["saves"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds)))
         _heartbeats = Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node)
     except RuntimeError as error:
-        raise RetryError(f"rank {here.rank} of {here.world_size} could not join the run at {here.address}:{here.port}: {_first_line(error)}") from error
+        raise RetryError(
+            f"rank {here.rank} of {here.world_size} could not join the run at {here.address}:{here.port}: {_first_line(error)}"
+        ) from error
     return process
 
 
@@ -165,7 +187,11 @@ def missing(or_slowest: bool = False) -> tuple[str | None, ExitCode]:
         return f"{_heartbeats.failure} gave up: {_heartbeats.failure.failure}", ExitCode(_heartbeats.failure.exit_code)
     if lost:
         return lost, ExitCode.RETRY
-    silent = [f"{sign} died or is frozen (last heard of in step {sign.step}, {sign.phase})" for sign, renewed in others if not renewed]
+    silent = [
+        f"{sign} died or is frozen (last heard of in step {sign.step}, {sign.phase})"
+        for sign, renewed in others
+        if not renewed
+    ]
     if silent or not or_slowest:
         return "; ".join(silent) or None, ExitCode.RETRY
     slow = min([sign for sign, _ in others] + [_heartbeats.sign], key=lambda sign: (sign.changes, -sign.age))
@@ -178,9 +204,13 @@ def peers_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or re.search(r"gloo|Application timeout caused pair closure", str(error))):
+        if not (
+            isinstance(error, dist.DistError) or re.search(r"gloo|Application timeout caused pair closure", str(error))
+        ):
             raise
-        if "by peer" not in str(error):  # a closed connection says all; after a timeout the question is what everyone was doing
+        if "by peer" not in str(
+            error
+        ):  # a closed connection says all; after a timeout the question is what everyone was doing
             faulthandler.dump_traceback(all_threads=True)
         reason, code = missing(or_slowest=True)
         failure = UserError if code == ExitCode.FAILED else RetryError

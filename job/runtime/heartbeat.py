@@ -71,13 +71,17 @@ class Heartbeats:
         before = self._signs()
         if self._end.wait(2.2 * INTERVAL):
             return []
-        return [(sign, sign.count > before[rank].count) for rank, sign in self._signs().items() if rank != self.sign.rank]
+        return [
+            (sign, sign.count > before[rank].count) for rank, sign in self._signs().items() if rank != self.sign.rank
+        ]
 
     def _signs(self) -> dict[int, Sign]:
         signs = {}
         for rank in range(self._world_size):
             known = self._read.check([str(rank)])
-            signs[rank] = Sign(**json.loads(self._read.get(str(rank)))) if known else Sign(rank, "never reported", count=-1)
+            signs[rank] = (
+                Sign(**json.loads(self._read.get(str(rank)))) if known else Sign(rank, "never reported", count=-1)
+            )
         return signs
 
     def _run(self) -> None:

@@ -46,9 +46,15 @@ class Optimizer:
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
         c = config.optimizer
-        self.adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.use_fused, foreach=not c.use_fused)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.use_fused, foreach=not c.use_fused
+        )
         for p in self.parameters:  # from the start, so that a checkpoint always holds every parameter's moments
-            self.adamw.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adamw.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
         self._indices: list[int] = []
         self._device_indices = torch.zeros(0, dtype=torch.int64, device=device)
         self.average = [p.detach().clone() for p in self.parameters] if config.training.ema_decay else None
@@ -90,7 +96,9 @@ class Optimizer:
         self.nonfinite_in_a_row.add_(1).mul_(bad)
         if indices != self._indices:  # the device's copy is made when the set of parameters changes, not every step
             self._indices, self._device_indices = indices, torch.tensor(indices, device=bad.device)
-        first = self._device_indices.take((~torch.isfinite(norms)).int().argmax())  # indexing by a tensor of no dimension would wait for the device
+        first = self._device_indices.take(
+            (~torch.isfinite(norms)).int().argmax()
+        )  # indexing by a tensor of no dimension would wait for the device
         self.bad_parameter = torch.where(bad, first, self.bad_parameter)
 
     @contextmanager
@@ -109,11 +117,20 @@ class Optimizer:
     def tensors(self) -> dict[str, Any]:
         """All state to save, by parameter name: moments, step counts, average and counters."""
         moments, average = {}, {}
-        for i, (name, local, parameter) in enumerate(zip(self.names, self.parameters, self.shards.parameters, strict=True)):
-            moments[name] = {key: value if key == "step" else like(value, parameter) for key, value in self.adamw.state[local].items()}
+        for i, (name, local, parameter) in enumerate(
+            zip(self.names, self.parameters, self.shards.parameters, strict=True)
+        ):
+            moments[name] = {
+                key: value if key == "step" else like(value, parameter)
+                for key, value in self.adamw.state[local].items()
+            }
             if self.average is not None:
                 average[name] = like(self.average[i], parameter)
-        counters = {"nonfinite_steps": self.nonfinite_steps, "nonfinite_in_a_row": self.nonfinite_in_a_row, "bad_parameter": self.bad_parameter}
+        counters = {
+            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "bad_parameter": self.bad_parameter,
+        }
         return {"moments": moments, "average": average, "counters": counters}
 
 

@@ -14,7 +14,9 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
     """
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bf16" and not has_bf16:
-        raise UserError(f"training.dtype=bf16: {torch.cuda.get_device_name(device)} has no bf16; use training.dtype=fp32")
+        raise UserError(
+            f"training.dtype=bf16: {torch.cuda.get_device_name(device)} has no bf16; use training.dtype=fp32"
+        )
     enabled = dtype == "bf16" or (dtype == "auto" and device.type == "cuda" and has_bf16)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 

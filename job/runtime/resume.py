@@ -31,5 +31,7 @@ def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: 
     refused = {key: change for key, change in different.items() if key not in config.training.allow_changed}
     if refused:
         changes = ", ".join(f"{key}: {change}" for key, change in refused.items())
-        raise UserError(f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
-                        f"or allow the change with training.allow_changed=[{','.join(refused)}]")
+        raise UserError(
+            f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
+            f"or allow the change with training.allow_changed=[{','.join(refused)}]"
+        )

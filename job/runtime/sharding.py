@@ -37,7 +37,14 @@ def like(local: Tensor, parameter: Tensor) -> Tensor:
     """A local tensor as what it is a part of: sharded like a parameter."""
     if not isinstance(parameter, DTensor):
         return local
-    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 class Shards:

@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SECOND_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_STOP_SECONDS = 1.0  # Ctrl-C and scancel reach a worker twice: from the terminal or slurmstepd, and once more through torchrun
+SAME_STOP_SECONDS = (
+    1.0  # Ctrl-C and scancel reach a worker twice: from the terminal or slurmstepd, and once more through torchrun
+)
 TIME_BUDGET = 1000  # above every signal number
 
 
@@ -35,7 +37,9 @@ def on_signals(callback: Callable[[int], None]) -> None:
 
     threading.Thread(target=watch, name="stop-signals", daemon=True).start()
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: writer.fileno())  # a handler of Python, or nothing is written; it also keeps the socket open
+        signal.signal(
+            number, lambda *_: writer.fileno()
+        )  # a handler of Python, or nothing is written; it also keeps the socket open
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a loader worker's signals are not ours
 

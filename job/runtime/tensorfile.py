@@ -20,9 +20,21 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
-          torch.int16: "I16", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
-CHUNK = 16 << 20  # bytes hashed and written at a time; both release the interpreter lock, so the training thread goes on
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+CHUNK = (
+    16 << 20
+)  # bytes hashed and written at a time; both release the interpreter lock, so the training thread goes on
 SYNC = 256 << 20  # bytes between two fdatasync, so that a slow disk shows progress and the last fsync is short
 
 
@@ -60,7 +72,9 @@ def _first_replica(tensor: torch.Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return True
     coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
-    return all(c == 0 for c, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate))
+    return all(
+        c == 0 for c, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate)
+    )
 
 
 def share(tensors: Mapping[str, Any], rank: int, world_size: int) -> dict[str, Piece]:
@@ -69,7 +83,9 @@ def share(tensors: Mapping[str, Any], rank: int, world_size: int) -> dict[str, P
     pieces = {name: piece(tensor) for name, tensor in flat.items()}
     load = [0] * world_size
     mine = {name: p for name, p in pieces.items() if not p.whole and p.local.numel() and _first_replica(flat[name])}
-    for name, p in sorted(((n, p) for n, p in pieces.items() if p.whole), key=lambda item: (-item[1].local.nbytes, item[0])):
+    for name, p in sorted(
+        ((n, p) for n, p in pieces.items() if p.whole), key=lambda item: (-item[1].local.nbytes, item[0])
+    ):
         writer = load.index(min(load))
         load[writer] += p.local.nbytes
         if writer == rank:
@@ -84,12 +100,18 @@ class Stage:
         # Widest types first: every tensor is then aligned, and the format allows no holes.
         order = sorted(pieces, key=lambda name: (-pieces[name].local.element_size(), name))
         self.layout = self.describe(pieces)
-        header: dict[str, Any] = {"__metadata__": {"parts": json.dumps({n: [p.offset, p.shape] for n, p in pieces.items() if not p.whole})}}
+        header: dict[str, Any] = {
+            "__metadata__": {"parts": json.dumps({n: [p.offset, p.shape] for n, p in pieces.items() if not p.whole})}
+        }
         end, places = 0, {}
         for name in order:
             local = pieces[name].local
             places[name] = (end, end + local.nbytes)
-            header[name] = {"dtype": DTYPES[local.dtype], "shape": list(local.shape), "data_offsets": [end, end + local.nbytes]}
+            header[name] = {
+                "dtype": DTYPES[local.dtype],
+                "shape": list(local.shape),
+                "data_offsets": [end, end + local.nbytes],
+            }
             end += local.nbytes
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -97,7 +119,9 @@ class Stage:
         pinned = any(p.local.is_cuda for p in pieces.values())
         self.buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
         self.buffer.zero_()  # touch every page now: the first save would pay for it otherwise
-        self.views = {n: self.buffer[a:b].view(pieces[n].local.dtype).view(pieces[n].local.shape) for n, (a, b) in places.items()}
+        self.views = {
+            n: self.buffer[a:b].view(pieces[n].local.dtype).view(pieces[n].local.shape) for n, (a, b) in places.items()
+        }
         self._copied = torch.cuda.Event() if pinned else None
 
     @staticmethod
@@ -121,7 +145,7 @@ class Stage:
             _write_all(file, memoryview(self.header))
             data = self.buffer.numpy().data
             for start in range(0, len(data), CHUNK):
-                chunk = data[start:start + CHUNK]
+                chunk = data[start : start + CHUNK]
                 digest.update(chunk)
                 _write_all(file, chunk)
                 written += len(chunk)
@@ -135,7 +159,7 @@ class Stage:
 
 def _write_all(file: Any, data: memoryview) -> None:
     while len(data):
-        data = data[file.write(data):]  # a raw write may be short, just before the disk is full
+        data = data[file.write(data) :]  # a raw write may be short, just before the disk is full
 
 
 def sha256(path: Path) -> str:

@@ -52,8 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parse_args(arguments)
     if options.max_restarts:
-        print(f"--max-restarts={options.max_restarts}: torchrun would restart a run that was told to stop; leave it at 0, "
-              "restarts belong to the scheduler (README, exit codes)", file=sys.stderr)
+        print(
+            f"--max-restarts={options.max_restarts}: torchrun would restart a run that was told to stop; leave it at 0, "
+            "restarts belong to the scheduler (README, exit codes)",
+            file=sys.stderr,
+        )
         return ExitCode.USAGE
     try:
         run(options)

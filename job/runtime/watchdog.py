@@ -28,7 +28,11 @@ class Watchdog:
 
     def beat(self, step: int | None = None, phase: str | None = None) -> None:
         """The main loop has come to `phase` of `step` (or makes progress in the one it is in)."""
-        self.step, self.phase, self.last_beat = self.step if step is None else step, phase or self.phase, time.monotonic()
+        self.step, self.phase, self.last_beat = (
+            self.step if step is None else step,
+            phase or self.phase,
+            time.monotonic(),
+        )
         distributed.progress(self.step, self.phase)
 
     @property
@@ -52,6 +56,9 @@ class Watchdog:
         if self._end.is_set() or self.seconds_since_beat < silence:  # it went on while we looked
             return
         others = f"; {reason}" if reason else ""
-        print(f"no progress for {silence:.0f} s in step {self.step}, {self.phase} (training.sick_rank_timeout_seconds={self.timeout_seconds:g}){others}",
-              file=sys.stderr, flush=True)
+        print(
+            f"no progress for {silence:.0f} s in step {self.step}, {self.phase} (training.sick_rank_timeout_seconds={self.timeout_seconds:g}){others}",
+            file=sys.stderr,
+            flush=True,
+        )
         distributed.leave(code if code == ExitCode.FAILED else ExitCode.RETRY)

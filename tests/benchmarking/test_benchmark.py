@@ -14,8 +14,24 @@ from job.benchmarking.paper import count
 from job.config import ModelConfig
 from job.monitoring.flops import pass_flops
 
-SMALL = ["--set", "model.hidden_size=32", "model.n_blocks=2", "model.cond_dim=32", "--batch", "2", "--seq-len", "16", "--vocab", "64", "--latent-dim", "8",
-         "--repeats", "2", "--device", "cpu"]
+SMALL = [
+    "--set",
+    "model.hidden_size=32",
+    "model.n_blocks=2",
+    "model.cond_dim=32",
+    "--batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--vocab",
+    "64",
+    "--latent-dim",
+    "8",
+    "--repeats",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def test_plain_and_fast_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,9 +65,23 @@ def test_cost_along_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_paper_counts_the_operations_that_a_step_needs() -> None:
     shape = Shape(2, 128, 2048, 16, 1.0)
-    plain, fast = (count(setting(["model.hidden_size=64", "model.n_blocks=2", "model.cond_dim=64", "model.num_residual_streams=1",
-                                 f"model.implementation={kind}"], "", shape), shape)
-                   for kind in ("plain", "fast"))
+    plain, fast = (
+        count(
+            setting(
+                [
+                    "model.hidden_size=64",
+                    "model.n_blocks=2",
+                    "model.cond_dim=64",
+                    "model.num_residual_streams=1",
+                    f"model.implementation={kind}",
+                ],
+                "",
+                shape,
+            ),
+            shape,
+        )
+        for kind in ("plain", "fast")
+    )
     needed = pass_flops(ModelConfig(hidden_size=64, n_blocks=2, cond_dim=64), np.array([128, 128]), 2048, 16)
     assert fast["flops"] == pytest.approx(2 * needed["t2l"] + 2 * needed["l2t"], rel=0.1)
     assert plain["flops"] > fast["flops"]

@@ -12,7 +12,13 @@ from job.data.tokenizer import train
 from job.errors import UsageError, UserError
 
 SAMPLES, VOCAB, LENGTH, DIM = 40, 50, 12, 6
-IDS: dict[str, Any] = {"tokenizer": None, "mask_token_id": 1, "pad_token_id": 0, "vocab_size": VOCAB, "validation_fraction": 0.25}
+IDS: dict[str, Any] = {
+    "tokenizer": None,
+    "mask_token_id": 1,
+    "pad_token_id": 0,
+    "vocab_size": VOCAB,
+    "validation_fraction": 0.25,
+}
 
 
 @pytest.fixture
@@ -26,7 +32,11 @@ def directories(tmp_path: Path) -> tuple[Path, Path]:
         length = rng.integers(3, LENGTH + 1)
         ids = np.where(np.arange(LENGTH) < length, rng.integers(2, VOCAB, LENGTH), 0).astype(np.int32)
         mask = (np.arange(LENGTH) < length).astype(np.int32 if number % 2 else bool)
-        np.savez(tokens / (f"{number:06d}_tokens.npz" if number % 3 else f"{number:06d}.npz"), input_ids=ids, attention_mask=mask)
+        np.savez(
+            tokens / (f"{number:06d}_tokens.npz" if number % 3 else f"{number:06d}.npz"),
+            input_ids=ids,
+            attention_mask=mask,
+        )
         latent = np.full((2, DIM), number, np.float32)
         latent[1] = -1  # only row 0 counts
         np.save(latents / f"{number:06d}.npy", [latent[0], latent[:1], latent][number % 3])
@@ -60,11 +70,20 @@ def spoil(tokens: Path, latents: Path) -> dict[str, str]:
     np.save(latents / "000005.npy", np.full(DIM, np.nan, np.float32))
     np.savez(tokens / "000007_tokens.npz", input_ids=np.full(LENGTH, VOCAB), attention_mask=np.ones(LENGTH, int))
     np.save(latents / "000008.npy", np.ones(DIM + 1, np.float32))
-    return {"000000.npz": "unpaired", "000001.npy": "unpaired", "000002_tokens.npz": "corrupt", "000004.npy": "corrupt", "000005.npy": "not finite",
-            "000007_tokens.npz": "token ids 50 to 50 in a vocabulary of 50", "000008.npy": "7 dimensions, the first latent has 6"}
+    return {
+        "000000.npz": "unpaired",
+        "000001.npy": "unpaired",
+        "000002_tokens.npz": "corrupt",
+        "000004.npy": "corrupt",
+        "000005.npy": "not finite",
+        "000007_tokens.npz": "token ids 50 to 50 in a vocabulary of 50",
+        "000008.npy": "7 dimensions, the first latent has 6",
+    }
 
 
-def test_bad_files_are_named_counted_and_fatal(directories: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_named_counted_and_fatal(
+    directories: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = spoil(*directories)
     with pytest.raises(UserError, match=r"7 unpaired or corrupt files.*--skip-bad"):
         convert(*directories, tmp_path / "out", **IDS)

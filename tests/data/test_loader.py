@@ -21,25 +21,61 @@ from job.errors import RetryError, UserError
 DATASET = SyntheticDataset(50, 32, 4, 21, 0, "train")
 
 
-def loader(rank: int = 0, world_size: int = 1, batch_size: int = 4, accumulation: int = 2, *, dataset: SyntheticDataset = DATASET, workers: int = 0,
-           pad_to_max: bool = False, standardize: bool = True, bucketing: bool = False) -> Loader:
+def loader(
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 4,
+    accumulation: int = 2,
+    *,
+    dataset: SyntheticDataset = DATASET,
+    workers: int = 0,
+    pad_to_max: bool = False,
+    standardize: bool = True,
+    bucketing: bool = False,
+) -> Loader:
     sampler = Sampler(dataset, len(dataset), world_size * batch_size * accumulation, 7, length_bucketing=bucketing)
-    return Loader(dataset, sampler, rank=rank, world_size=world_size, batch_size=batch_size, accumulation=accumulation, max_seq_len=48,
-                  pad_to_max=pad_to_max, standardize=standardize, num_workers=workers, pin_memory=False)
+    return Loader(
+        dataset,
+        sampler,
+        rank=rank,
+        world_size=world_size,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        max_seq_len=48,
+        pad_to_max=pad_to_max,
+        standardize=standardize,
+        num_workers=workers,
+        pin_memory=False,
+    )
 
 
 def merged(micro_batches: list[Batch]) -> Batch:
     """Micro-batches as one batch in the order of the global batch."""
     order = torch.argsort(torch.cat([batch["position"] for batch in micro_batches]))
-    return {key: torch.cat([batch[key] for batch in micro_batches])[order] for key in micro_batches[0] if key != "global_lengths"}
+    return {
+        key: torch.cat([batch[key] for batch in micro_batches])[order]
+        for key in micro_batches[0]
+        if key != "global_lengths"
+    }
 
 
-@given(world_size=st.sampled_from([1, 2, 3, 4]), accumulation=st.sampled_from([1, 2]), bucketing=st.booleans(), start=st.integers(0, 40))
+@given(
+    world_size=st.sampled_from([1, 2, 3, 4]),
+    accumulation=st.sampled_from([1, 2]),
+    bucketing=st.booleans(),
+    start=st.integers(0, 40),
+)
 @settings(max_examples=15, deadline=None)
 def test_any_world_size_sees_the_same_batches(world_size: int, accumulation: int, bucketing: bool, start: int) -> None:
     single = list(loader(0, 1, 24, 1, bucketing=bucketing).steps(start, start + 3))
-    ranks = [list(loader(rank, world_size, 24 // world_size // accumulation, accumulation, bucketing=bucketing).steps(start, start + 3))
-             for rank in range(world_size)]
+    ranks = [
+        list(
+            loader(rank, world_size, 24 // world_size // accumulation, accumulation, bucketing=bucketing).steps(
+                start, start + 3
+            )
+        )
+        for rank in range(world_size)
+    ]
     for step, (whole,) in enumerate(single):
         pieces = [batch for rank in ranks for batch in rank[step]]
         places = [int(rank[step][number]["position"][0]) for number in range(accumulation) for rank in ranks]
@@ -86,8 +122,19 @@ def test_loading_leaves_the_global_random_state_alone() -> None:
 def test_wrong_global_batch_is_refused() -> None:
     sampler = Sampler(DATASET, len(DATASET), 24, 0)
     with pytest.raises(UserError, match="train_batch_size"):
-        Loader(DATASET, sampler, rank=0, world_size=2, batch_size=8, accumulation=2, max_seq_len=48, pad_to_max=False, standardize=True, num_workers=0,
-               pin_memory=False)
+        Loader(
+            DATASET,
+            sampler,
+            rank=0,
+            world_size=2,
+            batch_size=8,
+            accumulation=2,
+            max_seq_len=48,
+            pad_to_max=False,
+            standardize=True,
+            num_workers=0,
+            pin_memory=False,
+        )
 
 
 class Corrupt(SyntheticDataset):
@@ -118,9 +165,20 @@ def test_a_dead_worker_is_one_line_worth_a_retry() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_takes_the_first_samples_once(world_size: int) -> None:
-    batches = [batch for rank in range(world_size)
-               for batch in evaluation_batches(DATASET, num_samples=21, batch_size=4, rank=rank, world_size=world_size, max_seq_len=48, pad_to_max=False,
-                                               standardize=False)]
+    batches = [
+        batch
+        for rank in range(world_size)
+        for batch in evaluation_batches(
+            DATASET,
+            num_samples=21,
+            batch_size=4,
+            rank=rank,
+            world_size=world_size,
+            max_seq_len=48,
+            pad_to_max=False,
+            standardize=False,
+        )
+    ]
     assert sorted(int(index) for batch in batches for index in batch["index"]) == list(range(21))
     for batch in batches:
         lengths = batch["attention_mask"].sum(1)

@@ -20,7 +20,16 @@ from job.data.preparation import split_texts
 from job.data.shards import ShardDataset
 from job.data.tokenizer import of_dataset
 
-OPTIONS = ["--vocab-size", "300", "--latent-dim", "8", "--validation-fraction", "0.2", "--shard-size", "100"]  # conftest.py's `prepared`
+OPTIONS = [
+    "--vocab-size",
+    "300",
+    "--latent-dim",
+    "8",
+    "--validation-fraction",
+    "0.2",
+    "--shard-size",
+    "100",
+]  # conftest.py's `prepared`
 
 
 def run(out: Path, *options: str) -> int:
@@ -33,7 +42,11 @@ def start(out: Path, *options: str, rank: int = 0, world_size: int = 1) -> subpr
 
 
 def content(directory: Path) -> dict[str, str]:
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def texts(directory: Path, split: str) -> list[str]:
@@ -45,7 +58,9 @@ def texts(directory: Path, split: str) -> list[str]:
 
 def test_every_text_comes_back_once_in_one_split(prepared: Path, corpus: Path) -> None:
     train, validation = texts(prepared, "train"), texts(prepared, "validation")
-    assert sorted(train + validation) == sorted(corpus.read_text().splitlines()[:-1])  # the last is a duplicate in capitals
+    assert sorted(train + validation) == sorted(
+        corpus.read_text().splitlines()[:-1]
+    )  # the last is a duplicate in capitals
     assert 0.14 < len(validation) / 640 < 0.26
     info = ShardDataset(prepared, "train").info
     assert info.shards["train"][0] == 100
@@ -60,7 +75,10 @@ def test_latents_belong_to_their_texts(prepared: Path) -> None:
     latents /= np.linalg.norm(latents, axis=1, keepdims=True)
     similarity = latents @ latents.T - 2 * np.eye(len(latents))
     sentences = texts(prepared, "validation")
-    shared = [len(set(sentences[index].split()) & set(sentences[nearest].split())) for index, nearest in enumerate(similarity.argmax(1))]
+    shared = [
+        len(set(sentences[index].split()) & set(sentences[nearest].split()))
+        for index, nearest in enumerate(similarity.argmax(1))
+    ]
     anyone = [len(set(left.split()) & set(right.split())) for left, right in itertools.pairwise(sentences)]
     assert np.mean(shared) > np.mean(anyone) + 1.5
 
@@ -104,14 +122,18 @@ def test_processes_share_the_work_with_the_same_bits(prepared: Path, corpus: Pat
     assert content(out) == content(prepared)
 
 
-def test_an_unfinished_directory_with_other_options_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_directory_with_other_options_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "plan.json").write_text(json.dumps({"options": {"source": ["elsewhere"]}}))
     assert run(tmp_path, "--source", str(corpus), *OPTIONS) == 1
     assert "--source ['elsewhere']" in capsys.readouterr().err
 
 
-def test_long_texts_are_dropped_and_counted(prepared: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_texts_are_dropped_and_counted(
+    prepared: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     everything = ShardDataset(prepared, "train")
     median = int(np.median(everything.lengths(np.arange(len(everything)))))
     assert run(tmp_path / "a", "--source", str(corpus), *OPTIONS, "--max-length", str(median)) == 0
@@ -143,7 +165,12 @@ def test_other_sources_give_the_same_dataset(prepared: Path, corpus: Path, tmp_p
 
 
 def test_sentences_of_long_texts(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(f"The number {n} is here. It comes before {n + 1} in the list. Nothing else matters at {n}." for n in range(60)))
+    (tmp_path / "a.txt").write_text(
+        "\n".join(
+            f"The number {n} is here. It comes before {n + 1} in the list. Nothing else matters at {n}."
+            for n in range(60)
+        )
+    )
     assert run(tmp_path / "out", "--source", str(tmp_path / "a.txt"), "--split-sentences", *OPTIONS) == 0
     assert "It comes before 8 in the list." in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation")
 
@@ -197,8 +224,15 @@ def test_a_bad_command_line_exits_2(tmp_path: Path, options: str, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("options", "message"), [("--source nowhere.txt", "no such file"),
-                                                  ("--source {} --tokenizer nowhere --local-files-only", "tokenizer nowhere: no such file")])
-def test_missing_things_are_named(tmp_path: Path, corpus: Path, options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--source nowhere.txt", "no such file"),
+        ("--source {} --tokenizer nowhere --local-files-only", "tokenizer nowhere: no such file"),
+    ],
+)
+def test_missing_things_are_named(
+    tmp_path: Path, corpus: Path, options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(tmp_path / "out", *options.format(corpus).split(), "--latent-dim", "8") == 1
     assert message in capsys.readouterr().err.splitlines()[-1]

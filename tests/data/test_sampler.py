@@ -38,12 +38,14 @@ def test_permutations_look_random() -> None:
 
 @given(num_samples=st.integers(1, 300), batch_size=st.integers(1, 70), seed=st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
-def test_every_epoch_is_complete_and_nothing_is_dropped_between_epochs(num_samples: int, batch_size: int, seed: int) -> None:
+def test_every_epoch_is_complete_and_nothing_is_dropped_between_epochs(
+    num_samples: int, batch_size: int, seed: int
+) -> None:
     sampler = Sampler(Lengths(), num_samples, batch_size, seed)
     steps = -(-3 * num_samples // batch_size)
     stream = np.concatenate([sampler.batch(step) for step in range(steps)])
     for epoch in range(3):
-        assert np.array_equal(np.sort(stream[epoch * num_samples:(epoch + 1) * num_samples]), np.arange(num_samples))
+        assert np.array_equal(np.sort(stream[epoch * num_samples : (epoch + 1) * num_samples]), np.arange(num_samples))
 
 
 def test_bucketing_keeps_the_samples_of_a_window_and_narrows_batches() -> None:
@@ -85,4 +87,6 @@ def test_synthetic_samples_are_reproducible_and_tell_their_words() -> None:
     latents = np.stack([train[index][1] for index in indices])
     words = np.stack([np.bincount(train[index][0], minlength=64) / len(train[index][0]) for index in indices])
     scores = (latents @ train.projection.T)[:, 2:]
-    assert np.mean([words[index, 2 + np.argmax(scores[index])] > 0 for index in indices]) > 0.7  # the words closest to a latent are in its text
+    assert (
+        np.mean([words[index, 2 + np.argmax(scores[index])] > 0 for index in indices]) > 0.7
+    )  # the words closest to a latent are in its text

@@ -18,16 +18,30 @@ VOCAB = 70_000
 
 def rows(count: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, VOCAB, size=rng.integers(1, 12)) for _ in range(count)], rng.standard_normal((count, 3)).astype(np.float32)
+    return [rng.integers(0, VOCAB, size=rng.integers(1, 12)) for _ in range(count)], rng.standard_normal(
+        (count, 3)
+    ).astype(np.float32)
 
 
-def write(directory: Path, sizes: tuple[int, ...] = (5, 0, 7), vocab_size: int = VOCAB) -> tuple[DatasetInfo, list[np.ndarray], np.ndarray]:
+def write(
+    directory: Path, sizes: tuple[int, ...] = (5, 0, 7), vocab_size: int = VOCAB
+) -> tuple[DatasetInfo, list[np.ndarray], np.ndarray]:
     """Three training shards, one of them empty, and a validation shard."""
     shards = [rows(size, seed) for seed, size in enumerate(sizes)]
     shards = [([row % vocab_size for row in tokens], latents) for tokens, latents in shards]
     records = [write_shard(directory, "train", number, *shard, vocab_size) for number, shard in enumerate(shards)]
     records.append(write_shard(directory, "validation", 0, *shards[0], vocab_size))
-    info = write_info(directory, records, vocab_size=vocab_size, mask_token_id=1, pad_token_id=0, tokenizer=None, encoder={}, options={}, generated_by="test")
+    info = write_info(
+        directory,
+        records,
+        vocab_size=vocab_size,
+        mask_token_id=1,
+        pad_token_id=0,
+        tokenizer=None,
+        encoder={},
+        options={},
+        generated_by="test",
+    )
     return info, [row for tokens, _ in shards for row in tokens], np.concatenate([latents for _, latents in shards])
 
 
@@ -59,12 +73,24 @@ def test_a_constant_dimension_has_unit_scale(tmp_path: Path) -> None:
     tokens, latents = rows(50, 0)
     latents[:, 1] = 0.1
     records = [write_shard(tmp_path, split, 0, tokens, latents, VOCAB) for split in ("train", "validation")]
-    info = write_info(tmp_path, records, vocab_size=VOCAB, mask_token_id=1, pad_token_id=0, tokenizer=None, encoder={}, options={}, generated_by="test")
+    info = write_info(
+        tmp_path,
+        records,
+        vocab_size=VOCAB,
+        mask_token_id=1,
+        pad_token_id=0,
+        tokenizer=None,
+        encoder={},
+        options={},
+        generated_by="test",
+    )
     assert info.latent_std[1] == 1.0
     assert 0.5 < info.latent_std[0] < 2
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
 def test_tokens_take_the_smallest_type(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     write(tmp_path, vocab_size=vocab_size)
     assert np.load(tmp_path / "train-00000.tokens.npy").dtype == dtype
@@ -78,7 +104,10 @@ def flip(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda d: (d / "train-00001.latents.npy").unlink(), r"train-00001\.latents\.npy: missing"),
-    "truncated": (lambda d: (d / "train-00000.tokens.npy").write_bytes((d / "train-00000.tokens.npy").read_bytes()[:-3]), r"train-00000\.tokens\.npy: corrupt"),
+    "truncated": (
+        lambda d: (d / "train-00000.tokens.npy").write_bytes((d / "train-00000.tokens.npy").read_bytes()[:-3]),
+        r"train-00000\.tokens\.npy: corrupt",
+    ),
     "flipped": (lambda d: flip(d / "train-00002.offsets.npy"), r"train-00002\.offsets\.npy: corrupt, its SHA-256"),
     "tokenizer": (lambda d: flip(d / "tokenizer.json"), r"tokenizer\.json: the tokenizer was changed"),
     "json": (lambda d: (d / "dataset.json").write_text("{"), r"dataset\.json: damaged"),

@@ -45,9 +45,19 @@ def test_sentences_are_cleaned_of_markup_and_code() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "Too short.", "x = f(y) is what it returns for {this}.", "1234 5678 9012 to the 3456 7890.", "GET PUT POST HEAD.",
-                                  "This is " + "very " * 60 + "long.", "An unfinished thought of the",
-                                  "and begins in the middle of one."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Too short.",
+        "x = f(y) is what it returns for {this}.",
+        "1234 5678 9012 to the 3456 7890.",
+        "GET PUT POST HEAD.",
+        "This is " + "very " * 60 + "long.",
+        "An unfinished thought of the",
+        "and begins in the middle of one.",
+    ],
+)
 def test_what_is_not_a_plain_sentence_is_left_out(text: str) -> None:
     assert not is_english(text)
 
@@ -80,7 +90,9 @@ def test_training_is_deterministic() -> None:
 
 
 def words(tmp_path: Path, *special: str) -> Path:
-    made = Tokenizer(models.WordLevel({token: number for number, token in enumerate([*special, "dog", "fox", "?"])}, unk_token="?"))
+    made = Tokenizer(
+        models.WordLevel({token: number for number, token in enumerate([*special, "dog", "fox", "?"])}, unk_token="?")
+    )
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(list(special))
     made.enable_padding(length=9)
@@ -101,11 +113,15 @@ def test_special_tokens_are_found_or_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pad token"):
         tokenizer.load(str(directory), mask_token="@mask")
     assert tokenizer.load(str(directory), mask_token="@mask", pad_token="@pad").pad_token_id == 1
-    (directory / "special_tokens_map.json").write_text(json.dumps({"mask_token": {"content": "@mask"}, "pad_token": "@pad"}))
+    (directory / "special_tokens_map.json").write_text(
+        json.dumps({"mask_token": {"content": "@mask"}, "pad_token": "@pad"})
+    )
     assert tokenizer.load(str(directory / "tokenizer.json")).mask_token_id == 0
 
 
-@pytest.mark.parametrize(("content", "message"), [("{}", "not a tokenizer"), (None, "no tokenizer.json in this directory")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{}", "not a tokenizer"), (None, "no tokenizer.json in this directory")]
+)
 def test_a_bad_tokenizer_is_one_line(tmp_path: Path, content: str | None, message: str) -> None:
     if content:
         (tmp_path / "tokenizer.json").write_text(content)

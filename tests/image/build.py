@@ -57,7 +57,11 @@ def environment() -> dict[str, str]:
     CACHE.mkdir(parents=True, exist_ok=True)
     for name, text in (("storage.conf", STORAGE), ("containers.conf", CONTAINERS)):
         (CACHE / name).write_text(text.format(cache=CACHE))
-    env = {**os.environ, "CONTAINERS_STORAGE_CONF": f"{CACHE}/storage.conf", "CONTAINERS_CONF": f"{CACHE}/containers.conf"}
+    env = {
+        **os.environ,
+        "CONTAINERS_STORAGE_CONF": f"{CACHE}/storage.conf",
+        "CONTAINERS_CONF": f"{CACHE}/containers.conf",
+    }
     users = os.open(CACHE / "users", os.O_RDWR | os.O_CREAT)  # stays open, and so locked, as long as this process lives
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +75,9 @@ def environment() -> dict[str, str]:
 
 def run(*command: str | Path, **kwargs: str) -> str:
     """Run a program to its end; returns what it printed. RuntimeError with the end of its output when it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | kwargs)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | kwargs
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stdout[-3000:]}")
     return done.stdout
@@ -80,8 +86,11 @@ def run(*command: str | Path, **kwargs: str) -> str:
 def pip_options() -> dict[str, str]:
     """What this machine's pip is told about indexes, files and variables alike."""
     listed = run(sys.executable, "-m", "pip", "config", "list")
-    return {name: value for name, value in re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE)
-            if name in ("index-url", "extra-index-url", "find-links", "trusted-host")}
+    return {
+        name: value
+        for name, value in re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE)
+        if name in ("index-url", "extra-index-url", "find-links", "trusted-host")
+    }
 
 
 def base() -> None:
@@ -94,7 +103,9 @@ def base() -> None:
         shutil.copy(f"/{CERTIFICATES}", root / CERTIFICATES)
         for own in Path("/usr/local/share/ca-certificates").glob("*.crt"):
             shutil.copy(own, root / "usr/local/share/ca-certificates")
-        (root / "etc/pip.conf").write_text("\n".join(["[global]", f"cert = /{CERTIFICATES}", *(f"{k} = {v}" for k, v in pip_options().items())]) + "\n")
+        (root / "etc/pip.conf").write_text(
+            "\n".join(["[global]", f"cert = /{CERTIFICATES}", *(f"{k} = {v}" for k, v in pip_options().items())]) + "\n"
+        )
         shutil.rmtree(root / "var/cache/apt/archives")
         run("tar", "--create", "--directory", root, "--file", f"{scratch}/base.tar", ".")
         container = run("buildah", "from", "scratch").strip()
@@ -106,10 +117,23 @@ def image(*options: str, source: Path = ROOT, tag: str = IMAGE, **variables: str
     """Build the image of a source tree with docker/build; returns the build's output. `options` go to buildah, `variables` are its environment's."""
     base()
     torch = next(line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch=="))
-    places = {Path(place.removeprefix("file://").removesuffix("/simple")) for value in pip_options().values() for place in value.split()}
+    places = {
+        Path(place.removeprefix("file://").removesuffix("/simple"))
+        for value in pip_options().values()
+        for place in value.split()
+    }
     mounts = [f"--volume={place}:{place}:ro" for place in sorted(places) if place.is_dir()]
-    return run(source / "docker/build", "--isolation=chroot", *mounts, f"--build-arg=BASE_IMAGE={BASE}", f"--build-arg=TORCH={torch}", *options,
-               BUILDER="buildah", TAG=tag, **variables)
+    return run(
+        source / "docker/build",
+        "--isolation=chroot",
+        *mounts,
+        f"--build-arg=BASE_IMAGE={BASE}",
+        f"--build-arg=TORCH={torch}",
+        *options,
+        BUILDER="buildah",
+        TAG=tag,
+        **variables,
+    )
 
 
 def archive(path: Path, tag: str = IMAGE) -> Path:

@@ -11,7 +11,14 @@ import build
 
 IMAGE = "localhost/cyclevae:tested"  # not build.IMAGE, which others may build at the same time
 USER = "123456"  # no such user, and of group 0: what OpenShift gives
-LOCKED = ("--network=none", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", f"--user={USER}", "--env=OMP_NUM_THREADS=1")
+LOCKED = (
+    "--network=none",
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    f"--user={USER}",
+    "--env=OMP_NUM_THREADS=1",
+)
 
 
 class Container:
@@ -24,8 +31,12 @@ class Container:
         self.output = directory / f"{self.name}.log"
         volumes = [f"--volume={directory / name}:/workspace/{name}" for name in ("runs", "data")]
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(["podman", "run", "--rm", f"--name={self.name}", *LOCKED, *volumes, *options, IMAGE, *arguments],
-                                            stdout=output, stderr=subprocess.STDOUT, env=build.environment())
+            self.process = subprocess.Popen(
+                ["podman", "run", "--rm", f"--name={self.name}", *LOCKED, *volumes, *options, IMAGE, *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=build.environment(),
+            )
 
     @property
     def said(self) -> str:
@@ -52,5 +63,7 @@ class Container:
 
     def remove(self) -> None:
         if self.process.poll() is None:
-            subprocess.run(["podman", "rm", "--force", "--time=0", self.name], capture_output=True, env=build.environment())
+            subprocess.run(
+                ["podman", "rm", "--force", "--time=0", self.name], capture_output=True, env=build.environment()
+            )
             self.process.wait(60)

@@ -23,16 +23,29 @@ from job.__main__ import COMMANDS
 from job.errors import ExitCode
 
 MISSING = [program for program in build.PROGRAMS if shutil.which(program) is None]
-pytestmark = [pytest.mark.skipif("CYCLEVAE_TEST_IMAGE" not in os.environ, reason="builds an image, minutes: `make image-tools test-image`"),
-              pytest.mark.skipif(bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(MISSING)}: `make image-tools`"),
-              pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.skipif(
+        "CYCLEVAE_TEST_IMAGE" not in os.environ, reason="builds an image, minutes: `make image-tools test-image`"
+    ),
+    pytest.mark.skipif(
+        bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(MISSING)}: `make image-tools`"
+    ),
+    pytest.mark.timeout(1200),
+]
 STEPS = 200
 SMALL = f"""--config-name demo model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 training.num_train_steps={STEPS}
 training.train_batch_size=2 logging.log_freq=1 logging.eval_freq=0 logging.save_freq=0 logging.num_eval_batches=1 training.eval_batch_size=8
 monitoring.port=9400""".split()
 TWO = ("torchrun", "--standalone", "--nproc_per_node=2", "-m", "job.train", *SMALL)
-LGDLM = ["torchrun", "--standalone", "--nproc_per_node=1", "latentDLM_mmdit/train_mmdit_stable.py", "--config-name", "mmdit_cycle_vae",
-         "loss.loss_type=cycle_vae"]
+LGDLM = [
+    "torchrun",
+    "--standalone",
+    "--nproc_per_node=1",
+    "latentDLM_mmdit/train_mmdit_stable.py",
+    "--config-name",
+    "mmdit_cycle_vae",
+    "loss.loss_type=cycle_vae",
+]
 SLOW_DISK = """import os, pathlib, time
 fsync, opened = os.fsync, pathlib.Path.open
 def slow(handle):
@@ -61,7 +74,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project as it is now, in a clone of its own: nothing changes it while the tests run."""
     directory = tmp_path_factory.mktemp("source") / "clone"
     build.run("git", "clone", "--quiet", "--shared", build.ROOT, directory)
-    for name in build.run("git", "-C", build.ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
+    for name in build.run(
+        "git", "-C", build.ROOT, "ls-files", "--cached", "--others", "--exclude-standard"
+    ).splitlines():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).unlink(missing_ok=True)
         if (build.ROOT / name).exists():
@@ -78,7 +93,9 @@ def labels(source: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def built_again(labels: dict[str, str], source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[str]]:
+def built_again(
+    labels: dict[str, str], source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[str]]:
     """The same once more without any cached layer, while other tests run: in another directory, with other times and modes of the sources."""
     copied = shutil.copytree(source, tmp_path_factory.mktemp("again") / "copy", copy_function=shutil.copy)
     for path in copied.rglob("*"):
@@ -89,7 +106,9 @@ def built_again(labels: dict[str, str], source: Path, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
-def start(labels: dict[str, str], built_again: Future[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start(
+    labels: dict[str, str], built_again: Future[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Start]:
     """Starts containers, all with the same directories for runs and data."""
     directory, started = tmp_path_factory.mktemp("volumes"), []
     for name in ("runs", "data"):
@@ -108,7 +127,9 @@ def start(labels: dict[str, str], built_again: Future[str], tmp_path_factory: py
 @pytest.fixture(scope="session")
 def undisturbed(start: Start) -> Container:
     """Two processes that train on the embedded text from beginning to end."""
-    prepared = start("prepare", "--out", "data/demo", "--max-samples", "2000", "--vocab-size", "400", "--latent-dim", "8")
+    prepared = start(
+        "prepare", "--out", "data/demo", "--max-samples", "2000", "--vocab-size", "400", "--latent-dim", "8"
+    )
     assert prepared.exit_code() == 0, prepared.said
     whole = start(*TWO, "logging.run_name=whole")
     assert whole.exit_code() == ExitCode.FINISHED, whole.said
@@ -116,7 +137,9 @@ def undisturbed(start: Start) -> Container:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in map(json.loads, (run / "training_log.jsonl").read_text().splitlines())]
+    return [
+        (line["step"], line["loss"]) for line in map(json.loads, (run / "training_log.jsonl").read_text().splitlines())
+    ]
 
 
 def test_dockerfile_is_clean_to_hadolint() -> None:
@@ -132,14 +155,18 @@ def test_two_processes_train_on_the_embedded_text(undisturbed: Container) -> Non
     assert (run / "result.json").stat().st_uid == int(USER)
 
 
-def test_a_stop_saves_however_slow_the_disk_is_and_the_run_goes_on(start: Start, undisturbed: Container, labels: dict[str, str], tmp_path: Path) -> None:
+def test_a_stop_saves_however_slow_the_disk_is_and_the_run_goes_on(
+    start: Start, undisturbed: Container, labels: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     tmp_path.chmod(0o755)
     slow_disk = (f"--volume={tmp_path}:/slow:ro", "--env=PYTHONPATH=/slow")
     run = undisturbed.directory / "runs/stopped"
     container = start(*TWO, "logging.run_name=stopped", options=slow_disk)
     container.wait_for(run / "training_log.jsonl", 10)
-    metrics = container.execute("python", "-c", "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9400/metrics').read().decode())")
+    metrics = container.execute(
+        "python", "-c", "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9400/metrics').read().decode())"
+    )
     container.stop(grace=120)
     assert container.exit_code() == ExitCode.STOPPED, container.said
     saving = re.search(r"stop: .* to the step's end, ([\d.]+) s to save", container.said)
@@ -169,21 +196,36 @@ def test_labels_say_what_was_built(labels: dict[str, str]) -> None:
 
 
 def test_a_launch_line_of_lgdlm_runs_unchanged(start: Start) -> None:
-    container = start(*LGDLM, "data=synthetic", "training.num_train_steps=2", "logging.run_name=lgdlm", "training.eval_batch_size=4")
+    container = start(
+        *LGDLM, "data=synthetic", "training.num_train_steps=2", "logging.run_name=lgdlm", "training.eval_batch_size=4"
+    )
     assert container.exit_code() == ExitCode.FINISHED, container.said
     assert (container.directory / "runs/lgdlm/result.json").exists()
 
 
-@pytest.mark.parametrize(("command", "code", "words"), [
-    ([word.replace("_stable", "") for word in LGDLM], ExitCode.FAILED, "error: data.dir is not set"),  # its other script
-    (["train", "data=synthetic", "logging.save_dir=/nowhere"], ExitCode.FAILED, "error: /nowhere: Read-only file system"),
-    (["train", "training.num_train_stepz=1"], ExitCode.USAGE, "did you mean training.num_train_steps"),
-    (["prepare"], ExitCode.USAGE, "--out"),
-    (["trian"], ExitCode.USAGE, "usage: cyclevae COMMAND"),
-    (["sh", "-c", "exit 7"], 7, ""),
-    (["sh", "-c", "kill -KILL $$"], 137, ""),
-])
-def test_exit_codes_pass_through_and_mistakes_are_a_line(start: Start, command: list[str], code: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (
+            [word.replace("_stable", "") for word in LGDLM],
+            ExitCode.FAILED,
+            "error: data.dir is not set",
+        ),  # its other script
+        (
+            ["train", "data=synthetic", "logging.save_dir=/nowhere"],
+            ExitCode.FAILED,
+            "error: /nowhere: Read-only file system",
+        ),
+        (["train", "training.num_train_stepz=1"], ExitCode.USAGE, "did you mean training.num_train_steps"),
+        (["prepare"], ExitCode.USAGE, "--out"),
+        (["trian"], ExitCode.USAGE, "usage: cyclevae COMMAND"),
+        (["sh", "-c", "exit 7"], 7, ""),
+        (["sh", "-c", "kill -KILL $$"], 137, ""),
+    ],
+)
+def test_exit_codes_pass_through_and_mistakes_are_a_line(
+    start: Start, command: list[str], code: int, words: str
+) -> None:
     container = start(*command)
     assert container.exit_code() == code, container.said
     assert words in container.said
@@ -191,7 +233,11 @@ def test_exit_codes_pass_through_and_mistakes_are_a_line(start: Start, command: 
 
 
 def test_every_command_is_there(start: Start) -> None:
-    container = start("sh", "-c", f"for command in {' '.join(COMMANDS)}; do cyclevae $command --help > /dev/null || echo $command; done")
+    container = start(
+        "sh",
+        "-c",
+        f"for command in {' '.join(COMMANDS)}; do cyclevae $command --help > /dev/null || echo $command; done",
+    )
     assert (container.exit_code(), container.said) == (0, "")
 
 
@@ -204,14 +250,18 @@ def test_what_is_in_the_image(start: Start, source: Path) -> None:
     assert 'exec python -m job.runtime.torchrun "$@"' in lines
     assert not [line for line in lines if line.startswith("/")]
     known = build.run("git", "-C", source, "ls-files", "job", "configs", "hydra_plugins").splitlines()
-    assert {re.sub("^configs/", "job/configs/", name) for name in known if (source / name).exists()} <= set(lines), "pyproject.toml lists the packages"
+    assert {re.sub("^configs/", "job/configs/", name) for name in known if (source / name).exists()} <= set(lines), (
+        "pyproject.toml lists the packages"
+    )
 
 
 def test_a_tampered_wheel_fails_the_build(labels: dict[str, str], source: Path, tmp_path: Path) -> None:
     dockerfile = (source / "Dockerfile").read_text()
     tampered = tmp_path / "Dockerfile"
     copied = "COPY --from=wheel /wheel /wheel\n"
-    tampered.write_text(dockerfile.replace(copied, copied + 'RUN for wheel in /wheel/*.whl; do echo >> "$wheel"; done\n'))
+    tampered.write_text(
+        dockerfile.replace(copied, copied + 'RUN for wheel in /wheel/*.whl; do echo >> "$wheel"; done\n')
+    )
     with pytest.raises(RuntimeError, match="DO NOT MATCH THE HASHES"):
         build.image("--target=package", f"--file={tampered}", source=source, tag="localhost/cyclevae:tampered")
 
@@ -219,7 +269,9 @@ def test_a_tampered_wheel_fails_the_build(labels: dict[str, str], source: Path, 
 def test_only_the_wheel_that_was_asked_for_goes_in(labels: dict[str, str], source: Path, tmp_path: Path) -> None:
     """As for a release whose hash is known: WHEEL_SHA256 takes the same source, and no other."""
     build.image("--target=wheel", source=source, tag="localhost/cyclevae:wheel")
-    requirement = build.run("podman", "run", "--rm", "--network=none", "localhost/cyclevae:wheel", "cat", "/wheel/requirement.txt")
+    requirement = build.run(
+        "podman", "run", "--rm", "--network=none", "localhost/cyclevae:wheel", "cat", "/wheel/requirement.txt"
+    )
     known = f"--build-arg=WHEEL_SHA256={requirement.strip().rpartition(':')[2]}"
     build.image("--target=package", known, source=source, tag="localhost/cyclevae:known")
     changed = shutil.copytree(source, tmp_path / "copy")
@@ -238,7 +290,9 @@ def test_a_tampered_dependency_fails_the_build(labels: dict[str, str], source: P
         build.image("--target=builder", source=changed, tag="localhost/cyclevae:tampered")
 
 
-def test_the_same_again_gives_the_same_files(labels: dict[str, str], built_again: Future[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_same_again_gives_the_same_files(
+    labels: dict[str, str], built_again: Future[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Type, mode, owner and content of every path, of two builds that share nothing but the base image. Cached layers keep the times of when they were made."""
     built_again.result()
     one, two = contents(IMAGE), contents("localhost/cyclevae:again")
@@ -261,7 +315,13 @@ def contents(tag: str) -> dict[str, tuple[Any, ...]]:
                 if not is_link and os.path.isfile(path):
                     with open(path, "rb") as file:
                         content = hashlib.file_digest(file, "sha256").hexdigest()
-                found[path.removeprefix(root)] = (status.st_mode, status.st_uid, status.st_gid, content, status.st_size if content else 0)
+                found[path.removeprefix(root)] = (
+                    status.st_mode,
+                    status.st_uid,
+                    status.st_gid,
+                    content,
+                    status.st_size if content else 0,
+                )
     finally:
         build.run("buildah", "rm", container)
     return found

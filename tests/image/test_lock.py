@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 def versions(path: Path) -> dict[str, str]:
     """Version by normalized name, of every line of a lock."""
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(), re.MULTILINE)}
+    return {
+        re.sub(r"[-_.]+", "-", name).lower(): version
+        for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(), re.MULTILINE)
+    }
 
 
 def test_the_image_has_the_versions_of_the_lock() -> None:

@@ -45,11 +45,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def _state(one: Node) -> str:
-    said = [one.kubectl("get", "pytorchjobs,pods,pvc,nodes", "--all-namespaces", "--output=wide", check=False),
-            one.kubectl("get", "events", "--all-namespaces", "--sort-by=.lastTimestamp", check=False)[-6000:]]
+    said = [
+        one.kubectl("get", "pytorchjobs,pods,pvc,nodes", "--all-namespaces", "--output=wide", check=False),
+        one.kubectl("get", "events", "--all-namespaces", "--sort-by=.lastTimestamp", check=False)[-6000:],
+    ]
     for line in one.kubectl("get", "pods", "--all-namespaces", "--no-headers", check=False).splitlines():
         namespace, pod = line.split()[:2]
-        said.append(f"--- {namespace}/{pod}\n" + one.kubectl("logs", f"--namespace={namespace}", pod, "--all-containers", "--tail=40", check=False))
+        said.append(
+            f"--- {namespace}/{pod}\n"
+            + one.kubectl("logs", f"--namespace={namespace}", pod, "--all-containers", "--tail=40", check=False)
+        )
     return "\n".join(said)
 
 

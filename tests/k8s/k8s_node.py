@@ -36,7 +36,9 @@ NODE = "127.0.0.1"  # its name, and so its address
 
 def unable() -> str | None:
     """Why this machine cannot be a node; None if it can."""
-    missing = [name for name in PROGRAMS if shutil.which(name) is None] + [str(path) for path in (BUSYBOX, CACHE / "stamp") if not path.exists()]
+    missing = [name for name in PROGRAMS if shutil.which(name) is None] + [
+        str(path) for path in (BUSYBOX, CACHE / "stamp") if not path.exists()
+    ]
     if missing:
         return f"needs {', '.join(missing)}: `make k8s-tools` installs all but kubectl 1.21 or newer"
     if os.getuid() != 0:
@@ -98,7 +100,9 @@ class Node:
 
     def run(self, *command: str, check: bool = True, stdin: str | None = None, seconds: float = 120) -> str:
         """Standard output of a command; AssertionError with its error output when it fails."""
-        done = subprocess.run(command, env=self.env, cwd=self.base, text=True, capture_output=True, timeout=seconds, input=stdin)
+        done = subprocess.run(
+            command, env=self.env, cwd=self.base, text=True, capture_output=True, timeout=seconds, input=stdin
+        )
         assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -108,37 +112,87 @@ class Node:
     def start(self) -> None:
         self._make_keys()
         self._daemon("dockerd", "dockerd", "--config-file", str(self._docker_settings()))
-        self._daemon("etcd", "etcd", "--data-dir", "etcd", "--listen-client-urls", self._etcd_url, "--advertise-client-urls", self._etcd_url,
-                     "--listen-peer-urls", self._peer_url, "--initial-advertise-peer-urls", self._peer_url,
-                     "--initial-cluster", f"default={self._peer_url}", "--unsafe-no-fsync")
+        self._daemon(
+            "etcd",
+            "etcd",
+            "--data-dir",
+            "etcd",
+            "--listen-client-urls",
+            self._etcd_url,
+            "--advertise-client-urls",
+            self._etcd_url,
+            "--listen-peer-urls",
+            self._peer_url,
+            "--initial-advertise-peer-urls",
+            self._peer_url,
+            "--initial-cluster",
+            f"default={self._peer_url}",
+            "--unsafe-no-fsync",
+        )
         self.start_server()
         wait_for(lambda: self.run("docker", "info", check=False), "dockerd")
         self._import_busybox()
         kubeconfig = f"--kubeconfig={self.base}/kubeconfig"
-        self._kubernetes("kube-controller-manager", kubeconfig, "--leader-elect=false", "--port=0", "--secure-port=0", "--root-ca-file=ca.crt",
-                         "--controllers=*,-nodeipam,-cloud-node-lifecycle,-service,-route", "--service-account-private-key-file=sa.key")
+        self._kubernetes(
+            "kube-controller-manager",
+            kubeconfig,
+            "--leader-elect=false",
+            "--port=0",
+            "--secure-port=0",
+            "--root-ca-file=ca.crt",
+            "--controllers=*,-nodeipam,-cloud-node-lifecycle,-service,-route",
+            "--service-account-private-key-file=sa.key",
+        )
         self._kubernetes("kube-scheduler", kubeconfig, "--leader-elect=false", "--port=0", "--secure-port=0")
-        self._kubernetes("kubelet", kubeconfig, f"--config={self._kubelet_settings()}", f"--root-dir={self.base}/kubelet", f"--cert-dir={self.base}/pki",
-                         f"--docker-endpoint={self.env['DOCKER_HOST']}", "--pod-infra-container-image=lab/pause", f"--hostname-override={NODE}",
-                         "--runtime-cgroups=/")
+        self._kubernetes(
+            "kubelet",
+            kubeconfig,
+            f"--config={self._kubelet_settings()}",
+            f"--root-dir={self.base}/kubelet",
+            f"--cert-dir={self.base}/pki",
+            f"--docker-endpoint={self.env['DOCKER_HOST']}",
+            "--pod-infra-container-image=lab/pause",
+            f"--hostname-override={NODE}",
+            "--runtime-cgroups=/",
+        )
         wait_for(lambda: " Ready " in self.kubectl("get", "nodes", check=False), "the node to be ready")
         wait_for(lambda: self.kubectl("get", "serviceaccount", "default", check=False), "the default service account")
 
     def _daemon(self, name: str, *command: str) -> None:
         with (self.base / "log" / f"{name}.log").open("ab") as output:
-            self._daemons[name] = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=self.env, cwd=self.base, stdin=subprocess.DEVNULL,
-                                                   stdout=output, stderr=output, start_new_session=True)
+            self._daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *command],
+                env=self.env,
+                cwd=self.base,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
     def _kubernetes(self, name: str, *arguments: str) -> None:
         self._daemon(name, str(CACHE / "kubernetes"), name, *arguments)
 
     def start_server(self) -> None:
         """Start the API server; returns when it is ready."""
-        self._kubernetes("kube-apiserver", f"--etcd-servers={self._etcd_url}", "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1",
-                         f"--secure-port={self._api_port}", "--tls-cert-file=server.crt", "--tls-private-key-file=server.key", "--client-ca-file=ca.crt",
-                         "--service-account-issuer=https://kubernetes.default.svc", "--service-account-signing-key-file=sa.key",
-                         "--service-account-key-file=sa.pub", "--service-cluster-ip-range=10.0.0.0/24", "--authorization-mode=RBAC",
-                         "--allow-privileged=true", "--endpoint-reconciler-type=none", "--profiling=false")
+        self._kubernetes(
+            "kube-apiserver",
+            f"--etcd-servers={self._etcd_url}",
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            f"--secure-port={self._api_port}",
+            "--tls-cert-file=server.crt",
+            "--tls-private-key-file=server.key",
+            "--client-ca-file=ca.crt",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            "--service-account-signing-key-file=sa.key",
+            "--service-account-key-file=sa.pub",
+            "--service-cluster-ip-range=10.0.0.0/24",
+            "--authorization-mode=RBAC",
+            "--allow-privileged=true",
+            "--endpoint-reconciler-type=none",
+            "--profiling=false",
+        )
         wait_for(lambda: self.kubectl("get", "--raw", "/readyz", check=False) == "ok", "the API server")
 
     def kill_server(self) -> None:
@@ -158,6 +212,7 @@ class Node:
 
     def _make_keys(self) -> None:
         """Certificates of the server and of an administrator, key of the service accounts, kubeconfig."""
+
         def openssl(*arguments: str) -> None:
             subprocess.run(["openssl", *arguments], cwd=self.base, check=True, capture_output=True)
 
@@ -166,36 +221,87 @@ class Node:
         (self.base / "san").write_text("subjectAltName=IP:127.0.0.1\n")
         for name, subject in (("server", "/CN=kube-apiserver"), ("admin", "/O=system:masters/CN=admin")):
             openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
-            openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30", "-out", f"{name}.crt",
-                    "-extfile", "san")
+            openssl(
+                "x509",
+                "-req",
+                "-in",
+                f"{name}.csr",
+                "-CA",
+                "ca.crt",
+                "-CAkey",
+                "ca.key",
+                "-CAcreateserial",
+                "-days",
+                "30",
+                "-out",
+                f"{name}.crt",
+                "-extfile",
+                "san",
+            )
         openssl("ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", "sa.key")
         openssl("pkey", "-in", "sa.key", "-pubout", "-out", "sa.pub")
-        self.write_kubeconfig("kubeconfig", {"client-certificate": f"{self.base}/admin.crt", "client-key": f"{self.base}/admin.key"})
+        self.write_kubeconfig(
+            "kubeconfig", {"client-certificate": f"{self.base}/admin.crt", "client-key": f"{self.base}/admin.key"}
+        )
 
     def write_kubeconfig(self, name: str, user: dict[str, str], **context: str) -> Path:
         """A kubeconfig in the node's directory for a user with these credentials."""
         path = self.base / name
-        path.write_text(yaml.safe_dump({
-            "apiVersion": "v1", "kind": "Config", "current-context": "lab",
-            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "me", **context}}],
-            "clusters": [{"name": "lab", "cluster": {"server": self.server, "certificate-authority": f"{self.base}/ca.crt"}}],
-            "users": [{"name": "me", "user": user}]}))
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Config",
+                    "current-context": "lab",
+                    "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "me", **context}}],
+                    "clusters": [
+                        {
+                            "name": "lab",
+                            "cluster": {"server": self.server, "certificate-authority": f"{self.base}/ca.crt"},
+                        }
+                    ],
+                    "users": [{"name": "me", "user": user}],
+                }
+            )
+        )
         return path
 
     def _docker_settings(self) -> Path:
         (self.base / "runc").write_text(RUNC.format(python=sys.executable, runc=shutil.which("runc")))
         (self.base / "runc").chmod(0o755)
-        settings = {"iptables": False, "ip6tables": False, "bridge": "none", "data-root": f"{self.base}/docker", "exec-root": f"{self.base}/exec",
-                    "pidfile": f"{self.base}/docker.pid", "hosts": [self.env["DOCKER_HOST"]], "storage-driver": "overlay2", "shutdown-timeout": 1,
-                    "exec-opts": ["native.cgroupdriver=cgroupfs"], "runtimes": {"lab": {"path": f"{self.base}/runc"}}, "default-runtime": "lab"}
+        settings = {
+            "iptables": False,
+            "ip6tables": False,
+            "bridge": "none",
+            "data-root": f"{self.base}/docker",
+            "exec-root": f"{self.base}/exec",
+            "pidfile": f"{self.base}/docker.pid",
+            "hosts": [self.env["DOCKER_HOST"]],
+            "storage-driver": "overlay2",
+            "shutdown-timeout": 1,
+            "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "runtimes": {"lab": {"path": f"{self.base}/runc"}},
+            "default-runtime": "lab",
+        }
         (self.base / "daemon.json").write_text(json.dumps(settings))
         return self.base / "daemon.json"
 
     def _kubelet_settings(self) -> Path:
-        settings = {"kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1", "authentication": {"anonymous": {"enabled": True},
-                    "webhook": {"enabled": False}}, "authorization": {"mode": "AlwaysAllow"}, "address": "127.0.0.1", "port": self._kubelet_port,
-                    "healthzPort": 0, "cgroupDriver": "cgroupfs", "cgroupsPerQOS": False, "enforceNodeAllocatable": [], "evictionHard": {},
-                    "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99}
+        settings = {
+            "kind": "KubeletConfiguration",
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
+            "authorization": {"mode": "AlwaysAllow"},
+            "address": "127.0.0.1",
+            "port": self._kubelet_port,
+            "healthzPort": 0,
+            "cgroupDriver": "cgroupfs",
+            "cgroupsPerQOS": False,
+            "enforceNodeAllocatable": [],
+            "evictionHard": {},
+            "imageGCHighThresholdPercent": 100,
+            "imageGCLowThresholdPercent": 99,
+        }
         (self.base / "kubelet.yaml").write_text(yaml.safe_dump(settings))
         return self.base / "kubelet.yaml"
 
@@ -208,9 +314,17 @@ class Node:
                 link = tarfile.TarInfo(f"bin/{name}")
                 link.type, link.linkname = tarfile.SYMTYPE, "busybox"
                 tar.addfile(link)
-        hold = json.dumps(["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"])  # a first process without a handler would ignore TERM
+        hold = json.dumps(
+            ["sh", "-c", "trap exit TERM; sleep 2147483647 & wait"]
+        )  # a first process without a handler would ignore TERM
         for image, command in (("lab/pause", f"ENTRYPOINT {hold}"), ("lab/busybox", 'CMD ["sh"]')):
-            subprocess.run(["docker", "import", "--change", command, "-", image], env=self.env, input=archive.getvalue(), check=True, capture_output=True)
+            subprocess.run(
+                ["docker", "import", "--change", command, "-", image],
+                env=self.env,
+                input=archive.getvalue(),
+                check=True,
+                capture_output=True,
+            )
 
     def stop(self) -> None:
         """End the kubelet first, so that nothing starts containers again, then these and all other daemons."""
@@ -235,6 +349,7 @@ class Node:
 
 def sweep(base: Path) -> None:
     """Remove a node's directory with all that is mounted in it."""
+
     def unmounted() -> bool:
         mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
         for place in (inside := sorted((place for place in mounted if place.startswith(f"{base}/")), reverse=True)):

@@ -25,7 +25,9 @@ Object = dict[str, Any]
 GROUP = "apis/kubeflow.org/v1"
 LABEL = "training.kubeflow.org/"
 PORT_NAME, PORT = "pytorchjob-port", 23456
-NO_EXIT_CODE = 0xBEEF  # of a pod that failed without a container's word, by eviction for instance: counts as one to retry
+NO_EXIT_CODE = (
+    0xBEEF  # of a pod that failed without a container's word, by eviction for instance: counts as one to retry
+)
 
 
 def with_defaults(job: Object) -> Object:
@@ -63,15 +65,25 @@ def environment(job: Object, kind: str, index: int) -> dict[str, str]:
     values = {"PYTHONUNBUFFERED": "1"}
     if "Master" in replicas:
         port, rank = _port(replicas["Master"]), index + (kind == "Worker")
-        values |= {"MASTER_PORT": port, "PET_MASTER_PORT": port, "MASTER_ADDR": f"{name}-master-0", "PET_MASTER_ADDR": f"{name}-master-0",
-                   "WORLD_SIZE": str(total * (int(per_node) if per_node.isdigit() else 1)), "RANK": str(rank), "PET_NODE_RANK": str(rank)}
+        values |= {
+            "MASTER_PORT": port,
+            "PET_MASTER_PORT": port,
+            "MASTER_ADDR": f"{name}-master-0",
+            "PET_MASTER_ADDR": f"{name}-master-0",
+            "WORLD_SIZE": str(total * (int(per_node) if per_node.isdigit() else 1)),
+            "RANK": str(rank),
+            "PET_NODE_RANK": str(rank),
+        }
     if "nprocPerNode" in spec:
         values["PET_NPROC_PER_NODE"] = per_node
     if elastic is None:
         return {**values, "PET_NNODES": str(total)}
     endpoint = f"{elastic.get('rdzvHost', f'{name}-worker-0')}:{elastic.get('rdzvPort') or _port(replicas['Worker'])}"
-    values |= {"PET_RDZV_ENDPOINT": endpoint, "PET_RDZV_BACKEND": elastic.get("rdzvBackend", "c10d"),
-               "PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}"}
+    values |= {
+        "PET_RDZV_ENDPOINT": endpoint,
+        "PET_RDZV_BACKEND": elastic.get("rdzvBackend", "c10d"),
+        "PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}",
+    }
     optional = {"PET_MAX_RESTARTS": "maxRestarts", "PET_NPROC_PER_NODE": "nProcPerNode", "PET_RDZV_ID": "rdzvId"}
     values |= {variable: str(elastic[key]) for variable, key in optional.items() if key in elastic}
     if elastic.get("rdzvConf"):
@@ -80,14 +92,21 @@ def environment(job: Object, kind: str, index: int) -> dict[str, str]:
 
 
 def _port(replica: Object) -> str:
-    return str(next(port["containerPort"] for port in trainer(replica["template"])["ports"] if port.get("name") == PORT_NAME))
+    return str(
+        next(port["containerPort"] for port in trainer(replica["template"])["ports"] if port.get("name") == PORT_NAME)
+    )
 
 
 def labels(job: Object, kind: str, index: int) -> dict[str, str]:
     """What marks the pod and the service of a replica."""
     leads = kind == "Master" or (index == 0 and "Master" not in job["spec"]["pytorchReplicaSpecs"])
-    return {f"{LABEL}operator-name": "pytorchjob-controller", f"{LABEL}job-name": job["metadata"]["name"], f"{LABEL}replica-type": kind.lower(),
-            f"{LABEL}replica-index": str(index), **({f"{LABEL}job-role": "master"} if leads else {})}
+    return {
+        f"{LABEL}operator-name": "pytorchjob-controller",
+        f"{LABEL}job-name": job["metadata"]["name"],
+        f"{LABEL}replica-type": kind.lower(),
+        f"{LABEL}replica-index": str(index),
+        **({f"{LABEL}job-role": "master"} if leads else {}),
+    }
 
 
 def pod_of(job: Object, kind: str, index: int) -> Object:
@@ -99,13 +118,22 @@ def pod_of(job: Object, kind: str, index: int) -> Object:
     metadata["labels"] = {**metadata.get("labels", {}), **labels(job, kind, index)}
     pod["spec"]["restartPolicy"] = "Never" if replica["restartPolicy"] == "ExitCode" else replica["restartPolicy"]
     for container in pod["spec"]["containers"]:
-        container["env"] = [*container.get("env", []), *({"name": name, "value": value} for name, value in environment(job, kind, index).items())]
+        container["env"] = [
+            *container.get("env", []),
+            *({"name": name, "value": value} for name, value in environment(job, kind, index).items()),
+        ]
     return pod
 
 
 def _owner(job: Object) -> Object:
-    return {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True,
-            "blockOwnerDeletion": True}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "name": job["metadata"]["name"],
+        "uid": job["metadata"]["uid"],
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
 
 
 def for_a_cluster_without_network(pod: Object, meeting_port: int) -> Object:
@@ -146,8 +174,17 @@ def set_condition(status: Object, kind: str, holds: bool, reason: str, message: 
     kept = [one for one in conditions if one["type"] not in (kind, excluded)]
     if kind in ("Failed", "Succeeded"):
         kept = [{**one, "status": "False"} if one["type"] == "Running" else one for one in kept]
-    status["conditions"] = [*kept, {"type": kind, "status": word, "reason": reason, "message": message, "lastUpdateTime": _now(),
-                                    "lastTransitionTime": changed}]
+    status["conditions"] = [
+        *kept,
+        {
+            "type": kind,
+            "status": word,
+            "reason": reason,
+            "message": message,
+            "lastUpdateTime": _now(),
+            "lastTransitionTime": changed,
+        },
+    ]
 
 
 def is_true(status: Object, kind: str) -> bool:
@@ -176,8 +213,13 @@ class TrainingOperator:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._pool = urllib3.PoolManager(ca_certs=f"{node.base}/ca.crt", cert_file=f"{node.base}/admin.crt", key_file=f"{node.base}/admin.key",
-                                         retries=False, timeout=10)
+        self._pool = urllib3.PoolManager(
+            ca_certs=f"{node.base}/ca.crt",
+            cert_file=f"{node.base}/admin.crt",
+            key_file=f"{node.base}/admin.key",
+            retries=False,
+            timeout=10,
+        )
         self._meeting_ports: dict[str, int] = {}
         self._stopped = threading.Event()
         self.failure: str | None = None
@@ -190,7 +232,12 @@ class TrainingOperator:
 
     def _ask(self, method: str, path: str, body: Object | None = None) -> Object:
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        answer = self._pool.request(method, f"{self._node.server}/{path}", body=json.dumps(body) if body else None, headers={"Content-Type": kind})
+        answer = self._pool.request(
+            method,
+            f"{self._node.server}/{path}",
+            body=json.dumps(body) if body else None,
+            headers={"Content-Type": kind},
+        )
         if answer.status >= 400:
             raise Refused(answer.status, answer.data.decode(errors="replace"))
         return dict(answer.json())
@@ -235,20 +282,29 @@ class TrainingOperator:
             if not self._past_limits(job, status, pods):
                 self._reconcile_replicas(job, status, pods)
         if status != before:
-            self._ask("PATCH", f"{GROUP}/namespaces/{job['metadata']['namespace']}/pytorchjobs/{name}/status",
-                      {"metadata": {"resourceVersion": job["metadata"]["resourceVersion"]}, "status": status})
+            self._ask(
+                "PATCH",
+                f"{GROUP}/namespaces/{job['metadata']['namespace']}/pytorchjobs/{name}/status",
+                {"metadata": {"resourceVersion": job["metadata"]["resourceVersion"]}, "status": status},
+            )
 
     def _pods(self, job: Object) -> list[Object]:
         selector = f"labelSelector={LABEL}job-name={job['metadata']['name']}"
         pods = self._ask("GET", f"api/v1/namespaces/{job['metadata']['namespace']}/pods?{selector}")["items"]
-        return [pod for pod in pods if any(owner["uid"] == job["metadata"]["uid"] for owner in pod["metadata"].get("ownerReferences", []))]
+        return [
+            pod
+            for pod in pods
+            if any(owner["uid"] == job["metadata"]["uid"] for owner in pod["metadata"].get("ownerReferences", []))
+        ]
 
     def _clean_up(self, pods: list[Object], policy: str) -> None:
         for pod in pods:
             if policy == "All" or (policy == "Running" and pod["status"]["phase"] in ("Running", "Pending")):
                 self._delete(pod)
                 try:
-                    self._ask("DELETE", f"api/v1/namespaces/{pod['metadata']['namespace']}/services/{pod['metadata']['name']}")
+                    self._ask(
+                        "DELETE", f"api/v1/namespaces/{pod['metadata']['namespace']}/services/{pod['metadata']['name']}"
+                    )
                 except Refused as error:
                     if error.status != 404:
                         raise
@@ -260,11 +316,19 @@ class TrainingOperator:
     def _past_limits(self, job: Object, status: Object, pods: list[Object]) -> bool:
         """Fail a job that has restarted or lasted too long."""
         policy, name = job["spec"]["runPolicy"], job["metadata"]["name"]
-        limit, deadline, start = policy.get("backoffLimit"), policy.get("activeDeadlineSeconds"), status.get("startTime")
+        limit, deadline, start = (
+            policy.get("backoffLimit"),
+            policy.get("activeDeadlineSeconds"),
+            status.get("startTime"),
+        )
         why = None
         if limit is not None:
-            restarts = sum(container["restartCount"] for pod in pods if pod["status"]["phase"] == "Running"
-                           for container in pod["status"].get("containerStatuses", []))
+            restarts = sum(
+                container["restartCount"]
+                for pod in pods
+                if pod["status"]["phase"] == "Running"
+                for container in pod["status"].get("containerStatuses", [])
+            )
             failed = sum(pod["status"]["phase"] == "Failed" for pod in pods)
             noted = sum(replica.get("failed", 0) for replica in status.get("replicaStatuses", {}).values())
             if (restarts > 0 and restarts >= limit) or (limit == 0 and failed > noted):
@@ -280,11 +344,20 @@ class TrainingOperator:
     def _reconcile_replicas(self, job: Object, status: Object, pods: list[Object]) -> None:
         status.setdefault("startTime", _now())
         for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
-            counts = {"active": 0, "succeeded": 0, "failed": 0, "selector": ",".join(sorted(
-                f"{key}={value}" for key, value in labels(job, kind, 1).items() if "index" not in key))}
+            counts = {
+                "active": 0,
+                "succeeded": 0,
+                "failed": 0,
+                "selector": ",".join(
+                    sorted(f"{key}={value}" for key, value in labels(job, kind, 1).items() if "index" not in key)
+                ),
+            }
             status.setdefault("replicaStatuses", {})[kind] = counts
-            by_index = {int(pod["metadata"]["labels"][f"{LABEL}replica-index"]): pod for pod in pods
-                        if pod["metadata"]["labels"][f"{LABEL}replica-type"] == kind.lower()}
+            by_index = {
+                int(pod["metadata"]["labels"][f"{LABEL}replica-index"]): pod
+                for pod in pods
+                if pod["metadata"]["labels"][f"{LABEL}replica-type"] == kind.lower()
+            }
             for index in sorted(by_index.keys() | set(range(replica["replicas"]))):
                 if index not in by_index:
                     self._create(job, kind, index)
@@ -298,13 +371,27 @@ class TrainingOperator:
         name, restart_policy = job["metadata"]["name"], job["spec"]["pytorchReplicaSpecs"][kind]["restartPolicy"]
         phase, counts = pod["status"]["phase"], status["replicaStatuses"][kind]
         if phase == "Failed" and restart_policy != "Never":
-            ended = next((one["state"]["terminated"] for one in pod["status"].get("containerStatuses", [])
-                          if one["name"] == "pytorch" and "terminated" in one["state"]), {"exitCode": NO_EXIT_CODE})
+            ended = next(
+                (
+                    one["state"]["terminated"]
+                    for one in pod["status"].get("containerStatuses", [])
+                    if one["name"] == "pytorch" and "terminated" in one["state"]
+                ),
+                {"exitCode": NO_EXIT_CODE},
+            )
             if restart_policy != "ExitCode" or ended["exitCode"] >= 128:
                 self._delete(pod)
-                set_condition(status, "Restarting", True, "Restarting", f"job {name} is restarting because {kind} replica(s) failed.")
+                set_condition(
+                    status,
+                    "Restarting",
+                    True,
+                    "Restarting",
+                    f"job {name} is restarting because {kind} replica(s) failed.",
+                )
             else:
-                set_condition(status, "Failed", True, "Failed", f'job "{name}" is failing because "{kind}" replica(s) failed.')
+                set_condition(
+                    status, "Failed", True, "Failed", f'job "{name}" is failing because "{kind}" replica(s) failed.'
+                )
         if phase == "Running":
             counts["failed" if "deletionTimestamp" in pod["metadata"] else "active"] += 1
         elif phase in ("Succeeded", "Failed"):
@@ -316,7 +403,9 @@ class TrainingOperator:
         if kind == "Master" or "Master" not in spec["pytorchReplicaSpecs"]:
             if counts["active"]:
                 set_condition(status, "Running", True, "Running", f"PyTorchJob {name} is running.")
-            if counts["succeeded"] == replica["replicas"] or (kind == "Worker" and "elasticPolicy" in spec and counts["succeeded"]):
+            if counts["succeeded"] == replica["replicas"] or (
+                kind == "Worker" and "elasticPolicy" in spec and counts["succeeded"]
+            ):
                 status.setdefault("completionTime", _now())
                 set_condition(status, "Succeeded", True, "Succeeded", f"PyTorchJob {name} is successfully completed.")
                 return
@@ -333,8 +422,18 @@ class TrainingOperator:
         meeting_port = self._meeting_ports.setdefault(uid, free_ports(1)[0])
         pod = for_a_cluster_without_network(pod_of(job, kind, index), meeting_port)
         self._ask("POST", f"api/v1/namespaces/{namespace}/pods", pod)
-        service = {"metadata": {"name": pod["metadata"]["name"], "labels": labels(job, kind, index), "ownerReferences": [_owner(job)]},
-                   "spec": {"clusterIP": "None", "selector": labels(job, kind, index), "ports": [{"name": PORT_NAME, "port": PORT}]}}
+        service = {
+            "metadata": {
+                "name": pod["metadata"]["name"],
+                "labels": labels(job, kind, index),
+                "ownerReferences": [_owner(job)],
+            },
+            "spec": {
+                "clusterIP": "None",
+                "selector": labels(job, kind, index),
+                "ports": [{"name": PORT_NAME, "port": PORT}],
+            },
+        }
         try:
             self._ask("POST", f"api/v1/namespaces/{namespace}/services", service)
         except Refused as error:

@@ -46,31 +46,59 @@ def shortened_demo(directory: Path, job: str) -> Path:
     """The overlay cpu-demo with the image of the tests, fewer steps, and this name of the job; the run is still cpu-demo."""
     overlay = directory / job
     container = "/spec/pytorchReplicaSpecs/Worker/template/spec/containers/0"
-    overrides = [f"training.num_train_steps={STEPS}", "logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=10", "logging.num_samples=1",
-                 "logging.num_eval_batches=1"]
+    overrides = [
+        f"training.num_train_steps={STEPS}",
+        "logging.log_freq=1",
+        "logging.eval_freq=0",
+        "logging.save_freq=10",
+        "logging.num_samples=1",
+        "logging.num_eval_batches=1",
+    ]
     overlay.mkdir()
-    changes = [{"op": "replace", "path": "/metadata/name", "value": job},
-               {"op": "add", "path": f"{container}/env/-", "value": {"name": "PYTHONPATH", "value": "/runs/slow"}},
-               *({"op": "add", "path": f"{container}/command/-", "value": one} for one in overrides)]
-    (overlay / "kustomization.yaml").write_text(yaml.safe_dump({
-        "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-demo", overlay)],
-        "images": [{"name": "registry.example/cyclevae", "newName": IMAGE.split(":")[0], "newTag": IMAGE.split(":")[1]}],
-        "patches": [{"target": {"kind": "PyTorchJob"}, "patch": yaml.safe_dump(changes)}]}))
+    changes = [
+        {"op": "replace", "path": "/metadata/name", "value": job},
+        {"op": "add", "path": f"{container}/env/-", "value": {"name": "PYTHONPATH", "value": "/runs/slow"}},
+        *({"op": "add", "path": f"{container}/command/-", "value": one} for one in overrides),
+    ]
+    (overlay / "kustomization.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "resources": [os.path.relpath(ROOT / "k8s" / "overlays" / "cpu-demo", overlay)],
+                "images": [
+                    {"name": "registry.example/cyclevae", "newName": IMAGE.split(":")[0], "newTag": IMAGE.split(":")[1]}
+                ],
+                "patches": [{"target": {"kind": "PyTorchJob"}, "patch": yaml.safe_dump(changes)}],
+            }
+        )
+    )
     return overlay
 
 
 @pytest.mark.timeout(1800)
-def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(kubernetes: Node, demo: Claims, tmp_path: Path) -> None:
-    pods = ("get", "pods", "--namespace=cyclevae", "--selector=training.kubeflow.org/job-name=cpu-demo", "--output=jsonpath={.items[*].metadata.uid}")
+def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
+    kubernetes: Node, demo: Claims, tmp_path: Path
+) -> None:
+    pods = (
+        "get",
+        "pods",
+        "--namespace=cyclevae",
+        "--selector=training.kubeflow.org/job-name=cpu-demo",
+        "--output=jsonpath={.items[*].metadata.uid}",
+    )
 
     def apply(job: str) -> None:
-        kubernetes.kubectl("apply", "-k", str(shortened_demo(tmp_path, job)), "--validate=false")  # endPort is newer than the server
+        kubernetes.kubectl(
+            "apply", "-k", str(shortened_demo(tmp_path, job)), "--validate=false"
+        )  # endPort is newer than the server
 
     apply("calm")
     demo.job("calm", "Succeeded", 400)
     calm = losses(demo.runs / "cpu-demo")
     assert list(calm) == list(range(1, STEPS + 1))
-    wait_for(lambda: "Running" not in kubernetes.kubectl("get", "pods", "--namespace=cyclevae", check=False), "both pods to end")
+    wait_for(
+        lambda: "Running" not in kubernetes.kubectl("get", "pods", "--namespace=cyclevae", check=False),
+        "both pods to end",
+    )
     (demo.runs / "cpu-demo").rename(demo.runs / "calm")
 
     with demo.slow():
@@ -80,7 +108,9 @@ def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
         assert len(first) == 2
         status = cyclevae(kubernetes, "-m", "job", "k8s", "status", "--json", "--namespace=cyclevae", "cpu-demo")
         (row,) = json.loads(status.stdout)
-        assert (row["state"], row["steps"]) == ("RUNNING", STEPS), row  # from the log: the API server passes no requests for metrics on to 127.0.0.1
+        assert (row["state"], row["steps"]) == ("RUNNING", STEPS), (
+            row
+        )  # from the log: the API server passes no requests for metrics on to 127.0.0.1
         assert row["step"] >= 5
         kubernetes.kubectl("delete", "pod", "cpu-demo-worker-1", "--namespace=cyclevae")
         wait_for(lambda: not first & set(kubernetes.kubectl(*pods).split()), "new pods")
@@ -95,24 +125,46 @@ def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
 
 
 @pytest.mark.timeout(900)
-def test_a_sweep_of_which_one_point_fails(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
+def test_a_sweep_of_which_one_point_fails(
+    kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims
+) -> None:
     """The point of batch size 3 cannot make batches of 4 of it."""
-    done = cyclevae(kubernetes, "-m", "job.train", "--multirun", "hydra/launcher=pytorchjob", f"hydra.launcher.namespace={claims.namespace}", *SMALL,
-                    "logging.run_name=sweep", "training.num_train_steps=5", "training.global_batch_size=4", "training.train_batch_size=2,3")
+    done = cyclevae(
+        kubernetes,
+        "-m",
+        "job.train",
+        "--multirun",
+        "hydra/launcher=pytorchjob",
+        f"hydra.launcher.namespace={claims.namespace}",
+        *SMALL,
+        "logging.run_name=sweep",
+        "training.num_train_steps=5",
+        "training.global_batch_size=4",
+        "training.train_batch_size=2,3",
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "error: 1 of 2 runs did not finish" in done.stderr
     assert "COMPLETED  (training.train_batch_size=2)" in done.stdout
     assert "FAILED (exit code 1)  (training.train_batch_size=3)" in done.stdout
     assert "training.global_batch_size=4 is not a multiple of training.train_batch_size=3" in done.stdout
     assert sorted(losses(claims.runs / "sweep" / "training.train_batch_size=2")) == [1, 2, 3, 4, 5]
-    rows = json.loads(cyclevae(kubernetes, "-m", "job", "k8s", "list", "--json", f"--namespace={claims.namespace}").stdout)
+    rows = json.loads(
+        cyclevae(kubernetes, "-m", "job", "k8s", "list", "--json", f"--namespace={claims.namespace}").stdout
+    )
     assert {row["run"][-1]: row["state"] for row in rows} == {"2": "COMPLETED", "3": "FAILED"}
 
 
 @pytest.mark.timeout(900)
-def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims) -> None:
+def test_cancelled_resumed_and_waited_for_while_the_server_is_away(
+    kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims
+) -> None:
     where = f"--namespace={claims.namespace}"
-    train = [*SMALL, "logging.run_name=long", "training.num_train_steps=300", "+hydra.launcher.container.env.PYTHONPATH=/runs/slow"]
+    train = [
+        *SMALL,
+        "logging.run_name=long",
+        "training.num_train_steps=300",
+        "+hydra.launcher.container.env.PYTHONPATH=/runs/slow",
+    ]
 
     def k8s(*arguments: str) -> str:
         done = cyclevae(kubernetes, "-m", "job", "k8s", *arguments, where)
@@ -122,8 +174,13 @@ def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: N
     with claims.slow():
         k8s("submit", *train)
         claims.reached("long", 2)
-        with subprocess.Popen([sys.executable, "-m", "job", "k8s", "logs", "-f", "long", where], env=kubernetes.env, cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE) as following:
+        with subprocess.Popen(
+            [sys.executable, "-m", "job", "k8s", "logs", "-f", "long", where],
+            env=kubernetes.env,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+        ) as following:
             assert following.stdout is not None
             assert "to 300" in following.stdout.readline()
             k8s("cancel", "long")
@@ -135,8 +192,22 @@ def test_cancelled_resumed_and_waited_for_while_the_server_is_away(kubernetes: N
         assert json.loads(k8s("list", "--json"))[0]["state"] == "SUSPENDED"
         k8s("resume", "long")
         claims.job("long", "Running")
-        command = ["-m", "job.train", "--multirun", "hydra/launcher=pytorchjob", f"hydra.launcher.namespace={claims.namespace}", *train]
-        waiting = subprocess.Popen([sys.executable, *command], env=kubernetes.env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [
+            "-m",
+            "job.train",
+            "--multirun",
+            "hydra/launcher=pytorchjob",
+            f"hydra.launcher.namespace={claims.namespace}",
+            *train,
+        ]
+        waiting = subprocess.Popen(
+            [sys.executable, *command],
+            env=kubernetes.env,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         assert waiting.stdout is not None
         assert "RUNNING already" in waiting.stdout.readline()
         assert "RUNNING" in waiting.stdout.readline()

@@ -20,7 +20,10 @@ from k8s_runs import ROOT, TINY
 from job.errors import ExitCode
 from job.launch.kubernetes.manifests import Container, Run, Settings, pytorch_job
 
-pytestmark = [pytest.mark.skipif("CYCLEVAE_TEST_K8S" not in os.environ, reason="a minute of processes: `make test-k8s`"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.skipif("CYCLEVAE_TEST_K8S" not in os.environ, reason="a minute of processes: `make test-k8s`"),
+    pytest.mark.timeout(900),
+]
 STEPS = 24
 
 
@@ -30,15 +33,25 @@ class Pods:
     def __init__(self, directory: Path, *overrides: str, **settings: Any) -> None:
         self.run, self._directory = directory / "run", directory
         where = [f"logging.save_dir={directory}", "logging.run_name=run"]
-        run = Run("run", str(self.run), [*TINY, *where, "training.global_batch_size=4", "monitoring.enabled=false", *overrides], port=None)
+        run = Run(
+            "run",
+            str(self.run),
+            [*TINY, *where, "training.global_batch_size=4", "monitoring.enabled=false", *overrides],
+            port=None,
+        )
         self._job = with_defaults(pytorch_job(run, Settings(nodes=2, container=Container(image="image"), **settings)))
         self._meeting_point = f"127.0.0.1:{free_ports(1)[0]}"
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, index: int) -> None:
         container = trainer(self._job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"])
-        known = {f"metadata.labels['{name}']": value for name, value in labels(self._job, "Worker", index).items()} | {"status.podIP": "127.0.0.1"}
-        own = {one["name"]: one["value"] if "value" in one else known[one["valueFrom"]["fieldRef"]["fieldPath"]] for one in container["env"]}
+        known = {f"metadata.labels['{name}']": value for name, value in labels(self._job, "Worker", index).items()} | {
+            "status.podIP": "127.0.0.1"
+        }
+        own = {
+            one["name"]: one["value"] if "value" in one else known[one["valueFrom"]["fieldRef"]["fieldPath"]]
+            for one in container["env"]
+        }
         given = environment(self._job, "Worker", index)
         assert given["PET_RDZV_ENDPOINT"] == "run-worker-0:23456"
         given["PET_RDZV_ENDPOINT"] = self._meeting_point
@@ -46,8 +59,13 @@ class Pods:
         assert container["command"][:3] == ["tini", "--", "python"]
         with self._log(index).open("ab") as output:
             self._processes[index] = subprocess.Popen(
-                [sys.executable, *container["command"][3:]], cwd="/", stdout=output, stderr=output, start_new_session=True,
-                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **own, **given, "OMP_NUM_THREADS": "1"})
+                [sys.executable, *container["command"][3:]],
+                cwd="/",
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **own, **given, "OMP_NUM_THREADS": "1"},
+            )
 
     def _log(self, index: int) -> Path:
         return self._directory / f"{index}.log"
@@ -69,9 +87,11 @@ class Pods:
 
     def trains(self, index: int, nodes: int, starts: int) -> None:
         """Wait until the node's rank has been started `starts` times and trains, with so many nodes in all."""
+
         def ready() -> bool:
             _, found, after = self.said(index).rpartition(f", {nodes} x cpu, from step ")
             return self.said(index).count(" x cpu, from step ") == starts and bool(found) and "\nstep " in after
+
         wait_for(ready, f"training on {nodes} nodes", 240)
 
     def terminate(self, index: int) -> None:
@@ -95,7 +115,9 @@ class Pods:
 
 
 def test_a_worker_is_killed_and_the_run_goes_on_when_the_pods_are_made_again(tmp_path: Path) -> None:
-    with Pods(tmp_path, f"training.num_train_steps={STEPS}", "training.train_batch_size=1", "logging.save_freq=4") as pods:
+    with Pods(
+        tmp_path, f"training.num_train_steps={STEPS}", "training.train_batch_size=1", "logging.save_freq=4"
+    ) as pods:
         for index in (0, 1):
             pods.start(index)
         wait_for(lambda: len(pods.steps()) >= 9, "step 9", 240)
@@ -112,12 +134,21 @@ def test_a_worker_is_killed_and_the_run_goes_on_when_the_pods_are_made_again(tmp
 
 
 def test_a_node_joins_and_is_lost(tmp_path: Path) -> None:
-    with Pods(tmp_path, "training.num_train_steps=1000000", "training.train_batch_size=2", "logging.save_freq=0", min_nodes=1, max_restarts=9) as pods:
+    with Pods(
+        tmp_path,
+        "training.num_train_steps=1000000",
+        "training.train_batch_size=2",
+        "logging.save_freq=0",
+        min_nodes=1,
+        max_restarts=9,
+    ) as pods:
         pods.start(0)
         pods.trains(0, nodes=1, starts=1)
         pods.start(1)
         pods.trains(0, nodes=2, starts=2)
-        assert "stopped (SIGTERM): the same command goes on from here" in pods.said(0), "the rank saved before it was started again"
+        assert "stopped (SIGTERM): the same command goes on from here" in pods.said(0), (
+            "the rank saved before it was started again"
+        )
         assert "2 x cpu, from step 0 " not in pods.said(0)
         pods.kill(1)
         assert pods.exit_code(0) == ExitCode.RETRY

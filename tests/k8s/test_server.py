@@ -26,11 +26,19 @@ pytest_plugins = ["k8s_lab"]
 OVERLAYS = sorted(path.parent.name for path in (ROOT / "k8s" / "overlays").glob("*/kustomization.yaml"))
 IMAGE = "hydra.launcher.container.image=registry.example/cyclevae:1"
 TRAIN = ["data=synthetic", "training.device=cpu", IMAGE]
-UNKNOWN_HERE = {"TrainJob", "TrainingRuntime", "PodMonitor", "PrometheusRule"}  # kinds of other operators, whose CRDs 1.20 lacks or cannot take
+UNKNOWN_HERE = {
+    "TrainJob",
+    "TrainingRuntime",
+    "PodMonitor",
+    "PrometheusRule",
+}  # kinds of other operators, whose CRDs 1.20 lacks or cannot take
 
 
 def a_job(name: str = "run", **changes: Any) -> Object:
-    return pytorch_job(Run(name, f"/runs/{name}", []), Settings(**{"container": Container(image="registry.example/cyclevae:1"), **changes}))
+    return pytorch_job(
+        Run(name, f"/runs/{name}", []),
+        Settings(**{"container": Container(image="registry.example/cyclevae:1"), **changes}),
+    )
 
 
 @dataclass
@@ -44,10 +52,17 @@ Command = Callable[..., Answer]
 
 
 @pytest.fixture
-def k8s(kubernetes: Node, namespace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def k8s(
+    kubernetes: Node, namespace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
     """`cyclevae k8s ARGUMENTS...` in this process, in the test's namespace."""
-    def command(*arguments: str, kubeconfig: Path | str = kubernetes.env["KUBECONFIG"], namespace: str = namespace) -> Answer:
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))  # the variable KUBECONFIG, as read on import
+
+    def command(
+        *arguments: str, kubeconfig: Path | str = kubernetes.env["KUBECONFIG"], namespace: str = namespace
+    ) -> Answer:
+        monkeypatch.setattr(
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig)
+        )  # the variable KUBECONFIG, as read on import
         monkeypatch.setattr("sys.argv", sys.argv)
         code = launcher.main([arguments[0], f"--namespace={namespace}", *arguments[1:]])
         return Answer(code, *capsys.readouterr())
@@ -57,7 +72,9 @@ def k8s(kubernetes: Node, namespace: str, monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.fixture
 def cluster(kubernetes: Node, namespace: str, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", kubernetes.env["KUBECONFIG"])  # the variable, as read on import
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", kubernetes.env["KUBECONFIG"]
+    )  # the variable, as read on import
     return Cluster(namespace)
 
 
@@ -66,31 +83,57 @@ def test_kubectl_applies_an_overlay(kubernetes: Node, operator: TrainingOperator
     """The operator makes its pods, which the server checks more closely than the job that holds them."""
     place = ROOT / "k8s" / "overlays" / overlay
     objects = list(yaml.safe_load_all(kubernetes.kubectl("kustomize", str(place))))
-    applied = subprocess.run(["kubectl", "apply", "-k", str(place), "--validate=false"], env=kubernetes.env, text=True, capture_output=True)  # endPort is newer
+    applied = subprocess.run(
+        ["kubectl", "apply", "-k", str(place), "--validate=false"], env=kubernetes.env, text=True, capture_output=True
+    )  # endPort is newer
     complaints = [line for line in applied.stderr.splitlines() if "no matches for kind" in line]
     assert len(complaints) == sum(one["kind"] in UNKNOWN_HERE for one in objects), applied.stderr
     assert applied.returncode == (1 if complaints else 0), applied.stderr
     for one in objects:
         if one["kind"] not in UNKNOWN_HERE:
-            kubernetes.kubectl("get", one["kind"], one["metadata"]["name"], f"--namespace={one['metadata'].get('namespace', 'default')}")
+            kubernetes.kubectl(
+                "get",
+                one["kind"],
+                one["metadata"]["name"],
+                f"--namespace={one['metadata'].get('namespace', 'default')}",
+            )
     jobs = [one for one in objects if one["kind"] == "PyTorchJob"]
     for job in jobs:
         where = [f"--namespace={job['metadata']['namespace']}", "--output=name"]
         replicas = sum(replica["replicas"] for replica in job["spec"]["pytorchReplicaSpecs"].values())
         if job["spec"]["runPolicy"]["suspend"]:
-            kubernetes.kubectl("wait", "--for=condition=Suspended", f"pytorchjob/{job['metadata']['name']}", *where[:1], "--timeout=110s")
+            kubernetes.kubectl(
+                "wait",
+                "--for=condition=Suspended",
+                f"pytorchjob/{job['metadata']['name']}",
+                *where[:1],
+                "--timeout=110s",
+            )
             replicas = 0
         selector = f"--selector=training.kubeflow.org/job-name={job['metadata']['name']}"
-        wait_for(lambda: len(kubernetes.kubectl("get", "pods", selector, *where).split()) == replicas, f"{replicas} pods")  # noqa: B023
+        wait_for(
+            lambda: len(kubernetes.kubectl("get", "pods", selector, *where).split()) == replicas, f"{replicas} pods"
+        )  # noqa: B023
         kubernetes.kubectl("delete", "pytorchjob", job["metadata"]["name"], *where[:1])
     assert operator.failure is None
 
 
 def test_a_cluster_without_the_prometheus_operator_still_gets_the_dashboards(kubernetes: Node, namespace: str) -> None:
-    applied = subprocess.run(["kubectl", "apply", "-k", str(ROOT / "k8s" / "monitoring"), "--namespace", namespace], env=kubernetes.env, text=True,
-                             capture_output=True)
-    assert {kind for kind in UNKNOWN_HERE if f'no matches for kind "{kind}"' in applied.stderr} == {"PodMonitor", "PrometheusRule"}
-    maps = json.loads(kubernetes.kubectl("get", "configmaps", "--namespace", namespace, "--selector=grafana_dashboard", "--output=json"))["items"]
+    applied = subprocess.run(
+        ["kubectl", "apply", "-k", str(ROOT / "k8s" / "monitoring"), "--namespace", namespace],
+        env=kubernetes.env,
+        text=True,
+        capture_output=True,
+    )
+    assert {kind for kind in UNKNOWN_HERE if f'no matches for kind "{kind}"' in applied.stderr} == {
+        "PodMonitor",
+        "PrometheusRule",
+    }
+    maps = json.loads(
+        kubernetes.kubectl(
+            "get", "configmaps", "--namespace", namespace, "--selector=grafana_dashboard", "--output=json"
+        )
+    )["items"]
     panels = [json.loads(text)["panels"] for one in maps for text in one["data"].values()]
     assert len(panels) == len(list((ROOT / "docker" / "grafana" / "dashboards").glob("*.json")))
     assert all(panels)
@@ -101,17 +144,26 @@ def pod_spec(job: Object) -> Object:
     return spec
 
 
-@pytest.mark.parametrize(("what", "breaks"), [
-    ("replicas", lambda job: job["spec"]["pytorchReplicaSpecs"]["Master"].update(replicas="two")),
-    ("suspend", lambda job: job["spec"]["runPolicy"].update(suspend="no")),
-    ("memory", lambda job: pod_spec(job)["containers"][0]["resources"].update(limits={"memory": "plenty"})),
-    ("containers", lambda job: pod_spec(job).pop("containers")),
-    ("containerPort", lambda job: pod_spec(job)["containers"][0]["ports"].append({"name": "more", "containerPort": "many"})),
-    ("pytorchReplicaSpecs", lambda job: job["spec"].pop("pytorchReplicaSpecs")),
-    ("metadata.name", lambda job: job["metadata"].update(name="No_Name")),
-    ("metadata.labels", lambda job: job["metadata"]["labels"].update(bad="no spaces please")),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_the_server_refuses_a_broken_job_and_names_the_field(cluster: Cluster, what: str, breaks: Callable[[Object], Any]) -> None:
+@pytest.mark.parametrize(
+    ("what", "breaks"),
+    [
+        ("replicas", lambda job: job["spec"]["pytorchReplicaSpecs"]["Master"].update(replicas="two")),
+        ("suspend", lambda job: job["spec"]["runPolicy"].update(suspend="no")),
+        ("memory", lambda job: pod_spec(job)["containers"][0]["resources"].update(limits={"memory": "plenty"})),
+        ("containers", lambda job: pod_spec(job).pop("containers")),
+        (
+            "containerPort",
+            lambda job: pod_spec(job)["containers"][0]["ports"].append({"name": "more", "containerPort": "many"}),
+        ),
+        ("pytorchReplicaSpecs", lambda job: job["spec"].pop("pytorchReplicaSpecs")),
+        ("metadata.name", lambda job: job["metadata"].update(name="No_Name")),
+        ("metadata.labels", lambda job: job["metadata"]["labels"].update(bad="no spaces please")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_server_refuses_a_broken_job_and_names_the_field(
+    cluster: Cluster, what: str, breaks: Callable[[Object], Any]
+) -> None:
     cluster.create(a_job(), dry_run=True)
     job = copy.deepcopy(a_job())
     breaks(job)
@@ -129,7 +181,9 @@ def test_what_a_dry_run_prints_is_what_is_sent(kubernetes: Node, cluster: Cluste
     assert k8s("submit", "logging.run_name=printed", *TRAIN).code == 0
     stored = cluster.get("printed")
     assert stored["spec"] == expected["spec"]
-    assert [stored["metadata"][key] for key in ("name", "labels", "annotations")] == [expected["metadata"][key] for key in ("name", "labels", "annotations")]
+    assert [stored["metadata"][key] for key in ("name", "labels", "annotations")] == [
+        expected["metadata"][key] for key in ("name", "labels", "annotations")
+    ]
 
 
 def claims(kubernetes: Node, namespace: str) -> None:
@@ -151,7 +205,9 @@ def test_what_is_missing_is_said_in_one_line(kubernetes: Node, namespace: str, k
     assert "nowhere" in said(*submit, namespace="nowhere")
     assert "no-such-job" in said("status", "no-such-job")
     assert "not-there" in said("list", "--context=not-there")
-    assert "does not accept these credentials" in said("list", kubeconfig=kubernetes.write_kubeconfig("stranger", {"token": "nonsense"}))
+    assert "does not accept these credentials" in said(
+        "list", kubeconfig=kubernetes.write_kubeconfig("stranger", {"token": "nonsense"})
+    )
     closed = tmp_path / "closed"
     closed.write_text(Path(kubernetes.env["KUBECONFIG"]).read_text().replace(kubernetes.server, "https://127.0.0.1:9"))
     assert "does not answer" in said("list", kubeconfig=closed)
@@ -175,8 +231,13 @@ def test_a_name_that_is_taken(kubernetes: Node, cluster: Cluster, k8s: Command) 
 
 
 VERBS: list[tuple[str, str, list[str]]] = [
-    ("pytorchjobs", "create", ["submit", "logging.run_name=other", *TRAIN]), ("pytorchjobs", "list", ["list"]), ("pytorchjobs", "get", ["status", "run"]),
-    ("pytorchjobs", "patch", ["resume", "run"]), ("pods", "list", ["status", "run"]), ("pods/log", "get", ["logs", "run"])]
+    ("pytorchjobs", "create", ["submit", "logging.run_name=other", *TRAIN]),
+    ("pytorchjobs", "list", ["list"]),
+    ("pytorchjobs", "get", ["status", "run"]),
+    ("pytorchjobs", "patch", ["resume", "run"]),
+    ("pods", "list", ["status", "run"]),
+    ("pods/log", "get", ["logs", "run"]),
+]
 
 
 def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, cluster: Cluster, k8s: Command) -> None:
@@ -187,11 +248,20 @@ def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, clu
     kubernetes.kubectl("create", "serviceaccount", "launcher", where)
 
     def grant(rules: list[Object]) -> None:
-        kubernetes.kubectl("apply", where, "--filename=-", stdin=yaml.safe_dump_all([{**role, "rules": rules}, binding]))
+        kubernetes.kubectl(
+            "apply", where, "--filename=-", stdin=yaml.safe_dump_all([{**role, "rules": rules}, binding])
+        )
 
     def token() -> str:
-        return kubernetes.kubectl("get", "secrets", where, "--output", "go-template={{range .items}}{{if eq (index .metadata.annotations "
-                                  '"kubernetes.io/service-account.name") "launcher"}}{{.data.token | base64decode}}{{end}}{{end}}', check=False)
+        return kubernetes.kubectl(
+            "get",
+            "secrets",
+            where,
+            "--output",
+            "go-template={{range .items}}{{if eq (index .metadata.annotations "
+            '"kubernetes.io/service-account.name") "launcher"}}{{.data.token | base64decode}}{{end}}{{end}}',
+            check=False,
+        )
 
     wait_for(token, "a token")
     kubeconfig = kubernetes.write_kubeconfig("launcher", {"token": token()}, namespace=cluster.namespace)
@@ -200,20 +270,40 @@ def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, clu
         return k8s(*arguments, kubeconfig=kubeconfig)
 
     grant(role["rules"])
-    for arguments in (["submit", "logging.run_name=run", *TRAIN], ["list"], ["status", "run"], ["cancel", "run"], ["resume", "run"],
-                      ["cancel", "run"]):  # again, as the operator may be at work, and its pods say nothing: ours does
+    for arguments in (
+        ["submit", "logging.run_name=run", *TRAIN],
+        ["list"],
+        ["status", "run"],
+        ["cancel", "run"],
+        ["resume", "run"],
+        ["cancel", "run"],
+    ):  # again, as the operator may be at work, and its pods say nothing: ours does
         wait_for(lambda: run(arguments).code == 0, f"{arguments} to be allowed")  # noqa: B023  # the server reads roles with a delay
-    kubernetes.kubectl("run", "ours", where, "--image=lab/pause", "--labels=training.kubeflow.org/job-name=run,training.kubeflow.org/replica-index=0",
-                       '--overrides={"spec": {"hostNetwork": true, "containers": [{"name": "pytorch", "image": "lab/pause", "imagePullPolicy": "Never"}]}}')
+    kubernetes.kubectl(
+        "run",
+        "ours",
+        where,
+        "--image=lab/pause",
+        "--labels=training.kubeflow.org/job-name=run,training.kubeflow.org/replica-index=0",
+        '--overrides={"spec": {"hostNetwork": true, "containers": [{"name": "pytorch", "image": "lab/pause", "imagePullPolicy": "Never"}]}}',
+    )
     kubernetes.kubectl("wait", "--for=condition=Ready", "pod/ours", where, "--timeout=110s")
     for resource, verb, arguments in VERBS:
-        less = [{**rule, "verbs": [one for one in rule["verbs"] if one != verb]} if resource in rule["resources"] else rule for rule in role["rules"]]
+        less = [
+            {**rule, "verbs": [one for one in rule["verbs"] if one != verb]} if resource in rule["resources"] else rule
+            for rule in role["rules"]
+        ]
         grant([rule for rule in less if rule["verbs"]])
         what = f'cannot {verb} resource "{resource}"'
-        wait_for(lambda: what in (answer := run(arguments)).err and (answer.code, len(answer.err.splitlines())) == (1, 1), f"{arguments}: {what}")  # noqa: B023
+        wait_for(
+            lambda: what in (answer := run(arguments)).err and (answer.code, len(answer.err.splitlines())) == (1, 1),
+            f"{arguments}: {what}",
+        )  # noqa: B023
 
 
-def test_a_watch_that_has_expired_starts_anew(kubernetes: Node, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_that_has_expired_starts_anew(
+    kubernetes: Node, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between list and watch, the server forgets the version that was listed."""
     cluster.create({**a_job("first"), "spec": {**a_job()["spec"], "runPolicy": {"suspend": True}}})
     asked: list[str] = []
@@ -235,7 +325,9 @@ def test_a_watch_that_has_expired_starts_anew(kubernetes: Node, cluster: Cluster
     assert asked == ["list", "watch", "list"]
 
 
-def test_a_server_that_is_away_is_waited_for(kubernetes: Node, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_is_away_is_waited_for(
+    kubernetes: Node, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     cluster.create({**a_job("first"), "spec": {**a_job()["spec"], "runPolicy": {"suspend": True}}})
     changes = cluster.changes("")
     assert list(next(changes)) == ["first"]

@@ -23,8 +23,15 @@ CONFIG = ModelConfig(hidden_size=16, n_blocks=2, n_heads=8, head_dim=64, cond_di
 VOCAB, DIM = 11, 5
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 # Parameter names and shapes of hyper_connections.HyperConnections(2, dim=16), which mmdit 0.2.2 builds.
-OLD_STREAMS: dict[str, tuple[int, ...]] = {"static_alpha": (2, 3), "dynamic_alpha_fn": (16, 3), "dynamic_alpha_scale": (), "static_beta": (2,),
-                                           "dynamic_beta_fn": (16,), "dynamic_beta_scale": (), "norm.gamma": (16,)}
+OLD_STREAMS: dict[str, tuple[int, ...]] = {
+    "static_alpha": (2, 3),
+    "dynamic_alpha_fn": (16, 3),
+    "dynamic_alpha_scale": (),
+    "static_beta": (2,),
+    "dynamic_beta_fn": (16,),
+    "dynamic_beta_scale": (),
+    "norm.gamma": (16,),
+}
 
 
 def weights(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
@@ -45,15 +52,28 @@ def save_latest(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.modules.update({package.__name__: package, module.__name__: module})
     try:
-        torch.save({"model_state_dict": prefixed(), "optimizer_state_dict": {"state": {}}, "state": state, "config": None}, path)
+        torch.save(
+            {"model_state_dict": prefixed(), "optimizer_state_dict": {"state": {}}, "state": state, "config": None},
+            path,
+        )
     finally:
         del sys.modules[package.__name__], sys.modules[module.__name__]
 
 
 def save_step(path: Path, step: int, **extra: object) -> None:
     """The `step_N.pt` form."""
-    torch.save({"model_state_dict": prefixed(), "optimizer_state_dict": {}, "step": step, "cfg": {"model": {}}, "rng_torch": torch.get_rng_state(),
-                "rng_cuda": None, **extra}, path)
+    torch.save(
+        {
+            "model_state_dict": prefixed(),
+            "optimizer_state_dict": {},
+            "step": step,
+            "cfg": {"model": {}},
+            "rng_torch": torch.get_rng_state(),
+            "rng_cuda": None,
+            **extra,
+        },
+        path,
+    )
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -97,13 +117,20 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
 def test_bad_files_are_named_in_one_line(tmp_path: Path) -> None:
     save_step(tmp_path / "whole.pt", 1)
     content = (tmp_path / "whole.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(content[:len(content) // 2])
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"rng": torch.get_rng_state()}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name, reason in {"cut.pt": "truncated", "empty.pt": "truncated", "text.pt": "cannot be read|truncated", "other.pt": "model_state_dict",
-                         "list.pt": "model_state_dict", "absent.pt": "no such file", ".": "no LGDLM checkpoint here"}.items():
+    for name, reason in {
+        "cut.pt": "truncated",
+        "empty.pt": "truncated",
+        "text.pt": "cannot be read|truncated",
+        "other.pt": "model_state_dict",
+        "list.pt": "model_state_dict",
+        "absent.pt": "no such file",
+        ".": "no LGDLM checkpoint here",
+    }.items():
         with pytest.raises(UserError, match=reason) as caught:
             read_checkpoint(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
@@ -113,7 +140,9 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path) -> None:
 def test_generations_of_mmdit_are_told_apart() -> None:
     new = weights()
     without_streams = {name: tensor for name, tensor in new.items() if "residual_fns" not in name}
-    old = without_streams | {f"mmdit.blocks.0.attn_residual_fns.0.{name}": torch.zeros(shape) for name, shape in OLD_STREAMS.items()}
+    old = without_streams | {
+        f"mmdit.blocks.0.attn_residual_fns.0.{name}": torch.zeros(shape) for name, shape in OLD_STREAMS.items()
+    }
     assert [generation(w) for w in (new, old, without_streams)] == ["0.3", "0.2", "0.2 or 0.3"]
     assert generation(weights(replace(CONFIG, num_residual_streams=1))) == "0.2 or 0.3"
     check_generation(Path("new.pt"), new)
@@ -121,8 +150,16 @@ def test_generations_of_mmdit_are_told_apart() -> None:
         check_generation(Path("old.pt"), old)
 
 
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, num_residual_streams=1), replace(CONFIG, num_residual_streams=4),
-                                    replace(CONFIG, n_heads=3, head_dim=8, qk_rmsnorm=True, n_blocks=3), replace(CONFIG, n_heads=2)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, num_residual_streams=1),
+        replace(CONFIG, num_residual_streams=4),
+        replace(CONFIG, n_heads=3, head_dim=8, qk_rmsnorm=True, n_blocks=3),
+        replace(CONFIG, n_heads=2),
+    ],
+)
 def test_shapes_tell_the_settings(config: ModelConfig) -> None:
     settings = describe(weights(config))
     assert settings == {name: getattr(config, name) for name in settings} | {"vocab_size": VOCAB, "latent_dim": DIM}
@@ -148,10 +185,15 @@ def test_a_weight_file_comes_back_and_fits_only_its_model(tmp_path: Path) -> Non
 
 
 def test_same_settings_with_other_keys_name_the_first_keys(tmp_path: Path) -> None:
-    changed = {name: tensor for name, tensor in weights().items() if name != "text_head.bias"} | {"text_head.scale": torch.ones(1)}
+    changed = {name: tensor for name, tensor in weights().items() if name != "text_head.bias"} | {
+        "text_head.scale": torch.ones(1)
+    }
     changed["mmdit.norms.0.g"] = torch.ones(3)
     (tmp_path / "w.safetensors").write_bytes(serialize(changed))
-    with pytest.raises(UserError, match=r"text_head.bias is missing there; text_head.scale is unknown here; mmdit.norms.0.g is \[3\] there and \[16\] here"):
+    with pytest.raises(
+        UserError,
+        match=r"text_head.bias is missing there; text_head.scale is unknown here; mmdit.norms.0.g is \[3\] there and \[16\] here",
+    ):
         apply_weights(build_model(CONFIG, VOCAB, DIM, seed=2), tmp_path / "w.safetensors")
 
 
@@ -159,9 +201,15 @@ def test_damaged_or_foreign_weight_files_are_refused(tmp_path: Path) -> None:
     content = serialize(weights())
     (tmp_path / "cut.safetensors").write_bytes(content[:-10])
     torch.save(weights(), tmp_path / "torch.pt")
-    (tmp_path / "foreign.safetensors").write_bytes(serialize(weights()).replace(b"text_encoder.token_embed", b"text_encoder.token_embad"))
-    for name, reason in {"cut.safetensors": "truncated", "torch.pt": "not a safetensors file", "absent": "no such file",
-                         "foreign.safetensors": "text_encoder.token_embed.weight is missing"}.items():
+    (tmp_path / "foreign.safetensors").write_bytes(
+        serialize(weights()).replace(b"text_encoder.token_embed", b"text_encoder.token_embad")
+    )
+    for name, reason in {
+        "cut.safetensors": "truncated",
+        "torch.pt": "not a safetensors file",
+        "absent": "no such file",
+        "foreign.safetensors": "text_encoder.token_embed.weight is missing",
+    }.items():
         with pytest.raises(UserError, match=reason) as caught:
             load_weights(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)

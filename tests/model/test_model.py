@@ -16,14 +16,21 @@ from job.model.multimodal import MultimodalMMDiT, TimestepEmbedder, build_model
 
 
 def small(seed: int = 0, **changes: Any) -> MultimodalMMDiT:
-    config = ModelConfig(**{"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "head_dim": 16, "cond_dim": 32, "max_seq_len": 8, **changes})
+    config = ModelConfig(
+        **{"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "head_dim": 16, "cond_dim": 32, "max_seq_len": 8, **changes}
+    )
     return build_model(config, 61, 8, seed)
 
 
 def call(model: MultimodalMMDiT, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    inputs = {"text_tokens": torch.randint(4, 61, (2, 6), generator=generator), "latents": torch.randn(2, 8, generator=generator),
-              "text_timesteps": torch.tensor([0.0, 0.5]), "latent_timesteps": torch.tensor([1.0, 0.2]), "attention_mask": torch.ones(2, 6, dtype=torch.bool)}
+    inputs = {
+        "text_tokens": torch.randint(4, 61, (2, 6), generator=generator),
+        "latents": torch.randn(2, 8, generator=generator),
+        "text_timesteps": torch.tensor([0.0, 0.5]),
+        "latent_timesteps": torch.tensor([1.0, 0.2]),
+        "attention_mask": torch.ones(2, 6, dtype=torch.bool),
+    }
     text, latent = model(**{**inputs, **changes})
     return text.detach(), latent.detach()
 
@@ -33,12 +40,19 @@ def test_shapes_and_heads() -> None:
     text, latent = call(model)
     assert text.shape == (2, 6, 61)
     assert latent.shape == (2, 8)
-    tokens, latents, t, mask = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 8), torch.zeros(1), torch.ones(1, 3, dtype=torch.bool)
+    tokens, latents, t, mask = (
+        torch.zeros(1, 3, dtype=torch.long),
+        torch.zeros(1, 8),
+        torch.zeros(1),
+        torch.ones(1, 3, dtype=torch.bool),
+    )
     assert model(tokens, latents, t, t, mask, heads=("latent",))[0] is None
     assert model(tokens, latents, t, t, mask, heads=("text",))[1] is None
 
 
-@pytest.mark.parametrize("changes", [{"qk_rmsnorm": False}, {"n_heads": 4, "head_dim": 8}, {"time_scale": 1.0}, {"num_residual_streams": 4}])
+@pytest.mark.parametrize(
+    "changes", [{"qk_rmsnorm": False}, {"n_heads": 4, "head_dim": 8}, {"time_scale": 1.0}, {"num_residual_streams": 4}]
+)
 def test_a_setting_changes_the_output(changes: dict[str, Any]) -> None:
     def wake(model: MultimodalMMDiT) -> MultimodalMMDiT:
         # a new model is blind to time, and its streams are copies of one another
@@ -53,13 +67,20 @@ def test_a_setting_changes_the_output(changes: dict[str, Any]) -> None:
 def test_qk_norm_has_parameters_and_heads_have_sizes() -> None:
     names = {name for name, _ in small().named_parameters()}
     without = {name for name, _ in small(qk_rmsnorm=False).named_parameters()}
-    assert names - without == {f"mmdit.blocks.{b}.joint_attn.{k}_rmsnorms.{m}.gamma" for b in (0, 1) for k in "qk" for m in (0, 1)}
+    assert names - without == {
+        f"mmdit.blocks.{b}.joint_attn.{k}_rmsnorms.{m}.gamma" for b in (0, 1) for k in "qk" for m in (0, 1)
+    }
     assert small(n_heads=4).state_dict()["mmdit.blocks.0.joint_attn.to_qkv.0.weight"].shape == (3 * 4 * 16, 32)
 
 
 def test_dropout_reaches_feed_forwards_and_latent_head() -> None:
-    rates = {name: module.p for name, module in small(dropout=0.3).named_modules() if isinstance(module, torch.nn.Dropout)}
-    assert {name for name, p in rates.items() if p == 0.3} >= {"latent_head.2", *(f"mmdit.blocks.{b}.feedforwards.{m}.ff.1" for b in (0, 1) for m in (0, 1))}
+    rates = {
+        name: module.p for name, module in small(dropout=0.3).named_modules() if isinstance(module, torch.nn.Dropout)
+    }
+    assert {name for name, p in rates.items() if p == 0.3} >= {
+        "latent_head.2",
+        *(f"mmdit.blocks.{b}.feedforwards.{m}.ff.1" for b in (0, 1) for m in (0, 1)),
+    }
 
 
 def test_building_is_deterministic_and_leaves_the_global_generators_alone() -> None:

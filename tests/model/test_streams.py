@@ -35,5 +35,9 @@ def test_read_and_write(count: int) -> None:
     found = write(streams, weights, y @ branch_weight)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     outer = torch.randn_like(found)
-    for a, b in zip(torch.autograd.grad((found * outer).sum(), inputs), torch.autograd.grad((expected * outer).sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((found * outer).sum(), inputs),
+        torch.autograd.grad((expected * outer).sum(), inputs),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -23,7 +23,12 @@ Ask = Callable[[str, float, float, float], list[dict[str, Any]]]
 
 def substitute(expression: str, run: str, window: str) -> str:
     """What Grafana makes of its variables."""
-    return expression.replace("$__rate_interval", window).replace("$run", run).replace("$rank", ".+").replace("$sweep", run)
+    return (
+        expression.replace("$__rate_interval", window)
+        .replace("$run", run)
+        .replace("$rank", ".+")
+        .replace("$sweep", run)
+    )
 
 
 def draw(path: Path, ask: Ask, run: str, end: float, seconds: float, window: str) -> None:
@@ -37,25 +42,55 @@ def draw(path: Path, ask: Ask, run: str, end: float, seconds: float, window: str
         axes.set_title(panel.title, fontsize="medium")
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize="small")
-        plot(axes, panel, panel.queries, lambda query: ask(substitute(query, run, window), end - seconds, end, seconds / POINTS), run, end - seconds)
+        plot(
+            axes,
+            panel,
+            panel.queries,
+            lambda query: ask(substitute(query, run, window), end - seconds, end, seconds / POINTS),
+            run,
+            end - seconds,
+        )
         if panel.right:
-            plot(axes.twinx(), panel, panel.right, lambda query: ask(substitute(query, run, window), end - seconds, end, seconds / POINTS), run,
-                 end - seconds, linestyle="--")
+            plot(
+                axes.twinx(),
+                panel,
+                panel.right,
+                lambda query: ask(substitute(query, run, window), end - seconds, end, seconds / POINTS),
+                run,
+                end - seconds,
+                linestyle="--",
+            )
     image = io.BytesIO()
     figure.savefig(image, dpi=70)
     Image.open(image).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)  # a small file
 
 
-def plot(axes: Axes, panel: Panel, queries: Any, ask: Callable[[str], list[dict[str, Any]]], run: str, start: float, **style: Any) -> None:
+def plot(
+    axes: Axes,
+    panel: Panel,
+    queries: Any,
+    ask: Callable[[str], list[dict[str, Any]]],
+    run: str,
+    start: float,
+    **style: Any,
+) -> None:
     """The series of some queries, named by their legends."""
     lines: dict[str, dict[float, float]] = {}
     for query, legend in queries:
         for series in ask(query):
-            name = re.sub(r"\{\{(\w+)\}\}", lambda match, labels=series["metric"]: labels.get(match[1], ""), legend).replace(run, "").strip()  # type: ignore[misc]
-            lines[name or panel.title.lower()] = {(float(t) - start) / 60: float(value) for t, value in series["values"]}
+            name = (
+                re.sub(r"\{\{(\w+)\}\}", lambda match, labels=series["metric"]: labels.get(match[1], ""), legend)
+                .replace(run, "")
+                .strip()
+            )  # type: ignore[misc]
+            lines[name or panel.title.lower()] = {
+                (float(t) - start) / 60: float(value) for t, value in series["values"]
+            }
     times = sorted({t for line in lines.values() for t in line})
     if panel.kind == "stacked":
-        axes.stackplot(times, [[line.get(t, 0.0) for t in times] for line in lines.values()], labels=list(lines), alpha=0.6)
+        axes.stackplot(
+            times, [[line.get(t, 0.0) for t in times] for line in lines.values()], labels=list(lines), alpha=0.6
+        )
     else:
         for name, line in lines.items():
             axes.plot(list(line), list(line.values()), label=name, linewidth=1.2, **style)
@@ -69,7 +104,9 @@ def main() -> None:
     url, run, out, *minutes = sys.argv[1:]
 
     def ask(query: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
-        result: list[dict[str, Any]] = get(f"{url}/api/v1/query_range", query=query, start=f"{start}", end=f"{end}", step=f"{step}")["data"]["result"]
+        result: list[dict[str, Any]] = get(
+            f"{url}/api/v1/query_range", query=query, start=f"{start}", end=f"{end}", step=f"{step}"
+        )["data"]["result"]
         return result
 
     draw(Path(out), ask, run, time.time(), 60 * float(minutes[0] if minutes else 10), "30s")

@@ -50,8 +50,14 @@ def scrape_seconds(url: str, scrapes: int = 500) -> float:
     with urllib.request.urlopen(url) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     metrics = Metrics("demo", 0, dict)
-    metrics.set({(name, tuple(s.labels[label] for label in METRICS[name].labels)): s.value for family in families for s in family.samples
-                 if (name := s.name) in METRICS})
+    metrics.set(
+        {
+            (name, tuple(s.labels[label] for label in METRICS[name].labels)): s.value
+            for family in families
+            for s in family.samples
+            if (name := s.name) in METRICS
+        }
+    )
     started = time.thread_time()
     for _ in range(scrapes):
         generate_latest(metrics.registry)
@@ -66,8 +72,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "demo" / "training_log.jsonl"
-        command = [sys.executable, "-m", "job.train", "--config-name", "demo", *options.overrides, f"logging.save_dir={directory}", "monitoring.host=127.0.0.1",
-                   "training.num_train_steps=1000000", "logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=0"]
+        command = [
+            sys.executable,
+            "-m",
+            "job.train",
+            "--config-name",
+            "demo",
+            *options.overrides,
+            f"logging.save_dir={directory}",
+            "monitoring.host=127.0.0.1",
+            "training.num_train_steps=1000000",
+            "logging.log_freq=1",
+            "logging.eval_freq=0",
+            "logging.save_freq=0",
+        ]
         run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             target = until(lambda: next(Path(directory, ".targets").glob("*.json"), None), "the run listens")
@@ -88,9 +106,13 @@ def main() -> None:
             time.sleep(1)
             low, middle, high = (statistics.quantiles(ratios, n=4)[i] for i in (0, 1, 2))
             cost, error = scrape_seconds(url), statistics.stdev(ratios) / len(ratios) ** 0.5
-            print(f"one scrape: {1000 * cost:.2f} ms of processor time; {options.rate:g} a second: {100 * cost * options.rate:.2f}% of one processor")
-            print(f"step of {1000 * seconds / len(steps):.0f} ms; time per token with scrapes / without: mean {statistics.mean(ratios):.4f} +- {error:.4f}, "
-                  f"median {middle:.4f} (quartiles {low:.4f} to {high:.4f}; {options.pairs} pairs, {scraper.count} scrapes)")
+            print(
+                f"one scrape: {1000 * cost:.2f} ms of processor time; {options.rate:g} a second: {100 * cost * options.rate:.2f}% of one processor"
+            )
+            print(
+                f"step of {1000 * seconds / len(steps):.0f} ms; time per token with scrapes / without: mean {statistics.mean(ratios):.4f} +- {error:.4f}, "
+                f"median {middle:.4f} (quartiles {low:.4f} to {high:.4f}; {options.pairs} pairs, {scraper.count} scrapes)"
+            )
         finally:
             run.kill()
             run.wait()

@@ -26,7 +26,9 @@ from job.monitoring.rules import rule_file
 
 ROOT = Path(__file__).parents[2]
 ALERTMANAGER, PUSHGATEWAY = ("prometheus-alertmanager", "prometheus-pushgateway")  # Debian's names
-MISSING = [name for name in ("prometheus", "promtool", "amtool", ALERTMANAGER, PUSHGATEWAY) if shutil.which(name) is None]
+MISSING = [
+    name for name in ("prometheus", "promtool", "amtool", ALERTMANAGER, PUSHGATEWAY) if shutil.which(name) is None
+]
 
 
 def free_port() -> int:
@@ -91,10 +93,21 @@ class Stack:
         routes["route"].update(group_wait="200ms", group_interval="1s")
         routes["receivers"][0]["webhook_configs"] = [{"url": f"http://127.0.0.1:{self.receiver.server.server_port}"}]
         (directory / "alertmanager.yml").write_text(yaml.safe_dump(routes))
-        commands = ([ALERTMANAGER, f"--config.file={directory}/alertmanager.yml", f"--storage.path={directory}/alertmanager",
-                     f"--web.listen-address=127.0.0.1:{alertmanager}", "--cluster.listen-address="],
-                    ["prometheus", f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data",
-                     f"--web.listen-address=127.0.0.1:{prometheus}"])
+        commands = (
+            [
+                ALERTMANAGER,
+                f"--config.file={directory}/alertmanager.yml",
+                f"--storage.path={directory}/alertmanager",
+                f"--web.listen-address=127.0.0.1:{alertmanager}",
+                "--cluster.listen-address=",
+            ],
+            [
+                "prometheus",
+                f"--config.file={directory}/prometheus.yml",
+                f"--storage.tsdb.path={directory}/data",
+                f"--web.listen-address=127.0.0.1:{prometheus}",
+            ],
+        )
         self.processes = []
         for number, command in enumerate(commands):
             with (directory / f"{number}.log").open("w") as log:
@@ -111,13 +124,18 @@ class Stack:
         return float(result[0]["value"][1]) if result else None
 
     def range(self, expression: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
-        result: list[dict[str, Any]] = get(f"{self.url}/api/v1/query_range", query=expression, start=f"{start}", end=f"{end}", step=f"{step}")["data"]["result"]
+        result: list[dict[str, Any]] = get(
+            f"{self.url}/api/v1/query_range", query=expression, start=f"{start}", end=f"{end}", step=f"{step}"
+        )["data"]["result"]
         return result
 
     def active(self, name: str, **labels: str) -> list[dict[str, Any]]:
         """Alerts that Alertmanager has now."""
-        return [alert for alert in get(f"{self.alertmanager}/api/v2/alerts")
-                if alert["labels"]["alertname"] == name and labels.items() <= alert["labels"].items()]
+        return [
+            alert
+            for alert in get(f"{self.alertmanager}/api/v2/alerts")
+            if alert["labels"]["alertname"] == name and labels.items() <= alert["labels"].items()
+        ]
 
     def notified(self, status: str, name: str, **labels: str) -> bool:
         """Whether the last that the receiver was told of an alert is that it is `firing` or `resolved`."""
@@ -133,7 +151,10 @@ class Stack:
 
     def _ready(self) -> bool:
         try:
-            return all(urllib.request.urlopen(f"{url}/-/ready", timeout=5).status == 200 for url in (self.url, self.alertmanager))
+            return all(
+                urllib.request.urlopen(f"{url}/-/ready", timeout=5).status == 200
+                for url in (self.url, self.alertmanager)
+            )
         except OSError:
             return False
 

@@ -12,7 +12,15 @@ from matplotlib.image import imread
 
 from job.monitoring.curves import PANELS, write_curves
 
-TRAIN = {"loss": 1.0, "base_l2t_text_loss": 2.0, "base_t2l_latent_loss": 0.5, "cycle_text_weight": 0.0, "grad_norm": 1.0, "tokens_per_second": 10.0, "lr": 1e-3}
+TRAIN = {
+    "loss": 1.0,
+    "base_l2t_text_loss": 2.0,
+    "base_t2l_latent_loss": 0.5,
+    "cycle_text_weight": 0.0,
+    "grad_norm": 1.0,
+    "tokens_per_second": 10.0,
+    "lr": 1e-3,
+}
 
 
 def test_lines_are_the_logged_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +34,9 @@ def test_lines_are_the_logged_values(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Axes, "plot", spy)
     lines = [{"step": step, **TRAIN} for step in (10, 20, 30)]
     lines[2]["cycle_text_loss"] = 7.0  # sets in late
-    (tmp_path / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "lo')
+    (tmp_path / "training_log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "lo'
+    )
     (tmp_path / "evaluation.jsonl").write_text(json.dumps({"step": 30, "l2t/ce": 3.0}) + "\n")
     write_curves(tmp_path)
     assert drawn["base_l2t_text_loss"] == [(10, 2), (20, 2), (30, 2)]

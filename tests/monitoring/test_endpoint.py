@@ -32,8 +32,20 @@ from job.monitoring.vitals import Vitals
 from job.runtime.checkpoint import SaveStats
 from job.runtime.distributed import Process
 
-VALUES = {"step": 5, "epoch": 0.5, "lr": 1e-3, "loss": 2.5, "base_l2t_text_loss": 2.0, "cycle_text_weight": 0.1, "tokens_per_second": 100.0,
-          "step_seconds": 0.2, "data_wait_seconds": 0.01, "forward_seconds": 0.1, "model_flops_utilization": 0.3, "nonfinite_steps": 1}
+VALUES = {
+    "step": 5,
+    "epoch": 0.5,
+    "lr": 1e-3,
+    "loss": 2.5,
+    "base_l2t_text_loss": 2.0,
+    "cycle_text_weight": 0.1,
+    "tokens_per_second": 100.0,
+    "step_seconds": 0.2,
+    "data_wait_seconds": 0.01,
+    "forward_seconds": 0.1,
+    "model_flops_utilization": 0.3,
+    "nonfinite_steps": 1,
+}
 
 
 def get(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
@@ -57,7 +69,13 @@ def checks() -> Checks:
 
 @pytest.fixture
 def server(checks: Checks) -> Iterator[Server]:
-    server = Server(None, None, Metrics("r", 0, lambda: {("cyclevae_step", ()): 7}).registry, lambda: (checks.healthy, "alive"), lambda: (checks.ready, "go"))
+    server = Server(
+        None,
+        None,
+        Metrics("r", 0, lambda: {("cyclevae_step", ()): 7}).registry,
+        lambda: (checks.healthy, "alive"),
+        lambda: (checks.ready, "go"),
+    )
     yield server
     server.close()
 
@@ -137,15 +155,24 @@ def test_stalled_after_a_multiple_of_the_usual_step() -> None:
 
 
 def test_targets_name_every_rank_and_go_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, age in (("cyclevae-sweep_lr_1@17.json", 0.0), ("cyclevae-other@3.json", 0.0), ("cyclevae-dead@4.json", targets.STALE_SECONDS + 60),
-                      ("mine.json", 1e6)):
+    for name, age in (
+        ("cyclevae-sweep_lr_1@17.json", 0.0),
+        ("cyclevae-other@3.json", 0.0),
+        ("cyclevae-dead@4.json", targets.STALE_SECONDS + 60),
+        ("mine.json", 1e6),
+    ):
         (tmp_path / name).write_text("[]")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     announced = Targets(tmp_path, "sweep/lr=1", "18", [("10.0.0.1", 9400, "n1"), ("fe80::1", 9401, "n2")])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cyclevae-other@3.json", "cyclevae-sweep_lr_1@18.json", "mine.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cyclevae-other@3.json",
+        "cyclevae-sweep_lr_1@18.json",
+        "mine.json",
+    ]
     assert json.loads(announced.path.read_text()) == [
         {"targets": ["10.0.0.1:9400"], "labels": {"run": "sweep/lr=1", "job_id": "18", "rank": "0", "node": "n1"}},
-        {"targets": ["[fe80::1]:9401"], "labels": {"run": "sweep/lr=1", "job_id": "18", "rank": "1", "node": "n2"}}]
+        {"targets": ["[fe80::1]:9401"], "labels": {"run": "sweep/lr=1", "job_id": "18", "rank": "1", "node": "n2"}},
+    ]
     announced.path.unlink()  # by a job that took it for a leftover, while this one was frozen
     announced.refresh()
     assert not announced.path.exists()
@@ -172,18 +199,35 @@ class Run:
     work: Work = field(default_factory=lambda: Work(Config().model, 100, 8))
 
     def __post_init__(self) -> None:
-        self.config = Config(logging=LoggingConfig(save_dir=str(self.directory)), training=TrainingConfig(num_train_steps=10),
-                             monitoring=MonitoringConfig(host="127.0.0.1"))
+        self.config = Config(
+            logging=LoggingConfig(save_dir=str(self.directory)),
+            training=TrainingConfig(num_train_steps=10),
+            monitoring=MonitoringConfig(host="127.0.0.1"),
+        )
 
     def reporter(self) -> Reporter:
-        return Reporter(self.config, self.directory / "demo", Process(0, 0, 1, torch.device("cpu"), "here"), self.phases, self.work,
-                        dtype=torch.float32, saves=self.saves, silence=lambda: 1.0, gather=lambda value: [value], started=time.time() - 5)
+        return Reporter(
+            self.config,
+            self.directory / "demo",
+            Process(0, 0, 1, torch.device("cpu"), "here"),
+            self.phases,
+            self.work,
+            dtype=torch.float32,
+            saves=self.saves,
+            silence=lambda: 1.0,
+            gather=lambda value: [value],
+            started=time.time() - 5,
+        )
 
     def scrape(self) -> dict[str, float]:
         """What the announced endpoint says, by series without run and rank."""
         target = json.loads((self.directory / ".targets" / "cyclevae-demo@local.json").read_text())[0]["targets"][0]
         lines = get(int(target.rpartition(":")[2]), "/metrics")[1].splitlines()
-        pairs = [line.replace('rank="0",run="demo"', "").replace("{}", "").replace(",}", "}").rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        pairs = [
+            line.replace('rank="0",run="demo"', "").replace("{}", "").replace(",}", "}").rsplit(" ", 1)
+            for line in lines
+            if not line.startswith("#")
+        ]
         return {name.replace("{,", "{"): float(value) for name, value in pairs}
 
 
@@ -202,7 +246,9 @@ def test_logs_and_metrics_show_the_same_numbers(run: Run) -> None:
             time.sleep(0.01)
         for _ in range(5):
             reporter.step_ended()
-        reporter.interval(VALUES, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6))
+        reporter.interval(
+            VALUES, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6)
+        )
         reporter.evaluation(5, {"l2t/latent_gain": 0.4, "t2l/x0_cos@0.9": 0.8})
         run.saves.saves, run.saves.bytes = 1, 77
         values = run.scrape()
@@ -240,10 +286,16 @@ def test_counters_go_on_after_a_restart(run: Run) -> None:
             values = run.scrape()
             run.work.add(np.array([4, 6]), {"l2t": 1})
             reporter.step_ended()
-    assert (values["cyclevae_restarts_total"], values["cyclevae_steps_total"], values["cyclevae_replayed_steps_total"]) == (1, 11, 3)
+    assert (
+        values["cyclevae_restarts_total"],
+        values["cyclevae_steps_total"],
+        values["cyclevae_replayed_steps_total"],
+    ) == (1, 11, 3)
     assert values["cyclevae_tokens_total"] == 110
     assert values['cyclevae_goodput_seconds_total{phase="replayed"}'] == pytest.approx(0.3)
-    assert [json.loads(line)["step"] for line in (run.directory / "demo" / "training_log.jsonl").read_text().splitlines()] == [8]
+    assert [
+        json.loads(line)["step"] for line in (run.directory / "demo" / "training_log.jsonl").read_text().splitlines()
+    ] == [8]
 
 
 def test_replayed_steps_count_from_the_last_log_line(run: Run) -> None:
@@ -260,7 +312,9 @@ def test_without_an_endpoint_the_logs_go_on(run: Run) -> None:
     run.config.monitoring = MonitoringConfig(enabled=False)
     with run.reporter() as reporter:
         reporter.begin(0, -1)
-        reporter.interval(VALUES, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6))
+        reporter.interval(
+            VALUES, {"step": 0.5, "data_wait": 0.1, "checkpoint": 0.0, "evaluate": 0.0}, Done(50, 10, 1e6)
+        )
     assert not (run.directory / ".targets").exists()
     assert (run.directory / "demo" / "training_log.jsonl").exists()
 

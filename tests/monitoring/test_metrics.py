@@ -42,7 +42,12 @@ def test_every_number_of_the_objective_is_exported() -> None:
     assert None not in series
     assert len(set(series)) == len(series)
     assert set(TERMS.values()) < set(STEP_METRICS)
-    evaluated = [evaluation_series(f"{name}{suffix}") for name in ROWS for suffix in ("", *(f"@{t}" for t in NOISY_T)) if not suffix or "t2l/x0" in name]
+    evaluated = [
+        evaluation_series(f"{name}{suffix}")
+        for name in ROWS
+        for suffix in ("", *(f"@{t}" for t in NOISY_T))
+        if not suffix or "t2l/x0" in name
+    ]
     assert len(set(evaluated)) == len(evaluated)
     assert evaluation_series("t2l/x0_cos@0.9") == ("cyclevae_eval_t2l_x0_cos", ("0.9",))
     assert all(len(METRICS[name].labels) == len(labels) for name, labels in [*evaluated, *filter(None, series)])
@@ -60,7 +65,9 @@ def test_panels_and_alerts_ask_for_metrics_that_exist() -> None:
 
 
 def test_a_rank_exports_its_own_and_only_rank_0_the_runs() -> None:
-    values = {(metric.name, ("x",) * len(metric.labels)): 2.0 for metric in METRICS.values() if metric.kind != "histogram"}
+    values = {
+        (metric.name, ("x",) * len(metric.labels)): 2.0 for metric in METRICS.values() if metric.kind != "histogram"
+    }
     for rank, expected in ((0, METRICS), (3, {metric.name for metric in RANK})):
         metrics = Metrics("sweep/lr=1", rank, dict)
         metrics.set(values)
@@ -69,7 +76,11 @@ def test_a_rank_exports_its_own_and_only_rank_0_the_runs() -> None:
         families = list(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
         exported = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
         assert exported == set(expected)
-        assert all((s.labels["run"], s.labels["rank"]) == ("sweep/lr=1", str(rank)) for family in families for s in family.samples)
+        assert all(
+            (s.labels["run"], s.labels["rank"]) == ("sweep/lr=1", str(rank))
+            for family in families
+            for s in family.samples
+        )
         buckets = {s.labels["le"]: s.value for family in families for s in family.samples if s.name.endswith("_bucket")}
         assert (buckets["0.05"], buckets["0.1"], buckets["300"], buckets["+Inf"]) == (0, 1, 1, 2)
 
@@ -101,13 +112,28 @@ def test_flops_are_those_that_torch_counts(kind: str) -> None:
         return pass_flops(config(blocks), np.full(rows, length), 32, 8)[kind] / 3  # the forward third
 
     def config(blocks: int) -> ModelConfig:
-        return ModelConfig(hidden_size=32, n_blocks=blocks, n_heads=3, head_dim=8, cond_dim=24, max_seq_len=length, num_residual_streams=1, qk_rmsnorm=False)
+        return ModelConfig(
+            hidden_size=32,
+            n_blocks=blocks,
+            n_heads=3,
+            head_dim=8,
+            cond_dim=24,
+            max_seq_len=length,
+            num_residual_streams=1,
+            qk_rmsnorm=False,
+        )
 
     def counted(blocks: int) -> float:
         model, t = build_model(config(blocks), 32, 8, seed=0), torch.zeros(rows)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, 8), t, t, torch.ones(rows, length, dtype=torch.bool),
-                  heads=("text",) if kind == "l2t" else ("latent",))
+            model(
+                torch.zeros(rows, length, dtype=torch.int64),
+                torch.zeros(rows, 8),
+                t,
+                t,
+                torch.ones(rows, length, dtype=torch.bool),
+                heads=("text",) if kind == "l2t" else ("latent",),
+            )
         return counter.get_total_flops()
 
     assert counted(4) - counted(2) == formula(4) - formula(2)
@@ -134,7 +160,9 @@ def test_work_adds_up() -> None:
 def test_generated_files_are_those_checked_in() -> None:
     generate = pytest.importorskip("job.monitoring.generate")
     root = Path(__file__).parents[2]
-    assert {name: (root / name).read_text() for name in generate.files()} == generate.files(), "run `python -m job.monitoring.generate`"
+    assert {name: (root / name).read_text() for name in generate.files()} == generate.files(), (
+        "run `python -m job.monitoring.generate`"
+    )
 
 
 def test_dashboards_have_no_field_that_grafana_does_not_know() -> None:
@@ -145,7 +173,13 @@ def test_dashboards_have_no_field_that_grafana_does_not_know() -> None:
     for name, board in dashboards.dashboards().items():
         values = json.loads(board)
         assert json.loads(json.dumps(Dashboard.from_json(values), cls=JSONEncoder)) == values
-        cells = {(x, y) for p in values["panels"] for x in range(p["gridPos"]["x"], p["gridPos"]["x"] + p["gridPos"]["w"])
-                 for y in range(p["gridPos"]["y"], p["gridPos"]["y"] + p["gridPos"]["h"])}
-        assert len(cells) == sum(p["gridPos"]["w"] * p["gridPos"]["h"] for p in values["panels"]), f"panels overlap in {name}"
+        cells = {
+            (x, y)
+            for p in values["panels"]
+            for x in range(p["gridPos"]["x"], p["gridPos"]["x"] + p["gridPos"]["w"])
+            for y in range(p["gridPos"]["y"], p["gridPos"]["y"] + p["gridPos"]["h"])
+        }
+        assert len(cells) == sum(p["gridPos"]["w"] * p["gridPos"]["h"] for p in values["panels"]), (
+            f"panels overlap in {name}"
+        )
         assert max(x for x, _ in cells) < 24

@@ -34,9 +34,13 @@ from job.monitoring.rules import Durations, alerts, recordings
 from job.runtime.checkpoint import SaveStats
 from job.runtime.distributed import Process
 
-pytestmark = [pytest.mark.monitoring,
-              pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not found: `make monitoring-tools` installs Debian's packages"),
-              pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.monitoring,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"{', '.join(MISSING)} not found: `make monitoring-tools` installs Debian's packages"
+    ),
+    pytest.mark.timeout(1200),
+]
 SPEED = 60.0
 RUN = "lab/a=1"
 MOST_SERIES = {"0": 130, "1": 50}  # of the run and its first rank; of every further rank
@@ -55,11 +59,29 @@ class Training:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", "2", str(Path(__file__).parent / "poisoned_train.py"), *SETTINGS.split(),
-                   f"logging.save_dir={self.runs}", f"logging.run_name='{RUN}'"]
+        command = [
+            sys.executable,
+            "-m",
+            "job.runtime.torchrun",
+            "--nproc-per-node",
+            "2",
+            str(Path(__file__).parent / "poisoned_train.py"),
+            *SETTINGS.split(),
+            f"logging.save_dir={self.runs}",
+            f"logging.run_name='{RUN}'",
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "POISON": str(self.poison)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
-        threading.Thread(target=self._drain, args=(self.process,), daemon=True).start()  # a pipe: file size limits do not touch it
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        threading.Thread(
+            target=self._drain, args=(self.process,), daemon=True
+        ).start()  # a pipe: file size limits do not touch it
 
     def workers(self) -> dict[str, int]:
         """Process ids by rank."""
@@ -105,21 +127,35 @@ def addresses(training: Training) -> dict[str, str]:
 
 def dashboard_queries() -> list[tuple[str, str]]:
     boards = [json.loads(path.read_text()) for path in sorted((ROOT / "docker/grafana/dashboards").glob("*.json"))]
-    return [(panel["title"], target["expr"]) for board in boards for panel in board["panels"] for target in panel.get("targets", [])]
+    return [
+        (panel["title"], target["expr"])
+        for board in boards
+        for panel in board["panels"]
+        for target in panel.get("targets", [])
+    ]
 
 
-@pytest.mark.parametrize("command", [
-    "promtool check config docker/prometheus/prometheus.yml", "promtool check rules docker/prometheus/rules.yml",
-    "promtool test rules tests/monitoring/rules_test.yml", "amtool check-config docker/alertmanager/alertmanager.yml"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "promtool check config docker/prometheus/prometheus.yml",
+        "promtool check rules docker/prometheus/rules.yml",
+        "promtool test rules tests/monitoring/rules_test.yml",
+        "amtool check-config docker/alertmanager/alertmanager.yml",
+    ],
+)
 def test_the_programs_accept_our_files(command: str) -> None:
     result = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_every_panel_and_rule_has_something_to_show(training: Training, stack: Stack) -> None:
-    expected = [("up", 'up{job="cyclevae"}'), *((name, name) for name in recordings(Durations(SPEED))),
-                *((alert.name, alert.signal) for alert in alerts(Durations(SPEED))),
-                *((title, substitute(query, ".*", "5s")) for title, query in dashboard_queries())]
+    expected = [
+        ("up", 'up{job="cyclevae"}'),
+        *((name, name) for name in recordings(Durations(SPEED))),
+        *((alert.name, alert.signal) for alert in alerts(Durations(SPEED))),
+        *((title, substitute(query, ".*", "5s")) for title, query in dashboard_queries()),
+    ]
 
     def all_seen() -> bool:
         """A query over the last second is empty whenever the machine was too busy to scrape in it."""
@@ -127,7 +163,10 @@ def test_every_panel_and_rule_has_something_to_show(training: Training, stack: S
         return not expected
 
     def targets() -> set[tuple[str, str, str]]:
-        return {(r["metric"]["run"], r["metric"]["rank"], r["metric"]["job_id"]) for r in stack.query('up{job="cyclevae"} == 1')}
+        return {
+            (r["metric"]["run"], r["metric"]["rank"], r["metric"]["job_id"])
+            for r in stack.query('up{job="cyclevae"} == 1')
+        }
 
     until(lambda: stack.value(f'cyclevae_eval_step{{run="{RUN}"}}'), "the run evaluates")
     try:
@@ -162,7 +201,12 @@ def test_the_log_holds_what_prometheus_has(training: Training, stack: Stack) -> 
     end = time.time()
     series = stack.range(f'cyclevae_loss{{run="{RUN}",term="base_l2t_text"}}', end - 60, end, 1)[0]
     shown = {float(value) for _, value in series["values"]}
-    until(lambda: shown <= {line["base_l2t_text_loss"] for line in json_lines(training.runs / RUN / "training_log.jsonl")}, "what is shown is logged")
+    until(
+        lambda: (
+            shown <= {line["base_l2t_text_loss"] for line in json_lines(training.runs / RUN / "training_log.jsonl")}
+        ),
+        "what is shown is logged",
+    )
 
 
 def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
@@ -195,7 +239,9 @@ def test_losses_that_are_not_finite(training: Training, stack: Stack) -> None:
     training.poison.touch()
     until(lambda: stack.notified("firing", "CyclevaeNonfiniteSteps", run=RUN), "skipped steps are told")
     training.poison.unlink()
-    until(lambda: not stack.active("CyclevaeNonfiniteSteps", run=RUN), "no more are skipped")  # a critical alert may mute the notification
+    until(
+        lambda: not stack.active("CyclevaeNonfiniteSteps", run=RUN), "no more are skipped"
+    )  # a critical alert may mute the notification
 
 
 def test_checkpoints_that_do_not_fit(training: Training, stack: Stack) -> None:
@@ -221,9 +267,21 @@ def test_the_pushgateway_holds_a_short_job_until_its_end(tmp_path: Path) -> None
 
     try:
         until(lambda: pushed() == "", "the Pushgateway answers")
-        config = Config(monitoring=MonitoringConfig(host="127.0.0.1", pushgateway=address, targets_dir=str(tmp_path / "targets")))
-        with Reporter(config, tmp_path / "short", Process(0, 0, 1, torch.device("cpu"), "here"), Phases(), Work(config.model, 32, 8),
-                      dtype=torch.float32, saves=SaveStats(), silence=lambda: 0.0, gather=lambda value: [value], started=0.0):
+        config = Config(
+            monitoring=MonitoringConfig(host="127.0.0.1", pushgateway=address, targets_dir=str(tmp_path / "targets"))
+        )
+        with Reporter(
+            config,
+            tmp_path / "short",
+            Process(0, 0, 1, torch.device("cpu"), "here"),
+            Phases(),
+            Work(config.model, 32, 8),
+            dtype=torch.float32,
+            saves=SaveStats(),
+            silence=lambda: 0.0,
+            gather=lambda value: [value],
+            started=0.0,
+        ):
             until(lambda: 'run="short"' in pushed(), "the metrics are pushed")
         assert pushed() == ""
     finally:
@@ -242,7 +300,10 @@ def test_a_killed_job_and_its_restart(training: Training, stack: Stack) -> None:
         until(lambda rank=rank: stack.active("CyclevaeTargetGone", run=RUN, rank=rank), f"rank {rank} does not answer")  # type: ignore[misc]
     assert addresses(training) == old  # nobody was left to remove the file
     training.start()
-    until(lambda: counter("restarts_total") == 1 and counter("steps_total") > reached["steps"], "it goes on where its counters were")
+    until(
+        lambda: counter("restarts_total") == 1 and counter("steps_total") > reached["steps"],
+        "it goes on where its counters were",
+    )
     new = addresses(training)
     assert new.keys() == old.keys()
     assert set(new.values()).isdisjoint(old.values())

@@ -23,8 +23,16 @@ from job.runtime.precision import autocast
 FIGURES = Path(__file__).parent.parent / "data" / "objective.json"
 VOCAB, LATENT_DIM, MASK = 61, 8, 3
 LGDLM: dict[str, Any] = {"ce_over_padding": True, "normalize_latent_loss": True}
-CASES = ("epsilon/random/stop/cosine", "epsilon/full/stop/linear", "epsilon/full/stop/cosine", "x0/full/stop/cosine", "x0/random/nostop/cosine",
-         "v_param/full/stop/cosine", "v_param/random/stop/cosine", "v_param/full/stop/sigmoid")
+CASES = (
+    "epsilon/random/stop/cosine",
+    "epsilon/full/stop/linear",
+    "epsilon/full/stop/cosine",
+    "x0/full/stop/cosine",
+    "x0/random/nostop/cosine",
+    "v_param/full/stop/cosine",
+    "v_param/random/stop/cosine",
+    "v_param/full/stop/sigmoid",
+)
 
 
 def formula(*shape: int, name: str = "") -> Tensor:
@@ -35,7 +43,9 @@ def formula(*shape: int, name: str = "") -> Tensor:
 
 def model_config(**changes: Any) -> ModelConfig:
     """A model small enough for a test of a few milliseconds."""
-    return ModelConfig(**{"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "head_dim": 16, "cond_dim": 32, "max_seq_len": 10, **changes})
+    return ModelConfig(
+        **{"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "head_dim": 16, "cond_dim": 32, "max_seq_len": 10, **changes}
+    )
 
 
 def formula_model(config: ModelConfig) -> MultimodalMMDiT:
@@ -74,19 +84,31 @@ def case_configs(case: str, lgdlm: bool, **changes: Any) -> tuple[ModelConfig, L
     """Configurations of a case `parameterization/latent_t_mode/stop|nostop/beta_schedule`, with LGDLM's choices or ours."""
     parameterization, t_mode, stop, schedule = case.split("/")
     compat = {"qk_rmsnorm": False, "time_scale": 1.0, "interpolate_schedule": False} if lgdlm else {}
-    model = model_config(latent_parameterization=parameterization, latent_beta_schedule=schedule, **{**compat, **changes})
-    loss = LossConfig(latent_loss_weight=0.1, cycle_text_weight=0.3, cycle_latent_weight=0.2, latent_t_mode=t_mode,
-                      cycle_stop_grad_latent=stop == "stop", **(LGDLM if lgdlm else {}))
+    model = model_config(
+        latent_parameterization=parameterization, latent_beta_schedule=schedule, **{**compat, **changes}
+    )
+    loss = LossConfig(
+        latent_loss_weight=0.1,
+        cycle_text_weight=0.3,
+        cycle_latent_weight=0.2,
+        latent_t_mode=t_mode,
+        cycle_stop_grad_latent=stop == "stop",
+        **(LGDLM if lgdlm else {}),
+    )
     return model, loss
 
 
-def run(trainer: Trainer, batch: dict[str, Tensor], noise: Any = None, step: int = 0, dtype: str = "fp32") -> tuple[dict[str, float], dict[str, Tensor]]:
+def run(
+    trainer: Trainer, batch: dict[str, Tensor], noise: Any = None, step: int = 0, dtype: str = "fp32"
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients of one step; zeros for parameters without one."""
     trainer.zero_grad()
     with autocast(dtype, torch.device("cpu")):
         loss, metrics = trainer(batch, step, noise)
     loss.backward()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainer.model.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainer.model.named_parameters()
+    }
     return {key: float(torch.as_tensor(value).detach()) for key, value in metrics.items()}, gradients
 
 
@@ -95,8 +117,15 @@ def figures() -> dict[str, Any]:
     result: dict[str, Any] = {}
     for case, lgdlm in itertools.product(CASES, (True, False)):
         model, loss = case_configs(case, lgdlm)
-        metrics, gradients = run(Trainer(formula_model(model), model, loss, TrainingConfig(), MASK), formula_batch(), FixedNoise(torch.arange(3)))
-        result[f"{case}/{'lgdlm' if lgdlm else 'ours'}"] = {"metrics": metrics, "grad_norm": [float(f"{g.norm():.7g}") for g in gradients.values()]}
+        metrics, gradients = run(
+            Trainer(formula_model(model), model, loss, TrainingConfig(), MASK),
+            formula_batch(),
+            FixedNoise(torch.arange(3)),
+        )
+        result[f"{case}/{'lgdlm' if lgdlm else 'ours'}"] = {
+            "metrics": metrics,
+            "grad_norm": [float(f"{g.norm():.7g}") for g in gradients.values()],
+        }
     return result
 
 

@@ -19,15 +19,29 @@ from job.objective.fast import build_trainer
 from job.objective.trainer import Trainer
 
 VOCAB, DIM, LENGTH, COUNT, MASK_ID = 12, 12, 8, 6, 1
-MODEL = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, head_dim=8, cond_dim=16, max_seq_len=LENGTH, num_residual_streams=1, latent_parameterization="x0")
+MODEL = ModelConfig(
+    hidden_size=16,
+    n_blocks=1,
+    n_heads=2,
+    head_dim=8,
+    cond_dim=16,
+    max_seq_len=LENGTH,
+    num_residual_streams=1,
+    latent_parameterization="x0",
+)
 
 
 def samples() -> dict[str, Tensor]:
     """Text i is i + 2 tokens of kind i + 4 and its latent the unit vector of that kind."""
     kinds = torch.arange(COUNT) + 4
     lengths = torch.arange(COUNT) + 2
-    return {"input_ids": kinds[:, None].expand(-1, LENGTH).clone(), "attention_mask": torch.arange(LENGTH) < lengths[:, None],
-            "latent": torch.eye(DIM)[kinds], "position": torch.arange(COUNT), "global_lengths": lengths}
+    return {
+        "input_ids": kinds[:, None].expand(-1, LENGTH).clone(),
+        "attention_mask": torch.arange(LENGTH) < lengths[:, None],
+        "latent": torch.eye(DIM)[kinds],
+        "position": torch.arange(COUNT),
+        "global_lengths": lengths,
+    }
 
 
 class Oracle(nn.Module):
@@ -38,7 +52,9 @@ class Oracle(nn.Module):
         self.unused = nn.Parameter(torch.zeros(()))
         self.sees_latent, self.sees_text = sees_latent, sees_text
 
-    def forward(self, tokens: Tensor, latents: Tensor, text_t: Tensor, latent_t: Tensor, mask: Tensor, heads: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, latents: Tensor, text_t: Tensor, latent_t: Tensor, mask: Tensor, heads: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor]:
         words = nn.functional.one_hot(tokens, DIM).float()
         mean = (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         logits = 5 * latents[:, None].expand(-1, tokens.shape[1], -1)
@@ -68,11 +84,17 @@ def test_oracle_scores_are_the_closed_form_ones() -> None:
     assert metrics["latent/active_dims"] == pytest.approx(COUNT - 1)  # COUNT unit vectors around their mean
     assert metrics["tokens"] == sum(range(2, COUNT + 2))
     assert metrics["text/most_frequent_token_acc"] == pytest.approx((COUNT + 1) / metrics["tokens"])
-    assert [word in " ".join(verdicts(metrics)) for word in ("ignores", "uses the latent", "uses the text")] == [False, True, True]
+    assert [word in " ".join(verdicts(metrics)) for word in ("ignores", "uses the latent", "uses the text")] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_broken_cycle_shows_while_the_encoder_is_right() -> None:
-    metrics = evaluate(trainer_of(Oracle(sees_latent=False)), [samples()], seed=0)  # decodes token 0, which no text holds
+    metrics = evaluate(
+        trainer_of(Oracle(sees_latent=False)), [samples()], seed=0
+    )  # decodes token 0, which no text holds
     assert metrics["t2l/x0_cos"] == pytest.approx(1)
     assert metrics["l2t2l/cos"] == pytest.approx(0)
     assert metrics["l2t2l/retrieval_at_1"] == pytest.approx(1 / COUNT)  # all equally far
@@ -96,7 +118,10 @@ def test_non_finite_figures_are_not_called_good() -> None:
 
 def batches_of(size: int) -> list[dict[str, Tensor]]:
     whole = samples()
-    parts = [{name: values[i:i + size] for name, values in whole.items()} | {"global_lengths": whole["global_lengths"]} for i in range(0, COUNT, size)]
+    parts = [
+        {name: values[i : i + size] for name, values in whole.items()} | {"global_lengths": whole["global_lengths"]}
+        for i in range(0, COUNT, size)
+    ]
     for part in parts:  # a short batch is padded less
         longest = int(part["attention_mask"].sum(1).max())
         part |= {name: part[name][:, :longest] for name in ("input_ids", "attention_mask")}
@@ -127,7 +152,9 @@ def on_ranks(trainer: Trainer, batches: list[dict[str, Tensor]], world_size: int
     return results
 
 
-@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 1), (1, 2), (4, 2), (2, 4)])  # 2 on 4 ranks: one rank has no batch
+@pytest.mark.parametrize(
+    ("batch_size", "world_size"), [(1, 1), (4, 1), (1, 2), (4, 2), (2, 4)]
+)  # 2 on 4 ranks: one rank has no batch
 def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_size: int) -> None:
     trainer = trainer_of(build_model(MODEL, VOCAB, DIM, seed=0))
     expected = evaluate(trainer, [samples()], seed=3)
@@ -140,7 +167,14 @@ def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_s
 def test_fast_and_plain_trainers_are_measured_alike(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
     models = (replace(MODEL, implementation=name, num_residual_streams=2) for name in ("plain", "fast"))
-    plain, fast = (evaluate(build_trainer(build_model(m, VOCAB, DIM, seed=0), m, LossConfig(), TrainingConfig(), MASK_ID), [samples()], seed=3) for m in models)
+    plain, fast = (
+        evaluate(
+            build_trainer(build_model(m, VOCAB, DIM, seed=0), m, LossConfig(), TrainingConfig(), MASK_ID),
+            [samples()],
+            seed=3,
+        )
+        for m in models
+    )
     assert fast == pytest.approx(plain, rel=1e-4, abs=1e-6)
 
 
@@ -159,5 +193,8 @@ def test_one_sample_is_refused_in_one_line() -> None:
 
 
 def test_participation_ratio_counts_equal_directions() -> None:
-    rows = torch.cat([torch.eye(5), -torch.eye(5)]) @ torch.linalg.qr(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).T)[0].T
+    rows = (
+        torch.cat([torch.eye(5), -torch.eye(5)])
+        @ torch.linalg.qr(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).T)[0].T
+    )
     assert participation_ratio(rows) == pytest.approx(5)

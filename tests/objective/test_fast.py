@@ -31,22 +31,59 @@ def assert_same(batch: dict[str, torch.Tensor], loss: dict[str, Any], step: int 
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 10), min_size=1, max_size=4), padded=st.booleans(), streams=st.sampled_from([1, 2, 4]),
-       parameterization=st.sampled_from(["x0", "v_param", "epsilon"]), t_mode=st.sampled_from(["full", "random"]), qk_rmsnorm=st.booleans(),
-       sampling=st.sampled_from(["argmax", "categorical"]), over_padding=st.booleans(), normalize=st.booleans(), stop=st.booleans(),
-       text_weight=st.sampled_from([0.0, 0.3]), latent_weight=st.sampled_from([0.0, 0.2]), short=st.sampled_from([0, 64]),
-       by_index=st.booleans(), loss_type=st.sampled_from(["cycle_vae", "l2t", "t2l", "unconditional"]))
-def test_fast_is_plain(lengths: list[int], padded: bool, streams: int, parameterization: str, t_mode: str, qk_rmsnorm: bool, sampling: str,
-                       over_padding: bool, normalize: bool, stop: bool, text_weight: float, latent_weight: float, short: int,
-                       by_index: bool, loss_type: str) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 10), min_size=1, max_size=4),
+    padded=st.booleans(),
+    streams=st.sampled_from([1, 2, 4]),
+    parameterization=st.sampled_from(["x0", "v_param", "epsilon"]),
+    t_mode=st.sampled_from(["full", "random"]),
+    qk_rmsnorm=st.booleans(),
+    sampling=st.sampled_from(["argmax", "categorical"]),
+    over_padding=st.booleans(),
+    normalize=st.booleans(),
+    stop=st.booleans(),
+    text_weight=st.sampled_from([0.0, 0.3]),
+    latent_weight=st.sampled_from([0.0, 0.2]),
+    short=st.sampled_from([0, 64]),
+    by_index=st.booleans(),
+    loss_type=st.sampled_from(["cycle_vae", "l2t", "t2l", "unconditional"]),
+)
+def test_fast_is_plain(
+    lengths: list[int],
+    padded: bool,
+    streams: int,
+    parameterization: str,
+    t_mode: str,
+    qk_rmsnorm: bool,
+    sampling: str,
+    over_padding: bool,
+    normalize: bool,
+    stop: bool,
+    text_weight: float,
+    latent_weight: float,
+    short: int,
+    by_index: bool,
+    loss_type: str,
+) -> None:
     batch = formula_batch(tuple(lengths), max(lengths) if not padded else 10)
-    loss = {"loss_type": loss_type, "latent_t_mode": t_mode, "cycle_latent_t_max": 0.9, "cycle_latent_sampling": sampling, "ce_over_padding": over_padding,
-            "normalize_latent_loss": normalize, "cycle_stop_grad_latent": stop, "cycle_text_weight": text_weight, "cycle_latent_weight": latent_weight}
+    loss = {
+        "loss_type": loss_type,
+        "latent_t_mode": t_mode,
+        "cycle_latent_t_max": 0.9,
+        "cycle_latent_sampling": sampling,
+        "ce_over_padding": over_padding,
+        "normalize_latent_loss": normalize,
+        "cycle_stop_grad_latent": stop,
+        "cycle_text_weight": text_weight,
+        "cycle_latent_weight": latent_weight,
+    }
     if parameterization == "epsilon" and t_mode == "full":
         loss["latent_t_mode"] = "random"  # x0 is divided by 1.6e-5 there, and rounding with it
     # rows attend one by one or side by side, conditions are looked up or taken span by span
     with mock.patch.object(packed, "SHORT", short), mock.patch.object(packed.Spans, "by_index", by_index):
-        assert_same(batch, loss, num_residual_streams=streams, latent_parameterization=parameterization, qk_rmsnorm=qk_rmsnorm)
+        assert_same(
+            batch, loss, num_residual_streams=streams, latent_parameterization=parameterization, qk_rmsnorm=qk_rmsnorm
+        )
 
 
 @pytest.mark.parametrize("t_mode", ["full", "random"])
@@ -59,7 +96,9 @@ def test_two_stages_add_up_to_one(t_mode: str) -> None:
     for stage in range(2):
         loss, metrics = trainer(batch, 0, None, stage)
         loss.backward()
-    assert {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6)
+    assert {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()} == pytest.approx(
+        expected, rel=1e-6
+    )
     for name, p in trainer.model.named_parameters():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-7)
@@ -93,8 +132,16 @@ def test_stages_touch_the_same_parameters() -> None:
     assert touched[0] == touched[1]
 
 
-@pytest.mark.parametrize(("loss", "stages"), [({}, 2), ({"cycle_stop_grad_latent": False}, 1), ({"cycle_text_weight": 0.0}, 1), ({"loss_type": "l2t"}, 1),
-                                              ({"cycle_latent_warmup_steps": 3}, 1)])
+@pytest.mark.parametrize(
+    ("loss", "stages"),
+    [
+        ({}, 2),
+        ({"cycle_stop_grad_latent": False}, 1),
+        ({"cycle_text_weight": 0.0}, 1),
+        ({"loss_type": "l2t"}, 1),
+        ({"cycle_latent_warmup_steps": 3}, 1),
+    ],
+)
 def test_number_of_stages(loss: dict[str, Any], stages: int) -> None:
     config = model_config()
     assert FastTrainer(formula_model(config), config, LossConfig(**loss), TrainingConfig(), MASK).stages(0) == stages
@@ -103,9 +150,17 @@ def test_number_of_stages(loss: dict[str, Any], stages: int) -> None:
 @pytest.mark.parametrize(("text", "latent", "passes"), [(0.3, 0.2, 2), (0.3, 0.0, 2), (0.0, 0.2, 2), (0.0, 0.0, 1)])
 def test_passes_are_paired_and_terms_of_weight_zero_left_out(text: float, latent: float, passes: int) -> None:
     config, batch = model_config(), formula_batch()
-    trainer = FastTrainer(formula_model(config), config, LossConfig(cycle_text_weight=text, cycle_latent_weight=latent), TrainingConfig(), MASK)
+    trainer = FastTrainer(
+        formula_model(config),
+        config,
+        LossConfig(cycle_text_weight=text, cycle_latent_weight=latent),
+        TrainingConfig(),
+        MASK,
+    )
     calls: list[int] = []
-    trainer.get_submodule("model.latent_encoder").register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    trainer.get_submodule("model.latent_encoder").register_forward_hook(
+        lambda module, args, output: calls.append(len(args[0]))
+    )
     trainer(batch, 0)
     assert len(calls) == passes
     assert sum(calls) == 3 * (2 + (text > 0) + (latent > 0))

@@ -18,7 +18,9 @@ from job.objective.schedule import LatentSchedule
 from job.objective.trainer import Trainer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "cycle_vae_golden.pt"
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the research code's figures (shared/golden) are not beside this checkout")
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.exists(), reason="the research code's figures (shared/golden) are not beside this checkout"
+)
 
 
 def close(found: float, expected: float, relative: bool = False) -> bool:
@@ -40,20 +42,47 @@ def golden() -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_research_code(golden: Any, case: str, trainer: type[Trainer]) -> None:
     expected = golden["cases"][case]
-    model_config = ModelConfig(hidden_size=64, n_blocks=2, n_heads=8, head_dim=64, cond_dim=64, max_seq_len=12, qk_rmsnorm=False, time_scale=1.0,
-                               interpolate_schedule=False, latent_parameterization=expected["parameterization"],
-                               latent_beta_schedule=expected["beta_schedule"])
-    loss_config = LossConfig(latent_loss_weight=0.1, cycle_text_weight=0.3, cycle_latent_weight=0.2, latent_t_mode=expected["latent_t_mode"],
-                             cycle_stop_grad_latent=expected["cycle_stop_grad_latent"], **LGDLM)
+    model_config = ModelConfig(
+        hidden_size=64,
+        n_blocks=2,
+        n_heads=8,
+        head_dim=64,
+        cond_dim=64,
+        max_seq_len=12,
+        qk_rmsnorm=False,
+        time_scale=1.0,
+        interpolate_schedule=False,
+        latent_parameterization=expected["parameterization"],
+        latent_beta_schedule=expected["beta_schedule"],
+    )
+    loss_config = LossConfig(
+        latent_loss_weight=0.1,
+        cycle_text_weight=0.3,
+        cycle_latent_weight=0.2,
+        latent_t_mode=expected["latent_t_mode"],
+        cycle_stop_grad_latent=expected["cycle_stop_grad_latent"],
+        **LGDLM,
+    )
     model = build_model(model_config, golden["vocab_size"], 16, seed=0)
     model.load_state_dict(golden["state_dict"])
     names = ["latent_t", "latent_noise", "cycle_latent_t", "cycle_latent_noise"]
     if expected["latent_t_mode"] == "full":
         names = names[1::2]
     draws = {name: draw for name, (_, draw) in zip(names, expected["draws"], strict=True)}
-    metrics, gradients = run(trainer(model, model_config, loss_config, TrainingConfig(), golden["mask_token_id"]), golden["batch"],
-                             FixedNoise(torch.arange(3), draws))
-    for name in ("loss", "base_l2t_text_loss", "base_t2l_latent_loss", "cycle_text_loss", "cycle_latent_loss", "t_lat_mean", "latent_pred_norm"):
+    metrics, gradients = run(
+        trainer(model, model_config, loss_config, TrainingConfig(), golden["mask_token_id"]),
+        golden["batch"],
+        FixedNoise(torch.arange(3), draws),
+    )
+    for name in (
+        "loss",
+        "base_l2t_text_loss",
+        "base_t2l_latent_loss",
+        "cycle_text_loss",
+        "cycle_latent_loss",
+        "t_lat_mean",
+        "latent_pred_norm",
+    ):
         assert close(metrics[name], expected["metrics"][name], relative=case == "epsilon/full/stop/cosine"), name
     assert_norms(gradients.values(), [expected["grad_norm"][name] for name in gradients])
 
@@ -65,7 +94,9 @@ def test_research_code_schedules(golden: Any, schedule: str) -> None:
     tables = golden["schedules"][schedule]
     torch.testing.assert_close(ours.alpha_bar.sqrt(), tables["sqrt_alphas_cumprod"], rtol=2e-5, atol=1e-7)
     # its 1 - alpha_bar is the difference of two float32
-    torch.testing.assert_close(ours.get_buffer("one_minus_alpha_bar").sqrt(), tables["sqrt_one_minus_alphas_cumprod"], rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours.get_buffer("one_minus_alpha_bar").sqrt(), tables["sqrt_one_minus_alphas_cumprod"], rtol=2e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("choices", ["lgdlm", "ours"])

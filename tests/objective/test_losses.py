@@ -17,7 +17,9 @@ def test_ramp() -> None:
 def test_cross_entropy_counts_what_is_counted() -> None:
     logits = torch.zeros(2, 3, 4)
     counted = torch.tensor([[True, True, False], [True, False, False]])
-    assert text_cross_entropy(logits, torch.zeros(2, 3, dtype=torch.long), counted, 3).item() == pytest.approx(torch.tensor(4.0).log().item())
+    assert text_cross_entropy(logits, torch.zeros(2, 3, dtype=torch.long), counted, 3).item() == pytest.approx(
+        torch.tensor(4.0).log().item()
+    )
 
 
 def test_normalized_latent_loss_sees_the_direction_only() -> None:
@@ -31,7 +33,11 @@ def test_draws_depend_on_name_seed_and_step_only() -> None:
     part = StepNoise(1, 2, torch.tensor([4, 1]), 6)
     assert torch.equal(everyone.normal("a", 3)[[4, 1]], part.normal("a", 3))
     assert torch.equal(everyone.uniform("a", 3)[[4, 1]], part.uniform("a", 3))
-    others = [StepNoise(1, 3, torch.arange(6), 6).normal("a", 3), StepNoise(2, 2, torch.arange(6), 6).normal("a", 3), everyone.normal("b", 3)]
+    others = [
+        StepNoise(1, 3, torch.arange(6), 6).normal("a", 3),
+        StepNoise(2, 2, torch.arange(6), 6).normal("a", 3),
+        everyone.normal("b", 3),
+    ]
     assert not any(torch.equal(everyone.normal("a", 3), other) for other in others)
     assert seed_for("a", 1) == seed_for("a", 1) < 2**63
 

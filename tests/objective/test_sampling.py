@@ -26,7 +26,9 @@ class Known(nn.Module):
         self.schedule_of = schedule_of
         self.shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def forward(self, tokens: Tensor, latents: Tensor, text_t: Tensor, latent_t: Tensor, mask: Tensor, heads: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, latents: Tensor, text_t: Tensor, latent_t: Tensor, mask: Tensor, heads: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor]:
         self.shown.append((tokens.clone(), text_t, latent_t))
         places = torch.arange(tokens.shape[1])
         logits = torch.zeros(*tokens.shape, VOCAB)
@@ -43,7 +45,15 @@ class Known(nn.Module):
 def trainer_of(parameterization: str = "v_param") -> tuple[Trainer, Known]:
     box: list[Trainer] = []
     model = Known(box)
-    box.append(Trainer(model, ModelConfig(max_seq_len=8, latent_parameterization=parameterization), LossConfig(), TrainingConfig(), MASK_ID))
+    box.append(
+        Trainer(
+            model,
+            ModelConfig(max_seq_len=8, latent_parameterization=parameterization),
+            LossConfig(),
+            TrainingConfig(),
+            MASK_ID,
+        )
+    )
     return box[0], model
 
 
@@ -73,7 +83,9 @@ def test_latents_arrive_where_the_model_points(parameterization: str, steps: int
     # at t=1 alpha is 1.6e-5: epsilon's first x0 is rounding error times 64,000
     torch.testing.assert_close(latent, TARGET, atol=1e-4 if parameterization != "epsilon" else 0.3, rtol=1e-4)
     assert torch.equal(words, tokens)
-    assert [latent_t[0].item() for _, _, latent_t in model.shown] == pytest.approx([1 - k / steps for k in range(steps)])
+    assert [latent_t[0].item() for _, _, latent_t in model.shown] == pytest.approx(
+        [1 - k / steps for k in range(steps)]
+    )
     assert all(text_t.tolist() == [0] * 3 for _, text_t, _ in model.shown)
 
 

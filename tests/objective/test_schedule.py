@@ -34,7 +34,12 @@ def test_lgdlm_reads_the_entry_below() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(t=st.floats(0, 0.98), schedule=st.sampled_from(SCHEDULES), parameterization=st.sampled_from(["epsilon", "x0", "v_param"]), seed=st.integers(0, 2**31))
+@given(
+    t=st.floats(0, 0.98),
+    schedule=st.sampled_from(SCHEDULES),
+    parameterization=st.sampled_from(["epsilon", "x0", "v_param"]),
+    seed=st.integers(0, 2**31),
+)
 def test_a_perfect_prediction_gives_the_latent_back(t: float, schedule: str, parameterization: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     z, noise = torch.randn(2, 3, 5, generator=generator)

@@ -25,11 +25,19 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "t2l": ({"loss_type": "t2l", "latent_t_mode": "random"}, {}),
     "unconditional": ({"loss_type": "unconditional"}, {}),
     "random": ({"loss_type": "random"}, {}),
-    "sequential": ({"loss_type": "sequential"}, {"sequential_schedule": [ModeSteps("unconditional", 2), ModeSteps("t2l", 1)]}),
+    "sequential": (
+        {"loss_type": "sequential"},
+        {"sequential_schedule": [ModeSteps("unconditional", 2), ModeSteps("t2l", 1)]},
+    ),
 }
 
 
-def make(loss: dict[str, Any] | None = None, training: dict[str, Any] | None = None, kind: type[Trainer] = Trainer, **model: Any) -> Trainer:
+def make(
+    loss: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    kind: type[Trainer] = Trainer,
+    **model: Any,
+) -> Trainer:
     config = model_config(**model)
     return kind(formula_model(config), config, LossConfig(**(loss or {})), TrainingConfig(**(training or {})), MASK)
 
@@ -37,7 +45,11 @@ def make(loss: dict[str, Any] | None = None, training: dict[str, Any] | None = N
 def rank_of(batch: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
     """The rows of one rank of a global batch, dealt out as the sampler may: every world-th row."""
     position = torch.arange(rank, len(batch["latent"]), world)
-    return {"position": position, "global_lengths": batch["attention_mask"].sum(1), **{key: value[position] for key, value in batch.items()}}
+    return {
+        "position": position,
+        "global_lengths": batch["attention_mask"].sum(1),
+        **{key: value[position] for key, value in batch.items()},
+    }
 
 
 def mean(values: list[Any]) -> Any:
@@ -55,7 +67,9 @@ def test_the_number_of_ranks_changes_nothing(mode: str, kind: type[Trainer], ste
         for name, value in whole_metrics.items():
             assert mean([metrics[name] for metrics, _ in parts]) == pytest.approx(value, rel=2e-5), name
         for name, gradient in whole.items():
-            torch.testing.assert_close(mean([gradients[name] for _, gradients in parts]), gradient, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(
+                mean([gradients[name] for _, gradients in parts]), gradient, rtol=1e-3, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "over_padding"])
@@ -86,7 +100,9 @@ def test_modes_follow_their_schedule_and_weights() -> None:
 def rows_through_the_model(trainer: Trainer, loss: Callable[[], Any]) -> int:
     """Rows that enter the latent encoder, which every pass of every row needs."""
     rows = []
-    hook = trainer.get_submodule("model.latent_encoder").register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    hook = trainer.get_submodule("model.latent_encoder").register_forward_hook(
+        lambda module, args, output: rows.append(len(args[0]))
+    )
     loss()
     hook.remove()
     return sum(rows)
@@ -108,16 +124,29 @@ def test_a_term_in_warm_up_is_not_computed() -> None:
 @pytest.mark.parametrize("stop", [True, False])
 def test_stop_grad_cuts_cycle_text_from_the_predicted_latent(stop: bool) -> None:
     # only a T2L pass uses the latent head; of these, only cycle_text's loss is left here
-    trainer = make({"cycle_stop_grad_latent": stop, "latent_loss_weight": 0.0, "cycle_text_weight": 1.0, "cycle_latent_weight": 0.0})
+    trainer = make(
+        {
+            "cycle_stop_grad_latent": stop,
+            "latent_loss_weight": 0.0,
+            "cycle_text_weight": 1.0,
+            "cycle_latent_weight": 0.0,
+        }
+    )
     _, gradients = run(trainer, formula_batch())
     assert (gradients["latent_head.3.weight"].abs().max().item() == 0) == stop
 
 
 def test_categorical_pseudo_tokens_follow_the_distribution() -> None:
     trainer = make({"cycle_latent_sampling": "categorical"}, max_seq_len=4000)
-    batch = {"input_ids": torch.zeros(1, 4000, dtype=torch.long), "attention_mask": torch.ones(1, 4000, dtype=torch.bool), "latent": torch.zeros(1, LATENT_DIM)}
+    batch = {
+        "input_ids": torch.zeros(1, 4000, dtype=torch.long),
+        "attention_mask": torch.ones(1, 4000, dtype=torch.bool),
+        "latent": torch.zeros(1, LATENT_DIM),
+    }
     probabilities = torch.tensor([0.5, 0.3, 0.2])
-    noise = FixedNoise(torch.arange(1), {"pseudo_tokens": torch.rand(1, 4000, generator=torch.Generator().manual_seed(0))})
+    noise = FixedNoise(
+        torch.arange(1), {"pseudo_tokens": torch.rand(1, 4000, generator=torch.Generator().manual_seed(0))}
+    )
     step = Step(batch["input_ids"], batch["attention_mask"], batch["latent"], torch.tensor([4000]), noise)  # type: ignore[arg-type]
     drawn = trainer.pseudo_tokens(step, probabilities.log().expand(1, 4000, 3))
     torch.testing.assert_close(drawn.flatten().bincount() / 4000, probabilities, rtol=0, atol=0.03)

@@ -36,7 +36,9 @@ def test_draws_invert_the_distribution_function() -> None:
         head.weight.zero_()
         head.bias.copy_(torch.tensor([0.5, 0.3, 0.2]).log())
     uniform = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.999])
-    _, picked = linear_cross_entropy(torch.zeros(6, 1), head, torch.zeros(6, dtype=torch.long), pick=True, uniform=uniform)
+    _, picked = linear_cross_entropy(
+        torch.zeros(6, 1), head, torch.zeros(6, dtype=torch.long), pick=True, uniform=uniform
+    )
     assert picked.tolist() == [0, 0, 1, 1, 2, 2]
 
 

@@ -28,11 +28,27 @@ data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim
 training.train_batch_size=2 training.gradient_accumulation_steps=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10
 training.sick_rank_timeout_seconds=120 logging.log_freq=1 logging.eval_freq=6 logging.save_freq=3 logging.num_samples=1 logging.num_eval_batches=1
 training.eval_batch_size=4""".split()
-CYCLE = ["loss.cycle_text_warmup_steps=3", "loss.cycle_text_ramp_steps=8", "loss.cycle_latent_warmup_steps=3", "loss.cycle_latent_ramp_steps=8",
-         "loss.cycle_latent_sampling=categorical"]
-CLOCKED = ("tokens_per_second", "_seconds", "_utilization", "_bytes")  # the ends of names whose values a clock or the machine makes
+CYCLE = [
+    "loss.cycle_text_warmup_steps=3",
+    "loss.cycle_text_ramp_steps=8",
+    "loss.cycle_latent_warmup_steps=3",
+    "loss.cycle_latent_ramp_steps=8",
+    "loss.cycle_latent_sampling=categorical",
+]
+CLOCKED = (
+    "tokens_per_second",
+    "_seconds",
+    "_utilization",
+    "_bytes",
+)  # the ends of names whose values a clock or the machine makes
 KINDS = ("one rank", "everything", "torchrun", "SIGTERM to one rank", "SIGUSR1 to torchrun")
-EXIT_CODES = {"one rank": {134, 137}, "everything": {-9}, "torchrun": {-9}, "SIGTERM to one rank": {143}, "SIGUSR1 to torchrun": {143}}
+EXIT_CODES = {
+    "one rank": {134, 137},
+    "everything": {-9},
+    "torchrun": {-9},
+    "SIGTERM to one rank": {143},
+    "SIGUSR1 to torchrun": {143},
+}
 
 
 class Run:
@@ -41,13 +57,29 @@ class Run:
     def __init__(self, directory: Path, overrides: list[str], world_size: int = 2) -> None:
         self.directory, self.output, self.world_size = directory, directory.with_suffix(".txt"), world_size
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self.command = [sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", str(world_size), "-m", "job.train", *SMALL, *overrides,
-                        f"logging.save_dir={directory.parent}", f"logging.run_name={directory.name}"]
+        self.command = [
+            sys.executable,
+            "-m",
+            "job.runtime.torchrun",
+            "--nproc-per-node",
+            str(world_size),
+            "-m",
+            "job.train",
+            *SMALL,
+            *overrides,
+            f"logging.save_dir={directory.parent}",
+            f"logging.run_name={directory.name}",
+        ]
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.output.open("ab") as output:
-            return subprocess.Popen(self.command, stdout=output, stderr=output, start_new_session=True,
-                                    env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"})
+            return subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+            )
 
     def finish(self) -> None:
         code = self.start().wait(300)
@@ -59,7 +91,9 @@ class Run:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         values = [json.loads(line) for line in lines]
         assert len({line["step"] for line in values}) == len(values), "a step was logged twice"
-        return {line["step"]: {name: value for name, value in line.items() if not name.endswith(CLOCKED)} for line in values}
+        return {
+            line["step"]: {name: value for name, value in line.items() if not name.endswith(CLOCKED)} for line in values
+        }
 
     def interrupt(self, kind: str, at_step: int, delay: float, dice: random.Random) -> bool:
         """Start, do `kind` of harm `delay` seconds after step `at_step` was logged, wait for the end. False when the run had finished before."""
@@ -101,17 +135,30 @@ def chaos(parent: Path, overrides: list[str], seed: int, kinds: list[str]) -> No
         step, delay = int(dice.uniform(number, number + 1) * spread) + 2, dice.uniform(0, 0.4)
         harmful = harmed.interrupt(kind, step, delay, dice)
         reached = harmed.log()
-        print(f"seed {seed}: {kind}, {delay:.2f} s after step {step}, at step {max(reached, default=0)}{'' if harmful else ' (too late)'}", flush=True)
+        print(
+            f"seed {seed}: {kind}, {delay:.2f} s after step {step}, at step {max(reached, default=0)}{'' if harmful else ' (too late)'}",
+            flush=True,
+        )
         for at, values in reached.items():
             assert values == expected[at], f"step {at} differs after {kind}: {values} instead of {expected[at]}"
     harmed.finish()
     assert harmed.log() == expected
     one, two = (read_weights(open_checkpoint(run.directory)) for run in (quiet, harmed))
     assert one.keys() == two.keys()
-    different = [name for name in one if not one[name].contiguous().view(-1).view(torch.uint8).equal(two[name].contiguous().view(-1).view(torch.uint8))]
+    different = [
+        name
+        for name in one
+        if not one[name]
+        .contiguous()
+        .view(-1)
+        .view(torch.uint8)
+        .equal(two[name].contiguous().view(-1).view(torch.uint8))
+    ]
     assert not different, f"differ after {STEPS} steps: {different}"
-    evaluations = [[json.loads(line) for line in (run.directory / "evaluation.jsonl").read_text().splitlines()]
-                   for run in (quiet, harmed)]
+    evaluations = [
+        [json.loads(line) for line in (run.directory / "evaluation.jsonl").read_text().splitlines()]
+        for run in (quiet, harmed)
+    ]
     assert evaluations[0] == evaluations[1]
 
 

@@ -19,7 +19,16 @@ from job.runtime import distributed
 
 # Children are forked from a server that has imported PyTorch but never ran anything: quick to start and clean.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["job.runtime.checkpoint", "job.runtime.watchdog", "job.runtime.stop", "torch.distributed.tensor", "hypothesis", "pytest"])
+_context.set_forkserver_preload(
+    [
+        "job.runtime.checkpoint",
+        "job.runtime.watchdog",
+        "job.runtime.stop",
+        "torch.distributed.tensor",
+        "hypothesis",
+        "pytest",
+    ]
+)
 
 
 def _main(function: Callable[..., Any], arguments: tuple[Any, ...], output: Path, variables: dict[str, str]) -> None:
@@ -30,6 +39,7 @@ def _main(function: Callable[..., Any], arguments: tuple[Any, ...], output: Path
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(variables)
     import torch
+
     torch.set_num_threads(1)
     try:
         function(*arguments)
@@ -87,9 +97,17 @@ def start_ranks(world_size: int, directory: Path, function: Callable[..., Any], 
     directory.mkdir(parents=True, exist_ok=True)
     port, ranks = free_port(), []
     for rank in range(world_size):
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
         output = directory / f"rank{rank}_{port}.txt"
-        process = _context.Process(target=_main, args=(function, arguments, output, variables if world_size > 1 else {}), daemon=True)
+        process = _context.Process(
+            target=_main, args=(function, arguments, output, variables if world_size > 1 else {}), daemon=True
+        )
         process.start()
         ranks.append(Rank(process, output))
     return ranks

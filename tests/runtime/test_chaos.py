@@ -24,7 +24,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples_and_noise(tmp_pat
     quiet = Run(tmp_path / "quiet", overrides)
     quiet.finish()
     for world_size, strategy, stop_at in ((2, "fsdp", 4), (1, "ddp", 9)):
-        assert Run(tmp_path / "moved", [*overrides, f"training.strategy={strategy}"], world_size).interrupt("SIGUSR1 to torchrun", stop_at, 0.0, dice)
+        assert Run(tmp_path / "moved", [*overrides, f"training.strategy={strategy}"], world_size).interrupt(
+            "SIGUSR1 to torchrun", stop_at, 0.0, dice
+        )
     moved = Run(tmp_path / "moved", [*overrides, "training.strategy=fsdp"], world_size=4)
     moved.finish()
     expected, found = quiet.log(), moved.log()
@@ -32,6 +34,10 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples_and_noise(tmp_pat
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-4, abs=1e-6), f"step {step}"
     weights, moved_weights = (read_weights(open_checkpoint(tmp_path / name), "model.") for name in ("quiet", "moved"))
-    scalars = [name for name, weight in weights.items() if weight.dim() == 0]  # FSDP takes none: their gradients are reduced by ourselves
+    scalars = [
+        name for name, weight in weights.items() if weight.dim() == 0
+    ]  # FSDP takes none: their gradients are reduced by ourselves
     assert scalars
-    assert [float(moved_weights[name]) for name in scalars] == pytest.approx([float(weights[name]) for name in scalars], rel=1e-5)
+    assert [float(moved_weights[name]) for name in scalars] == pytest.approx(
+        [float(weights[name]) for name in scalars], rel=1e-5
+    )

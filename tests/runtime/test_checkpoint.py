@@ -21,32 +21,56 @@ ALONE = Process(0, 0, 1, torch.device("cpu"), "here")
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def checkpointer(directory: Path, log: list[str] | None = None, *, keep_last: int = 2, keep_every: int = 0) -> Checkpointer:
-    return Checkpointer(directory, ALONE, keep_last=keep_last, keep_every=keep_every, log=(log if log is not None else []).append)
+def checkpointer(
+    directory: Path, log: list[str] | None = None, *, keep_last: int = 2, keep_every: int = 0
+) -> Checkpointer:
+    return Checkpointer(
+        directory, ALONE, keep_last=keep_last, keep_every=keep_every, log=(log if log is not None else []).append
+    )
 
 
 def state(seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
-    model = {"embed.weight": torch.randn(40, 8, generator=generator), "norm": torch.randn(8, generator=generator), "scale": torch.tensor(float(seed))}
-    return {"model": model, "adam": {name: {"exp_avg": torch.randn(t.shape, generator=generator)} for name, t in model.items()}}
+    model = {
+        "embed.weight": torch.randn(40, 8, generator=generator),
+        "norm": torch.randn(8, generator=generator),
+        "scale": torch.tensor(float(seed)),
+    }
+    return {
+        "model": model,
+        "adam": {name: {"exp_avg": torch.randn(t.shape, generator=generator)} for name, t in model.items()},
+    }
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
     """Equal names, types and bits."""
     a, b = dict(flatten(one)), dict(flatten(two))
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and
-                                        a[n].contiguous().view(-1).view(torch.uint8).equal(b[n].contiguous().view(-1).view(torch.uint8)) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype
+        and a[n].shape == b[n].shape
+        and a[n].contiguous().view(-1).view(torch.uint8).equal(b[n].contiguous().view(-1).view(torch.uint8))
+        for n in a
+    )
 
 
 @quick
-@given(shapes=st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=8), seed=st.integers(0, 999))
-def test_every_type_and_shape_comes_back_bit_for_bit(tmp_path: Path, shapes: list[tuple[torch.dtype, list[int]]], seed: int) -> None:
+@given(
+    shapes=st.lists(
+        st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=8
+    ),
+    seed=st.integers(0, 999),
+)
+def test_every_type_and_shape_comes_back_bit_for_bit(
+    tmp_path: Path, shapes: list[tuple[torch.dtype, list[int]]], seed: int
+) -> None:
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Any] = {}
     for i, (dtype, shape) in enumerate(shapes):
         size = dtype.itemsize * math.prod(shape)
-        raw = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)  # any bits: NaNs, -0.0, denormals
+        raw = torch.randint(
+            0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator
+        )  # any bits: NaNs, -0.0, denormals
         tensors[f"t{i}"] = {"x": raw.view(dtype).view(shape)}
     c = checkpointer(tmp_path / "c")
     c.save(7, tensors, {"step": 7}, blocking=True)
@@ -89,7 +113,10 @@ DAMAGE = {
     "missing share": (lambda d: next(d.glob("share*")).unlink(), "is missing"),
     "missing commit": (lambda d: (d / COMMIT).unlink(), "commit.json is missing"),
     "empty commit": (lambda d: os.truncate(d / COMMIT, 0), "commit.json is damaged"),
-    "other record": (lambda d: (d / COMMIT).write_text((d / COMMIT).read_text().replace('"lr": 0.5', '"lr": 0.6')), "commit.json is damaged"),
+    "other record": (
+        lambda d: (d / COMMIT).write_text((d / COMMIT).read_text().replace('"lr": 0.5', '"lr": 0.6')),
+        "commit.json is damaged",
+    ),
 }
 
 
@@ -129,9 +156,16 @@ def test_any_flipped_bit_is_found(tmp_path: Path, position: float, which: int) -
 
 
 @quick
-@given(keep_last=st.integers(1, 3), keep_every=st.sampled_from([0, 2, 3]), gaps=st.lists(st.integers(1, 3), min_size=1, max_size=9),
-       damaged=st.sets(st.integers(0, 8)), restart=st.integers(0, 8))
-def test_retention(tmp_path: Path, keep_last: int, keep_every: int, gaps: list[int], damaged: set[int], restart: int) -> None:
+@given(
+    keep_last=st.integers(1, 3),
+    keep_every=st.sampled_from([0, 2, 3]),
+    gaps=st.lists(st.integers(1, 3), min_size=1, max_size=9),
+    damaged=st.sets(st.integers(0, 8)),
+    restart=st.integers(0, 8),
+)
+def test_retention(
+    tmp_path: Path, keep_last: int, keep_every: int, gaps: list[int], damaged: set[int], restart: int
+) -> None:
     """keep_last newest valid ones and multiples of keep_every stay; the newest valid one always; also across damage and a restart."""
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
     c, step = checkpointer(tmp_path / "c", keep_last=keep_last, keep_every=keep_every), 0
@@ -159,10 +193,17 @@ def test_going_back_to_an_earlier_step_removes_no_later_one_and_keeps_what_it_sa
     c = checkpointer(tmp_path, keep_last=2)
     for step in (20, 30):
         c.save(step, state(step), {}, blocking=True)
-    back = checkpointer(tmp_path, keep_last=2)  # training.resume=PATH of an earlier step: it was not asked for the newest
+    back = checkpointer(
+        tmp_path, keep_last=2
+    )  # training.resume=PATH of an earlier step: it was not asked for the newest
     for step in (11, 12, 13):
         back.save(step, state(step), {}, blocking=True)
-    assert [path.name for path in sorted(tmp_path.glob("step*"))] == ["step_00000012", "step_00000013", "step_00000020", "step_00000030"]
+    assert [path.name for path in sorted(tmp_path.glob("step*"))] == [
+        "step_00000012",
+        "step_00000013",
+        "step_00000020",
+        "step_00000030",
+    ]
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path: Path) -> None:
@@ -209,4 +250,7 @@ def test_weights_by_prefix_and_run_directory(tmp_path: Path) -> None:
     found = open_checkpoint(tmp_path / "run")
     assert (found.step, found.record) == (2, {"config": {"a": 1}})
     assert same(read_weights(found, "model."), state(2)["model"])
-    assert json.loads((found.path / COMMIT).read_text())["commit"]["files"][0]["name"] == "share_00000_of_00001.safetensors"
+    assert (
+        json.loads((found.path / COMMIT).read_text())["commit"]["files"][0]["name"]
+        == "share_00000_of_00001.safetensors"
+    )

@@ -23,13 +23,18 @@ ALONE = Process(0, 0, 1, torch.device("cpu"), "here")
 
 
 def state(step: int, size: int = 5000) -> dict[str, Any]:
-    return {"model": {f"layer{i}": torch.full((size,), float(100 * step + i)) for i in range(6)}, "step": torch.tensor(step)}
+    return {
+        "model": {f"layer{i}": torch.full((size,), float(100 * step + i)) for i in range(6)},
+        "step": torch.tensor(step),
+    }
 
 
 def whole(found: Checkpoint) -> bool:
     """Whether all tensors are of the step in the name."""
-    return all(tensor.equal(dict(state(found.step)["model"] | {"step": torch.tensor(found.step)})[name.split(".")[-1]]) for name, tensor in
-               read_weights(found).items())
+    return all(
+        tensor.equal(dict(state(found.step)["model"] | {"step": torch.tensor(found.step)})[name.split(".")[-1]])
+        for name, tensor in read_weights(found).items()
+    )
 
 
 def join(directory: Path, keep_last: int = 2) -> Checkpointer:
@@ -75,14 +80,22 @@ def shards(directory: Path) -> None:
     process = distributed.start("cpu", 20.0)
     mesh = init_device_mesh("cpu", (process.world_size,))
     full = torch.arange(35.0).view(7, 5)
-    tensors = {"uneven": distribute_tensor(full, mesh, [Shard(0)]), "copies": distribute_tensor(full + 1, mesh, [Replicate()]), "plain": full + 2}
+    tensors = {
+        "uneven": distribute_tensor(full, mesh, [Shard(0)]),
+        "copies": distribute_tensor(full + 1, mesh, [Replicate()]),
+        "plain": full + 2,
+    }
     c = Checkpointer(directory, process, keep_last=1, keep_every=0)
     c.save(1, tensors, {}, blocking=True)
     assert c.wait()
     found = c.newest_valid()
     assert found is not None
     zero = torch.zeros(7, 5)
-    other = {"uneven": distribute_tensor(zero, mesh, [Shard(1)]), "copies": zero.clone(), "plain": distribute_tensor(zero, mesh, [Shard(0)])}
+    other = {
+        "uneven": distribute_tensor(zero, mesh, [Shard(1)]),
+        "copies": zero.clone(),
+        "plain": distribute_tensor(zero, mesh, [Shard(0)]),
+    }
     c.load(found, other)
     for i, (name, tensor) in enumerate(other.items()):
         whole_tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -195,11 +208,19 @@ def kill_at(directory: Path, first: int, point: int) -> None:
             if calls == point:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **named)
+
         return call
 
     c = Checkpointer(directory, ALONE, keep_last=1, keep_every=0)
     c.newest_valid()
-    for owner, name in ((os, "fsync"), (pathlib.Path, "rename"), (os, "rmdir"), (os, "unlink"), (pathlib.Path, "mkdir"), (pathlib.Path, "open")):
+    for owner, name in (
+        (os, "fsync"),
+        (pathlib.Path, "rename"),
+        (os, "rmdir"),
+        (os, "unlink"),
+        (pathlib.Path, "mkdir"),
+        (pathlib.Path, "open"),
+    ):
         setattr(owner, name, counted(getattr(owner, name)))
     for step in (first, first + 1, first + 2):
         c.save(step, state(step), {}, blocking=True)

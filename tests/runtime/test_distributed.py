@@ -14,14 +14,29 @@ from job.runtime import distributed
 from job.runtime.place import Place, first_host, place
 from job.runtime.watchdog import Watchdog
 
-SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "41234567", "SLURM_STEP_ID": "0",
-         "SLURM_STEP_NODELIST": "gpu[07-09,12]", "SLURM_JOB_NODELIST": "gpu[01-12]"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_NTASKS": "16",
+    "SLURM_JOB_ID": "41234567",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+    "SLURM_JOB_NODELIST": "gpu[01-12]",
+}
 
 
-@pytest.mark.parametrize(("nodelist", "host"), [
-    ("node1", "node1"), ("node1,node2", "node1"), ("gpu[07-09,12],login1", "gpu07"), ("a[1,3]", "a1"),
-    ("r[01-02]n[3-4]", "r01n3"), ("x-[10-11].site.org", "x-10.site.org"),
-])
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("a[1,3]", "a1"),
+        ("r[01-02]n[3-4]", "r01n3"),
+        ("x-[10-11].site.org", "x-10.site.org"),
+    ],
+)
 def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
@@ -40,7 +55,11 @@ def test_place_from_srun() -> None:
 
 
 def test_jobs_and_steps_that_share_a_node_have_different_ports() -> None:
-    ports = {place(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port for job in range(500, 900) for step in range(4)}
+    ports = {
+        place(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port
+        for job in range(500, 900)
+        for step in range(4)
+    }
     assert len(ports) == 1600
     assert min(ports) >= 10000
     assert max(ports) < 32768  # where Linux's own choices begin
@@ -89,8 +108,16 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
 def slurm_rank(rank: int) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    os.environ.update({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "1",
-                       "SLURM_STEP_NODELIST": "localhost"})
+    os.environ.update(
+        {
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_NTASKS": "2",
+            "SLURM_JOB_ID": "77",
+            "SLURM_STEP_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+        }
+    )
     agreement()
 
 

@@ -11,7 +11,10 @@ from job.runtime.optimizer import Optimizer, learning_rate
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_learning_rate_rises_then_falls_and_stays_at_its_end(schedule: str, warmup: int) -> None:
-    optimizer, training = OptimizerConfig(lr=2.0), TrainingConfig(lr_schedule=schedule, warmup_steps=warmup, num_train_steps=40)
+    optimizer, training = (
+        OptimizerConfig(lr=2.0),
+        TrainingConfig(lr_schedule=schedule, warmup_steps=warmup, num_train_steps=40),
+    )
     rates = [learning_rate(step, optimizer, training) for step in range(60)]
     assert max(rates) == 2.0
     assert rates.index(2.0) == max(0, warmup - 1)
@@ -22,11 +25,18 @@ def test_learning_rate_rises_then_falls_and_stays_at_its_end(schedule: str, warm
     assert rates[40:] == [2.0 if schedule == "constant" else 0.0] * 20
 
 
-def steps(fused: bool, gradients: list[float], clip: float = 0.0, ema: float = 0.5) -> tuple[torch.nn.Linear, Optimizer]:
+def steps(
+    fused: bool, gradients: list[float], clip: float = 0.0, ema: float = 0.5
+) -> tuple[torch.nn.Linear, Optimizer]:
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
     config = Config()
-    config.optimizer.use_fused, config.optimizer.grad_clip_norm, config.training.ema_decay, config.training.warmup_steps = fused, clip, ema, 0
+    (
+        config.optimizer.use_fused,
+        config.optimizer.grad_clip_norm,
+        config.training.ema_decay,
+        config.training.warmup_steps,
+    ) = fused, clip, ema, 0
     optimizer = Optimizer(module, config, torch.device("cpu"))
     for step, gradient in enumerate(gradients):
         for parameter in module.parameters():
@@ -48,7 +58,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(fused: bool, ba
     assert optimizer.average is not None
     assert other.average is not None
     assert all(torch.equal(a, b) for a, b in zip(optimizer.average, other.average, strict=True))
-    assert [int(count) for count in (optimizer.nonfinite_steps, optimizer.nonfinite_in_a_row, optimizer.bad_parameter)] == [1, 0, 0]
+    assert [
+        int(count) for count in (optimizer.nonfinite_steps, optimizer.nonfinite_in_a_row, optimizer.bad_parameter)
+    ] == [1, 0, 0]
 
 
 def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
@@ -57,7 +69,9 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
     config.optimizer.grad_clip_norm = 0.5
     optimizer = Optimizer(module, config, torch.device("cpu"))
     seen: list[torch.Tensor] = []
-    optimizer.adamw.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])))
+    optimizer.adamw.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+    )
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     assert float(optimizer.step(0)) == pytest.approx(3 * 8**0.5)
@@ -65,12 +79,18 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    model = build_model(ModelConfig(hidden_size=32, n_blocks=1, n_heads=2, head_dim=16, cond_dim=32, max_seq_len=8), 16, 4, seed=0)
+    model = build_model(
+        ModelConfig(hidden_size=32, n_blocks=1, n_heads=2, head_dim=16, cond_dim=32, max_seq_len=8), 16, 4, seed=0
+    )
     matrices = Optimizer(model, Config(), torch.device("cpu")).adamw.param_groups[0]["params"]
     decaying = {name for name, parameter in model.named_parameters() if any(parameter is matrix for matrix in matrices)}
     assert "text_head.weight" in decaying
     assert "mmdit.blocks.0.joint_attn.to_qkv.0.weight" in decaying
-    assert not [name for name in decaying if name.endswith(("bias", ".gamma", ".g")) or "embed" in name or "residual_fns" in name]
+    assert not [
+        name
+        for name in decaying
+        if name.endswith(("bias", ".gamma", ".g")) or "embed" in name or "residual_fns" in name
+    ]
 
 
 def test_the_average_takes_the_weights_place_and_gives_it_back() -> None:

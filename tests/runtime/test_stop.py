@@ -79,7 +79,10 @@ def test_second_signal_ends_even_a_process_stuck_in_c(tmp_path: Path, second: st
 
 
 def test_the_same_stop_by_two_ways_and_signals_after_the_save_do_not_end_it(tmp_path: Path) -> None:
-    twice, late = start_ranks(1, tmp_path / "a", stuck_in_c, False)[0], start_ranks(1, tmp_path / "b", stuck_in_c, True)[0]
+    twice, late = (
+        start_ranks(1, tmp_path / "a", stuck_in_c, False)[0],
+        start_ranks(1, tmp_path / "b", stuck_in_c, True)[0],
+    )
     for rank in (twice, late):
         rank.wait_for("stuck")
         rank.send(signal.SIGINT)
@@ -112,7 +115,10 @@ def test_installing_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("codes", "wanted"), [([143, 143], 143), ([-9], 137), ([143, 1], 1), ([134, 143], 134), ([134, 1], 1), ([2], 2), ([-15], 143)])
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [([143, 143], 143), ([-9], 137), ([143, 1], 1), ([134, 143], 134), ([134, 1], 1), ([2], 2), ([-15], 143)],
+)
 def test_exit_code_of_several_workers(codes: list[int], wanted: int) -> None:
     assert exit_code(codes) == wanted
 
@@ -150,8 +156,12 @@ def test_torchrun_passes_signals_and_exit_codes_on(tmp_path: Path) -> None:
     runs = {}
     for fault in wanted:
         output = (tmp_path / f"{fault}.txt").open("w")
-        runs[fault] = subprocess.Popen([sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", "2", str(worker), fault],
-                                       stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"})
+        runs[fault] = subprocess.Popen(
+            [sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", "2", str(worker), fault],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        )
     for fault, run in runs.items():
         output_file = tmp_path / f"{fault}.txt"
         wait_until(2, "up", output_file)
@@ -167,11 +177,17 @@ def test_torchrun_passes_signals_and_exit_codes_on(tmp_path: Path) -> None:
 
 def test_workers_stop_when_torchrun_is_killed(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.replace('print("up"', 'from job.runtime import distributed\ndistributed.start("cpu", 20.0)\nprint("up"'))
+    worker.write_text(
+        WORKER.replace('print("up"', 'from job.runtime import distributed\ndistributed.start("cpu", 20.0)\nprint("up"')
+    )
     output = tmp_path / "out.txt"
     with output.open("w") as file:
-        run = subprocess.Popen([sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", "2", str(worker), "none"], stdout=file, stderr=file,
-                               env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"})
+        run = subprocess.Popen(
+            [sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", "2", str(worker), "none"],
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        )
     wait_until(2, "up", output)
     run.kill()
     run.wait()
@@ -179,7 +195,12 @@ def test_workers_stop_when_torchrun_is_killed(tmp_path: Path) -> None:
 
 
 def test_torchrun_that_restarts_by_itself_is_refused() -> None:
-    run = subprocess.run([sys.executable, "-m", "job.runtime.torchrun", "--max-restarts", "3", "x.py"], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "job.runtime.torchrun", "--max-restarts", "3", "x.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 2
     assert "--max-restarts=3" in run.stderr
     assert "Traceback" not in run.stderr

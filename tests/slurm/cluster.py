@@ -124,32 +124,57 @@ class Cluster:
 
     def __init__(self, base: Path, nodes: int, cpus: int, max_array_size: int) -> None:
         self.base, self.user = base, getpass.getuser()
-        self.names = [f"127.0.1.{number + 1}" for number in range(nodes)]  # addresses as names: every program can resolve them
+        self.names = [
+            f"127.0.1.{number + 1}" for number in range(nodes)
+        ]  # addresses as names: every program can resolve them
         self.env = {**os.environ, "SLURM_CONF": str(base / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
         ctld_port, self._db_port, self._dbd_port, *ports = free_ports(nodes + 3)
-        lines = [f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
-                 for name, port in zip(self.names, ports, strict=True)]
+        lines = [
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
+            for name, port in zip(self.names, ports, strict=True)
+        ]
         for directory in ("ctld", "spool", "log", "db"):
             (base / directory).mkdir()
         (base / "plugstack.conf").touch()
         (base / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         (base / "munge.key").write_bytes(os.urandom(1024))
         (base / "munge.key").chmod(0o600)
-        (base / "slurm.conf").write_text(SLURM_CONF.format(base=base, user=self.user, ctld_port=ctld_port, dbd_port=self._dbd_port, nodes="\n".join(lines),
-                                                            names=",".join(self.names), max_array_size=max_array_size,
-                                                            first_job=random.randrange(1, 20000)))  # runs' ports are made of it: another cluster has others
-        (base / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(base=base, user=self.user, db_port=self._db_port, dbd_port=self._dbd_port))
+        (base / "slurm.conf").write_text(
+            SLURM_CONF.format(
+                base=base,
+                user=self.user,
+                ctld_port=ctld_port,
+                dbd_port=self._dbd_port,
+                nodes="\n".join(lines),
+                names=",".join(self.names),
+                max_array_size=max_array_size,
+                first_job=random.randrange(1, 20000),
+            )
+        )  # runs' ports are made of it: another cluster has others
+        (base / "slurmdbd.conf").write_text(
+            SLURMDBD_CONF.format(base=base, user=self.user, db_port=self._db_port, dbd_port=self._dbd_port)
+        )
         (base / "slurmdbd.conf").chmod(0o600)
 
     def run(self, *command: str, check: bool = True) -> str:
         """Standard output of a command of SLURM."""
-        return subprocess.run(command, env=self.env, text=True, capture_output=True, check=check, timeout=DEADLINE).stdout.strip()
+        return subprocess.run(
+            command, env=self.env, text=True, capture_output=True, check=check, timeout=DEADLINE
+        ).stdout.strip()
 
     def start(self) -> None:
         base = self.base
-        self._daemon("munged", "-F", f"--key-file={base}/munge.key", f"--socket={base}/munge.sock", f"--pid-file={base}/munged.pid",
-                     f"--log-file={base}/log/munged.log", f"--seed-file={base}/munged.seed", "--num-threads=2")
+        self._daemon(
+            "munged",
+            "-F",
+            f"--key-file={base}/munge.key",
+            f"--socket={base}/munge.sock",
+            f"--pid-file={base}/munged.pid",
+            f"--log-file={base}/log/munged.log",
+            f"--seed-file={base}/munged.seed",
+            "--num-threads=2",
+        )
         wait_for((base / "munge.sock").exists, "munged")
         self._start_database()
         self._daemon("slurmdbd", "-D")
@@ -159,25 +184,53 @@ class Cluster:
         wait_for(lambda: "UP" in self.run("scontrol", "ping", check=False), "slurmctld")
         for name in self.names:
             self._daemon("slurmd", "-D", "-N", name)
-        wait_for(lambda: self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D") == str(len(self.names)), "slurmd")
+        wait_for(
+            lambda: self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D") == str(len(self.names)), "slurmd"
+        )
 
     def _start_database(self) -> None:
         base, common = self.base, [f"--user={self.user}", f"--datadir={self.base}/db", "--skip-log-bin"]
-        tables = "".join((Path("/usr/share/mysql") / name).read_text() for name in BASIC_TABLES)  # what mariadb-install-db of the client package does
+        tables = "".join(
+            (Path("/usr/share/mysql") / name).read_text() for name in BASIC_TABLES
+        )  # what mariadb-install-db of the client package does
         with (base / "log" / "bootstrap.out").open("w") as output:
-            subprocess.run(["mariadbd", "--no-defaults", "--bootstrap", *common],
-                           input=f"CREATE DATABASE mysql;\nUSE mysql;\nSET @auth_root_socket=NULL;\n{tables}", text=True, check=True,
-                           stdout=output, stderr=subprocess.STDOUT)
+            subprocess.run(
+                ["mariadbd", "--no-defaults", "--bootstrap", *common],
+                input=f"CREATE DATABASE mysql;\nUSE mysql;\nSET @auth_root_socket=NULL;\n{tables}",
+                text=True,
+                check=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         (base / "users.sql").write_text(USERS)
-        self._daemon("mariadbd", "--no-defaults", *common, f"--socket={base}/db.sock", "--bind-address=127.0.0.1", f"--port={self._db_port}",
-                     f"--pid-file={base}/db.pid", f"--init-file={base}/users.sql", "--skip-name-resolve", "--innodb-buffer-pool-size=64M",
-                     "--innodb-lock-wait-timeout=900")
+        self._daemon(
+            "mariadbd",
+            "--no-defaults",
+            *common,
+            f"--socket={base}/db.sock",
+            "--bind-address=127.0.0.1",
+            f"--port={self._db_port}",
+            f"--pid-file={base}/db.pid",
+            f"--init-file={base}/users.sql",
+            "--skip-name-resolve",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-lock-wait-timeout=900",
+        )
         wait_for(lambda: listens(self._db_port), "mariadbd")
 
     def _daemon(self, *command: str) -> None:
         with (self.base / "log" / "daemons.out").open("ab") as output:
-            self._daemons.append(subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=self.env, cwd=self.base, stdin=subprocess.DEVNULL,
-                                                  stdout=output, stderr=output, start_new_session=True))
+            self._daemons.append(
+                subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "TERM", *command],
+                    env=self.env,
+                    cwd=self.base,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            )
 
     def stop(self) -> None:
         with contextlib.suppress(Exception):  # a cluster that did not come up has nothing to cancel

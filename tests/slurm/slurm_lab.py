@@ -28,7 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[Cluster]:
     with cluster(max_array_size=2) as one:
-        one.env.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", CYCLEVAE_PYTHON=sys.executable, CYCLEVAE_HOME=str(ROOT))
+        one.env.update(
+            OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", CYCLEVAE_PYTHON=sys.executable, CYCLEVAE_HOME=str(ROOT)
+        )
         yield one
 
 
@@ -62,8 +64,18 @@ def overdue(slurm_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     jobs = {}
     for kind in ("polite", "deaf"):
         slurm = Slurm(slurm_cluster, tmp_path_factory.mktemp(kind))
-        jobs[kind] = slurm, slurm.sbatch("run", options=("--time=1", "--signal=B:USR1@5"), env={"CYCLEVAE_PYTHON": f"{ROOT}/tests/slurm/idle.sh {kind}",
-                                         "CYCLEVAE_TEST_PYTHON": sys.executable, "CYCLEVAE_MAX_RESTARTS": "1"})
+        jobs[kind] = (
+            slurm,
+            slurm.sbatch(
+                "run",
+                options=("--time=1", "--signal=B:USR1@5"),
+                env={
+                    "CYCLEVAE_PYTHON": f"{ROOT}/tests/slurm/idle.sh {kind}",
+                    "CYCLEVAE_TEST_PYTHON": sys.executable,
+                    "CYCLEVAE_MAX_RESTARTS": "1",
+                },
+            ),
+        )
     yield jobs
     for slurm, _ in jobs.values():
         slurm.cancel()

@@ -18,7 +18,13 @@ data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim
 training.train_batch_size=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10 logging.log_freq=1 logging.eval_freq=25
 logging.save_freq=12 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4""".split()
 Losses = dict[int, dict[str, float]]
-OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}  # jobs that go on have a dozen states, such as SIGNALING for milliseconds
+OVER = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+}  # jobs that go on have a dozen states, such as SIGNALING for milliseconds
 
 
 class Slurm:
@@ -28,11 +34,27 @@ class Slurm:
         self.cluster, self.directory = cluster, directory
         self.jobs: list[str] = []
 
-    def sbatch(self, name: str, *overrides: str, options: tuple[str, ...] = (), env: dict[str, str] | None = None) -> str:
+    def sbatch(
+        self, name: str, *overrides: str, options: tuple[str, ...] = (), env: dict[str, str] | None = None
+    ) -> str:
         """Submit slurm/train.sbatch as two ranks on two nodes; returns the job's id."""
-        command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={self.directory}/%j.out", *options,
-                   str(ROOT / "slurm" / "train.sbatch"), *SMALL, f"logging.save_dir={self.directory}", f"logging.run_name={name}", *overrides]
-        output = subprocess.run(command, env=self.cluster.env | (env or {}), text=True, capture_output=True, check=True, cwd=ROOT).stdout
+        command = [
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            "--gpus-per-node=0",
+            f"--output={self.directory}/%j.out",
+            *options,
+            str(ROOT / "slurm" / "train.sbatch"),
+            *SMALL,
+            f"logging.save_dir={self.directory}",
+            f"logging.run_name={name}",
+            *overrides,
+        ]
+        output = subprocess.run(
+            command, env=self.cluster.env | (env or {}), text=True, capture_output=True, check=True, cwd=ROOT
+        ).stdout
         self.jobs.append(output.strip())
         return self.jobs[-1]
 
@@ -40,7 +62,11 @@ class Slurm:
         """End what is left of this test's jobs, and wait until their nodes are free."""
         if self.jobs:
             self.cluster.run("scancel", "--full", *self.jobs, check=False)
-            wait_for(lambda: not self.cluster.run("squeue", "--noheader", "--jobs", ",".join(self.jobs), check=False), "jobs to end", DEADLINE)
+            wait_for(
+                lambda: not self.cluster.run("squeue", "--noheader", "--jobs", ",".join(self.jobs), check=False),
+                "jobs to end",
+                DEADLINE,
+            )
 
     def field(self, job: str, name: str) -> str:
         """A field of `scontrol show job`."""
@@ -49,7 +75,9 @@ class Slurm:
 
     def sacct(self, job: str) -> list[tuple[str, str]]:
         """State and exit code of every time the job ran, as accounted."""
-        lines = self.cluster.run("sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode", "-j", job).splitlines()
+        lines = self.cluster.run(
+            "sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode", "-j", job
+        ).splitlines()
         return [(line.split("|")[0].split()[0], line.split("|")[1]) for line in lines]
 
     def ended(self, job: str) -> list[tuple[str, str]]:
@@ -65,7 +93,10 @@ class Slurm:
             wait_for(condition, what, DEADLINE)
         except TimeoutError as error:
             text = self.cluster.run("scontrol", "show", "job", job, check=False) + f"\nsacct: {self.sacct(job)}"
-            logs = "\n".join(path.read_text()[-3000:] for path in sorted(self.directory.rglob("*.log")) + sorted(self.directory.rglob("*.out")))
+            logs = "\n".join(
+                path.read_text()[-3000:]
+                for path in sorted(self.directory.rglob("*.log")) + sorted(self.directory.rglob("*.out"))
+            )
             raise TimeoutError(f"{error}\n{text}\n{logs}") from error
 
     def reached(self, name: str, step: int, job: str) -> None:
@@ -78,7 +109,12 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     path = run / "training_log.jsonl"
     lines = [json.loads(line) for line in (path.read_text().split("\n")[:-1] if path.exists() else [])]
     assert len({line["step"] for line in lines}) == len(lines), "a step was logged twice"
-    return {line["step"]: {name: value for name, value in line.items() if "loss" in name or name in ("lr", "grad_norm", "epoch")} for line in lines}
+    return {
+        line["step"]: {
+            name: value for name, value in line.items() if "loss" in name or name in ("lr", "grad_norm", "epoch")
+        }
+        for line in lines
+    }
 
 
 def events(run: Path) -> list[str]:

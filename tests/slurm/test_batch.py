@@ -28,10 +28,23 @@ def test_requeue_by_an_administrator(slurm: Slurm, quiet: Losses) -> None:
 
 def test_preemption_by_a_higher_priority(slurm: Slurm, quiet: Losses) -> None:
     """In a partition that gives grace time, in which the ranks end by themselves, and in one that gives none."""
-    jobs = {partition: slurm.sbatch(partition, options=(f"--partition={partition}",), env=WAITING) for partition in ("main", "abrupt")}
+    jobs = {
+        partition: slurm.sbatch(partition, options=(f"--partition={partition}",), env=WAITING)
+        for partition in ("main", "abrupt")
+    }
     for partition, job in jobs.items():
         slurm.reached(partition, 5, job)
-    slurm.jobs.append(slurm.cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"))
+    slurm.jobs.append(
+        slurm.cluster.run(
+            "sbatch",
+            "--parsable",
+            "--partition=high",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=sleep 1",
+        )
+    )
     for partition, job in jobs.items():
         assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
         assert slurm.field(job, "Restarts") == "1"
@@ -68,7 +81,9 @@ def test_a_node_set_down(slurm: Slurm, quiet: Losses) -> None:
     try:
         slurm.wait(lambda: slurm.field(job, "Restarts") == "1", "the requeue", job)
     finally:
-        slurm.cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # it may have come back by itself
+        slurm.cluster.run(
+            "scontrol", "update", f"nodename={node}", "state=resume", check=False
+        )  # it may have come back by itself
     states = slurm.ended(job)
     assert [state for state, _ in states] == ["NODE_FAIL", "COMPLETED"]
     assert losses(slurm.directory / "run") == quiet
@@ -82,7 +97,9 @@ def test_an_exception_on_any_rank_fails_the_job(slurm: Slurm, overdue: object) -
 
 
 def test_a_killed_rank_is_retried_as_often_as_allowed(slurm: Slurm) -> None:
-    job = slurm.sbatch("run", "logging.save_freq=0", env={"CYCLEVAE_PYTHON": f"{FAULTY} kill", "CYCLEVAE_MAX_RESTARTS": "1"})
+    job = slurm.sbatch(
+        "run", "logging.save_freq=0", env={"CYCLEVAE_PYTHON": f"{FAULTY} kill", "CYCLEVAE_MAX_RESTARTS": "1"}
+    )
     assert slurm.ended(job)[-1][0] == "FAILED"
     assert events(slurm.directory / "run") == ["started", "requeued", "started", "failed"]
     log = (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
@@ -103,7 +120,9 @@ def test_a_finished_run_finds_itself_finished(quiet_job: tuple[Slurm, str], quie
 def test_a_signal_before_the_trainer_is_ready(slurm: Slurm) -> None:
     job = slurm.sbatch("run", "training.num_train_steps=300", env={"CYCLEVAE_PYTHON": f"{FAULTY} early"})
     output = slurm.directory / f"{job}.out"
-    slurm.wait(lambda: output.exists() and "waiting for a signal" in output.read_text(), "the first step", job)  # SLURM lists it before it can be told
+    slurm.wait(
+        lambda: output.exists() and "waiting for a signal" in output.read_text(), "the first step", job
+    )  # SLURM lists it before it can be told
     slurm.cluster.run("scancel", "--signal=TERM", job)
     slurm.wait((slurm.directory / "run" / "slurm" / "alive").exists, "the ranks' step", job)
     slurm.cluster.run("scancel", "--batch", "--signal=USR1", job)
@@ -120,7 +139,10 @@ def test_a_wrong_key_ends_before_the_ranks_start(slurm: Slurm) -> None:
 
 def test_two_jobs_share_a_node(slurm: Slurm) -> None:
     """Every job has its own rendezvous port."""
-    jobs = [slurm.sbatch(name, "training.num_train_steps=5", options=("--nodes=1", "--ntasks-per-node=2")) for name in ("one", "two")]
+    jobs = [
+        slurm.sbatch(name, "training.num_train_steps=5", options=("--nodes=1", "--ntasks-per-node=2"))
+        for name in ("one", "two")
+    ]
     assert [slurm.ended(job) for job in jobs] == [[("COMPLETED", "0:0")]] * 2
 
 

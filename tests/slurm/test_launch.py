@@ -25,13 +25,27 @@ Script = Callable[..., str]
 @pytest.fixture
 def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Script:
     """The job scripts that `cyclevae slurm submit --dry-run ARGUMENTS...` prints."""
+
     def dry_run(*arguments: str, code: int = 0) -> str:
         monkeypatch.setattr("sys.argv", ["cyclevae"])
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(scheduler, "available", lambda: False)
-        assert slurm.main(["submit", "--dry-run", "data=synthetic", f"logging.save_dir={tmp_path}/runs", "logging.run_name=r", *arguments]) == code
+        assert (
+            slurm.main(
+                [
+                    "submit",
+                    "--dry-run",
+                    "data=synthetic",
+                    f"logging.save_dir={tmp_path}/runs",
+                    "logging.run_name=r",
+                    *arguments,
+                ]
+            )
+            == code
+        )
         printed = capsys.readouterr()
         return printed.err if code else printed.out
+
     return dry_run
 
 
@@ -40,15 +54,33 @@ def sruns(script: str) -> list[str]:
 
 
 def test_one_task_per_gpu_and_all_gpus_visible_to_each(script: Script, tmp_path: Path) -> None:
-    text = script("hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=8", "hydra.launcher.cpus_per_task=6", "hydra.launcher.partition=gpu",
-                  "hydra.launcher.timeout_min=90", "+hydra.launcher.additional_parameters.reservation=maintenance")
+    text = script(
+        "hydra.launcher.nodes=2",
+        "hydra.launcher.gpus_per_node=8",
+        "hydra.launcher.cpus_per_task=6",
+        "hydra.launcher.partition=gpu",
+        "hydra.launcher.timeout_min=90",
+        "+hydra.launcher.additional_parameters.reservation=maintenance",
+    )
     directives = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
     assert directives == {
-        "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "partition=gpu", "time=90", "reservation=maintenance", "job-name=r", "requeue",
-        "signal=B:USR1@180", "open-mode=append", f"output={tmp_path}/runs/r/.submitit/%j_0_log.out"}
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=6",
+        "partition=gpu",
+        "time=90",
+        "reservation=maintenance",
+        "job-name=r",
+        "requeue",
+        "signal=B:USR1@180",
+        "open-mode=append",
+        f"output={tmp_path}/runs/r/.submitit/%j_0_log.out",
+    }
     assert sruns(text) == [
         f"--label --kill-on-bad-exit=0 --wait=600 --cpus-per-task=6 {sys.executable} -m job.train --config-name mmdit_cycle_vae data=synthetic "
-        f"logging.save_dir={tmp_path}/runs logging.run_name=r 'hydra.run.dir='\"'\"'{tmp_path}/runs/r'\"'\"'' ;;"]
+        f"logging.save_dir={tmp_path}/runs logging.run_name=r 'hydra.run.dir='\"'\"'{tmp_path}/runs/r'\"'\"'' ;;"
+    ]
 
 
 def test_a_sweep_is_an_array_named_after_what_varies(script: Script, tmp_path: Path) -> None:
@@ -58,7 +90,9 @@ def test_a_sweep_is_an_array_named_after_what_varies(script: Script, tmp_path: P
     assert directories == [f"{tmp_path}/runs/r/loss.cycle_text_weight={weight}" for weight in ("0.05", "0.1", "0.2")]
     assert "loss.cycle_text_weight=0.2 training.seed=1" in sruns(text)[2]
     assert "hydra.job." not in text
-    long = re.findall(r"supervise (\S+) ", script(f"training.init_from={','.join('/data/' + number * 300 for number in '12')}"))
+    long = re.findall(
+        r"supervise (\S+) ", script(f"training.init_from={','.join('/data/' + number * 300 for number in '12')}")
+    )
     assert [len(directory.removeprefix(f"{tmp_path}/runs/r/")) for directory in long] == [150, 150]
 
 
@@ -69,32 +103,48 @@ def test_scripts_are_valid_bash(script: Script, tmp_path: Path) -> None:
 
 
 def test_pyxis(script: Script, tmp_path: Path) -> None:
-    text = script("hydra/launcher=slurm_pyxis", 'hydra.launcher.container.image="registry.example#team/app:1"', 
-                  "hydra.launcher.container.mounts=[/data:/data:ro]", "+hydra.launcher.container.env.NCCL_DEBUG=INFO",
-                  "+hydra.launcher.container.env.LIST='a,b'", "hydra.launcher.container.options=[--no-container-remap-root]")
+    text = script(
+        "hydra/launcher=slurm_pyxis",
+        'hydra.launcher.container.image="registry.example#team/app:1"',
+        "hydra.launcher.container.mounts=[/data:/data:ro]",
+        "+hydra.launcher.container.env.NCCL_DEBUG=INFO",
+        "+hydra.launcher.container.env.LIST='a,b'",
+        "hydra.launcher.container.options=[--no-container-remap-root]",
+    )
     assert sruns(text)[0].startswith(
         f"--label --kill-on-bad-exit=0 --wait=600 '--container-image=registry.example#team/app:1' "
         f"--container-mounts={tmp_path}:{tmp_path},{tmp_path}/runs:{tmp_path}/runs,{tmp_path}/runs/.targets:{tmp_path}/runs/.targets,/data:/data:ro "
-        f"--container-workdir={tmp_path} --container-env=NCCL_DEBUG,LIST --no-container-remap-root python -m job.train ")
+        f"--container-workdir={tmp_path} --container-env=NCCL_DEBUG,LIST --no-container-remap-root python -m job.train "
+    )
     assert "export NCCL_DEBUG=INFO\nexport LIST=a,b\n" in text
 
 
 def test_apptainer(script: Script, tmp_path: Path) -> None:
-    text = script("hydra/launcher=slurm_apptainer", "hydra.launcher.container.image=app.sif", "+hydra.launcher.container.env.NCCL_DEBUG=INFO")
+    text = script(
+        "hydra/launcher=slurm_apptainer",
+        "hydra.launcher.container.image=app.sif",
+        "+hydra.launcher.container.env.NCCL_DEBUG=INFO",
+    )
     assert sruns(text)[0].startswith(
         f"--label --kill-on-bad-exit=0 --wait=600 apptainer exec --bind {tmp_path}:{tmp_path},{tmp_path}/runs:{tmp_path}/runs,"
-        f"{tmp_path}/runs/.targets:{tmp_path}/runs/.targets --pwd {tmp_path} --nv app.sif python -m job.train ")
+        f"{tmp_path}/runs/.targets:{tmp_path}/runs/.targets --pwd {tmp_path} --nv app.sif python -m job.train "
+    )
     assert "export APPTAINERENV_NCCL_DEBUG=INFO\n" in text
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["loss.cycle_text_weigh=1"], 2, "did you mean loss.cycle_text_weight"),
-    (["hydra.launcher.gpu=1"], 2, "gpu"),
-    (["training.num_train_steps=-1,5"], 1, "training.num_train_steps=-1"),
-    (["training.seed=1,1"], 1, "two points"),
-    (["hydra/launcher=slurm_pyxis"], 1, "hydra.launcher.container.image"),
-])
-def test_mistakes_are_told_before_anything_is_queued(script: Script, arguments: list[str], code: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["loss.cycle_text_weigh=1"], 2, "did you mean loss.cycle_text_weight"),
+        (["hydra.launcher.gpu=1"], 2, "gpu"),
+        (["training.num_train_steps=-1,5"], 1, "training.num_train_steps=-1"),
+        (["training.seed=1,1"], 1, "two points"),
+        (["hydra/launcher=slurm_pyxis"], 1, "hydra.launcher.container.image"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_queued(
+    script: Script, arguments: list[str], code: int, words: str
+) -> None:
     told = script(*arguments, code=code)
     assert words in told
     assert "Traceback" not in told
@@ -123,10 +173,16 @@ def run(tmp_path: Path) -> RunDirectory:
     path = tmp_path / "runs" / "sweep" / "a=1"
     (path / "slurm").mkdir(parents=True)
     (path / "slurm" / "7.log").write_text(LOG)
-    events = [{"time": 1, "job": "7", "restarts": 1, "event": "started", "reason": "", "exit_code": None},
-              {"time": 2, "job": "7", "restarts": 1, "event": "failed", "reason": "exit code 1", "exit_code": 1}]
-    (path / "slurm" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"time": 3, "jo')
-    (path / "training_log.jsonl").write_text('{"step": 20, "loss": 4.5, "tokens_per_second": 100.0, "step_seconds": 2.0}\n')
+    events = [
+        {"time": 1, "job": "7", "restarts": 1, "event": "started", "reason": "", "exit_code": None},
+        {"time": 2, "job": "7", "restarts": 1, "event": "failed", "reason": "exit code 1", "exit_code": 1},
+    ]
+    (path / "slurm" / "events.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in events) + '{"time": 3, "jo'
+    )
+    (path / "training_log.jsonl").write_text(
+        '{"step": 20, "loss": 4.5, "tokens_per_second": 100.0, "step_seconds": 2.0}\n'
+    )
     (path / "config.yaml").write_text("training: {num_train_steps: 80}\n")
     return RunDirectory(path)
 
@@ -135,13 +191,27 @@ def test_the_first_failing_rank_is_named_not_the_others(run: RunDirectory) -> No
     assert run.first_failure("7") == "1: torch.AcceleratorError: CUDA error: device-side assert triggered"
 
 
-def test_status_from_the_run_directory_alone(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_from_the_run_directory_alone(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(scheduler, "available", lambda: False)
     assert find_runs(run.path.parent.parent) == [run]
     assert slurm.main(["status", "--json", str(run.path)]) == 0
     (status,) = json.loads(capsys.readouterr().out)
-    assert {name: status[name] for name in ("job", "state", "alive", "step", "steps", "loss", "seconds_left", "restarts", "reason")} == {
-        "job": "7", "state": "FAILED", "alive": False, "step": 20, "steps": 80, "loss": 4.5, "seconds_left": 120, "restarts": 1, "reason": "exit code 1"}
+    assert {
+        name: status[name]
+        for name in ("job", "state", "alive", "step", "steps", "loss", "seconds_left", "restarts", "reason")
+    } == {
+        "job": "7",
+        "state": "FAILED",
+        "alive": False,
+        "step": 20,
+        "steps": 80,
+        "loss": 4.5,
+        "seconds_left": 120,
+        "restarts": 1,
+        "reason": "exit code 1",
+    }
     (run.path / "slurm" / "alive").touch()
     assert run.status({"7": "RUNNING"})["alive"]
     os.utime(run.path / "slurm" / "alive", (0, 0))
@@ -179,7 +249,9 @@ def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> No
     assert events[4]["reason"] == "exit code 134; restart 1 of at most 2 from checkpoint step_00000020"
 
 
-def test_a_run_has_one_job_at_a_time(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_one_job_at_a_time(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["cyclevae"])
     monkeypatch.setattr(scheduler, "available", lambda: False)
     monkeypatch.setattr(scheduler, "queued", lambda: {"7": "RUNNING"})
@@ -190,7 +262,14 @@ def test_a_run_has_one_job_at_a_time(run: RunDirectory, monkeypatch: pytest.Monk
 
 def test_waiting_ends_when_no_run_is_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A controller that restarts is asked again, a job between two lives is not over, and another job of the user does not matter."""
-    answers: list[dict[str, str]] = [{}, {"7": "RUNNING"}, {"9": "RUNNING"}, {"7": "RUNNING"}, {"9": "RUNNING"}, {"9": "RUNNING"}]
+    answers: list[dict[str, str]] = [
+        {},
+        {"7": "RUNNING"},
+        {"9": "RUNNING"},
+        {"7": "RUNNING"},
+        {"9": "RUNNING"},
+        {"9": "RUNNING"},
+    ]
 
     def queued() -> dict[str, str]:
         answer = answers.pop(0)
@@ -216,4 +295,7 @@ def test_what_a_job_is_submitted_from_does_not_shape_it(tmp_path: Path, monkeypa
     *env, sbatch, _ = executor._make_submission_command(Path("script.sh"))
     left = subprocess.run([*env, "env"], capture_output=True, text=True, check=True).stdout
     assert sbatch == "sbatch"
-    assert {line.split("=")[0] for line in left.splitlines() if line.startswith(("SLURM", "SBATCH"))} == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+    assert {line.split("=")[0] for line in left.splitlines() if line.startswith(("SLURM", "SBATCH"))} == {
+        "SLURM_CONF",
+        "SBATCH_ACCOUNT",
+    }

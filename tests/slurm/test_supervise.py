@@ -23,21 +23,33 @@ def run(directory: Path, body: str, **variables: str) -> tuple[int, list[str], b
     (directory / "targets").mkdir(exist_ok=True)
     for job in ("7", "8"):
         (directory / "targets" / f"cyclevae-run@{job}.json").touch()
-    done = subprocess.run(["bash", "-c", f"{SCONTROL} source {BATCH}\n{body}"], cwd=directory, capture_output=True, timeout=120,
-                          env=os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", **variables})
+    done = subprocess.run(
+        ["bash", "-c", f"{SCONTROL} source {BATCH}\n{body}"],
+        cwd=directory,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", **variables},
+    )
     events = directory / "run" / "slurm" / "events.jsonl"
     notes = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
-    return done.returncode, [f"{note['event']}: {note['reason']}" for note in notes[1:]], (directory / "requeued").exists()
+    return (
+        done.returncode,
+        [f"{note['event']}: {note['reason']}" for note in notes[1:]],
+        (directory / "requeued").exists(),
+    )
 
 
-@pytest.mark.parametrize(("code", "state", "event", "requeued"), [
-    (0, "RUNNING", "finished: exit code 0", False),
-    (1, "RUNNING", "failed: exit code 1: a retry will not mend it", False),
-    (127, "RUNNING", "failed: exit code 127: a retry will not mend it", False),
-    (134, "RUNNING", "requeued: exit code 134; restart 1 of at most 5 from checkpoint none", True),
-    (135, "RUNNING", "requeued: srun could not run the tasks; restart 1 of at most 5 from checkpoint none", True),
-    (143, "CANCELLED", "stopped: exit code 143; SLURM decides, state CANCELLED", False),
-])
+@pytest.mark.parametrize(
+    ("code", "state", "event", "requeued"),
+    [
+        (0, "RUNNING", "finished: exit code 0", False),
+        (1, "RUNNING", "failed: exit code 1: a retry will not mend it", False),
+        (127, "RUNNING", "failed: exit code 127: a retry will not mend it", False),
+        (134, "RUNNING", "requeued: exit code 134; restart 1 of at most 5 from checkpoint none", True),
+        (135, "RUNNING", "requeued: srun could not run the tasks; restart 1 of at most 5 from checkpoint none", True),
+        (143, "CANCELLED", "stopped: exit code 143; SLURM decides, state CANCELLED", False),
+    ],
+)
 def test_the_exit_code_decides(code: int, state: str, event: str, requeued: bool, tmp_path: Path) -> None:
     assert run(tmp_path, f"supervise run targets 5 bash -c 'exit {code}'", STATE=state) == (code, [event], requeued)
     assert not (tmp_path / "run" / "slurm" / "alive").exists()
@@ -64,7 +76,9 @@ def test_every_signal_reaches_the_ranks_as_usr1(signal: str, tmp_path: Path) -> 
     ranks = f"trap 'exit 143' USR1; touch {MET}; for _ in {{1..600}}; do sleep 0.05; done"
     code, events, _ = run(tmp_path, signalled(signal, ranks))
     assert code == 143
-    assert events == [f"requeued: told to stop by SIG{signal}, exit code 143; restart 1 of at most 5 from checkpoint none"]
+    assert events == [
+        f"requeued: told to stop by SIG{signal}, exit code 143; restart 1 of at most 5 from checkpoint none"
+    ]
 
 
 def test_ranks_that_have_not_met_are_not_told_yet(tmp_path: Path) -> None:
@@ -75,8 +89,12 @@ def test_ranks_that_have_not_met_are_not_told_yet(tmp_path: Path) -> None:
 def test_further_signals_end_nothing(tmp_path: Path) -> None:
     ranks = f"trap 'touch told$((++told))' USR1; touch {MET}; for _ in {{1..600}}; do [ -e told3 ] && exit 143; sleep 0.05; done"
     signs = {MET: "USR1", "told1": "USR2", "told2": "TERM"}
-    signals = "".join(f"until [ -e {sign} ]; do sleep 0.05; done; kill -{signal} $$; " for sign, signal in signs.items())
-    code, events, _ = run(tmp_path, f"({signals}) &\nsupervise run targets 5 bash -c \"{ranks.replace('$', chr(92) + '$')}\"")
+    signals = "".join(
+        f"until [ -e {sign} ]; do sleep 0.05; done; kill -{signal} $$; " for sign, signal in signs.items()
+    )
+    code, events, _ = run(
+        tmp_path, f'({signals}) &\nsupervise run targets 5 bash -c "{ranks.replace("$", chr(92) + "$")}"'
+    )
     assert code == 143
     assert events == ["requeued: told to stop by SIGUSR1, exit code 143; restart 1 of at most 5 from checkpoint none"]
 

@@ -21,7 +21,14 @@ TWO_NODES = ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
 
 def cyclevae(slurm: Slurm, *arguments: str, check: bool = True) -> str:
     """Standard output of `cyclevae ARGUMENTS...`."""
-    done = subprocess.run([sys.executable, "-m", "job", *arguments], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "job", *arguments],
+        env=slurm.cluster.env,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done.stdout
 
@@ -32,14 +39,30 @@ def job_of(run: Path) -> str:
 
 def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, quiet: Losses) -> None:
     """MaxArraySize is 2. The point of batch size 3 cannot make batches of 4 of it."""
-    command = ["-m", "job.train", "--multirun", "hydra/launcher=slurm", *TWO_NODES, *SWEPT,
-               f"logging.save_dir={slurm.directory}", "logging.run_name=sweep", "training.global_batch_size=4", "training.train_batch_size=2,3,1"]
-    done = subprocess.run([sys.executable, *command], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    command = [
+        "-m",
+        "job.train",
+        "--multirun",
+        "hydra/launcher=slurm",
+        *TWO_NODES,
+        *SWEPT,
+        f"logging.save_dir={slurm.directory}",
+        "logging.run_name=sweep",
+        "training.global_batch_size=4",
+        "training.train_batch_size=2,3,1",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600
+    )
     sweep = slurm.directory / "sweep"
     runs = {size: sweep / f"training.train_batch_size={size}" for size in (1, 2, 3)}
     jobs = {size: job_of(run) for size, run in runs.items()}
     slurm.jobs.extend(jobs.values())
-    assert {size: slurm.ended(job) for size, job in jobs.items()} == {1: [("COMPLETED", "0:0")], 2: [("COMPLETED", "0:0")], 3: [("FAILED", "1:0")]}
+    assert {size: slurm.ended(job) for size, job in jobs.items()} == {
+        1: [("COMPLETED", "0:0")],
+        2: [("COMPLETED", "0:0")],
+        3: [("FAILED", "1:0")],
+    }
     assert jobs[2].endswith("_0")
     assert jobs[3].endswith("_1")
     assert "_" not in jobs[1], "the third point is a job of its own"
@@ -54,8 +77,22 @@ def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, qui
 
 def test_the_submitter_is_killed(slurm: Slurm, quiet: Losses) -> None:
     run = slurm.directory / "run"
-    submitter = subprocess.Popen([sys.executable, "-m", "job.train", "--multirun", "hydra/launcher=slurm", *TWO_NODES, *SMALL,
-                                  f"logging.save_dir={slurm.directory}", "logging.run_name=run"], env=slurm.cluster.env, cwd=ROOT, stdout=subprocess.PIPE)
+    submitter = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "job.train",
+            "--multirun",
+            "hydra/launcher=slurm",
+            *TWO_NODES,
+            *SMALL,
+            f"logging.save_dir={slurm.directory}",
+            "logging.run_name=run",
+        ],
+        env=slurm.cluster.env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
     assert submitter.stdout is not None
     assert b"job " in submitter.stdout.readline()
     os.kill(submitter.pid, signal.SIGKILL)
@@ -67,8 +104,19 @@ def test_the_submitter_is_killed(slurm: Slurm, quiet: Losses) -> None:
 
 def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
     run = slurm.directory / "run"
-    submitted = json.loads(cyclevae(slurm, "slurm", "submit", "--json", *TWO_NODES, WAITING, *SMALL, f"logging.save_dir={slurm.directory}",
-                                    "logging.run_name=run"))
+    submitted = json.loads(
+        cyclevae(
+            slurm,
+            "slurm",
+            "submit",
+            "--json",
+            *TWO_NODES,
+            WAITING,
+            *SMALL,
+            f"logging.save_dir={slurm.directory}",
+            "logging.run_name=run",
+        )
+    )
     assert submitted == [{"job": job_of(run), "run": str(run)}]
     slurm.jobs.append(job_of(run))
     slurm.reached("run", 5, job_of(run))
@@ -91,8 +139,20 @@ def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
 
 def test_a_point_of_an_array_is_cancelled_and_resumed(slurm: Slurm, quiet: Losses) -> None:
     """The other goes on meanwhile."""
-    submitted = json.loads(cyclevae(slurm, "slurm", "submit", "--json", *TWO_NODES, WAITING, *SWEPT, f"logging.save_dir={slurm.directory}",
-                                    "logging.run_name=sweep", "training.train_batch_size=1,2"))
+    submitted = json.loads(
+        cyclevae(
+            slurm,
+            "slurm",
+            "submit",
+            "--json",
+            *TWO_NODES,
+            WAITING,
+            *SWEPT,
+            f"logging.save_dir={slurm.directory}",
+            "logging.run_name=sweep",
+            "training.train_batch_size=1,2",
+        )
+    )
     other, job = (one["job"] for one in submitted)
     run = Path(submitted[1]["run"])
     slurm.jobs.extend([other, job])

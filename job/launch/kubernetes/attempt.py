@@ -26,7 +26,10 @@ def fruitless_restarts(run_dir: Path) -> int:
     """
     notes, description = run_dir / "kubernetes" / "attempts.json", run_dir / "environment.json"
     trained = description.stat().st_mtime if description.exists() else None  # rank 0 writes it at every start
-    newest = max((int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit()), default=None)
+    newest = max(
+        (int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit()),
+        default=None,
+    )
     last = json.loads(notes.read_text()) if notes.exists() else None
     fruitless = last["fruitless"] + (last["trained"] != trained) if last and last["checkpoint"] == newest else 0
     write_json(notes, {"checkpoint": newest, "trained": trained, "fruitless": fruitless})
@@ -43,19 +46,27 @@ def prepare(arguments: list[str]) -> int:
 def main() -> None:
     run_dir, most, split = Path(sys.argv[1]), int(sys.argv[2]), sys.argv.index("--")
     try:
-        restarts = fruitless_restarts(run_dir) if os.environ.get("CYCLEVAE_POD_INDEX", "0") == "0" else 0  # all pods are started together
+        restarts = (
+            fruitless_restarts(run_dir) if os.environ.get("CYCLEVAE_POD_INDEX", "0") == "0" else 0
+        )  # all pods are started together
         if restarts > most:
             (run_dir / "kubernetes" / "attempts.json").unlink()  # a resume counts anew
-            print(f"error: {restarts} starts in a row without a new checkpoint (max_restarts={most}); mend the cause and resume", file=sys.stderr)
+            print(
+                f"error: {restarts} starts in a row without a new checkpoint (max_restarts={most}); mend the cause and resume",
+                file=sys.stderr,
+            )
             sys.exit(ExitCode.FAILED)
         code = prepare(sys.argv[3:split]) if split > 3 else 0
     except OSError as error:
-        print(f"error: {error.filename or run_dir}: {error.strerror or error}; the claims must be writable for the pod's user, or for its "
-              "hydra.launcher.fs_group", file=sys.stderr)
+        print(
+            f"error: {error.filename or run_dir}: {error.strerror or error}; the claims must be writable for the pod's user, or for its "
+            "hydra.launcher.fs_group",
+            file=sys.stderr,
+        )
         sys.exit(ExitCode.FAILED)
     if code:
         sys.exit(code if code > 0 else 128 - code)
-    sys.argv = ["torchrun", *sys.argv[split + 1:]]
+    sys.argv = ["torchrun", *sys.argv[split + 1 :]]
     runpy.run_module("job.runtime.torchrun", run_name="__main__")
 
 

@@ -43,11 +43,15 @@ class Cluster:
         try:
             default = _connect(settings, context)
         except ConfigException as error:
-            raise UserError(f"no cluster: {_first_line(error)}; give a kubeconfig (KUBECONFIG, ~/.kube/config) or run in a pod") from error
+            raise UserError(
+                f"no cluster: {_first_line(error)}; give a kubeconfig (KUBECONFIG, ~/.kube/config) or run in a pod"
+            ) from error
         settings.retries = False  # urllib3's word for: say at once what is wrong
         connection = client.ApiClient(settings)
         self.namespace: str = namespace or default or NAMESPACE
-        self.jobs: Any = client.CustomObjectsApi(connection)  # the client's own types allow nothing that is not spelt out
+        self.jobs: Any = client.CustomObjectsApi(
+            connection
+        )  # the client's own types allow nothing that is not spelt out
         self.core: Any = client.CoreV1Api(connection)
         self._where = {**JOBS, "namespace": self.namespace}
         self._host = settings.host
@@ -69,13 +73,19 @@ class Cluster:
             status = {}
         message = str(status.get("message") or _first_line(error.body or error.reason or "no reason given"))
         if error.status == 404 and not status.get("details"):
-            return Missing(f"the cluster has no PyTorchJob (kubeflow.org/v1) for {what}: install Kubeflow's training operator 1.9")
+            return Missing(
+                f"the cluster has no PyTorchJob (kubeflow.org/v1) for {what}: install Kubeflow's training operator 1.9"
+            )
         if error.status == 404 and f'namespaces "{self.namespace}"' in message:
-            return Missing(f"namespace {self.namespace} is missing: kubectl apply -k k8s/base creates one, or choose another with --namespace")
+            return Missing(
+                f"namespace {self.namespace} is missing: kubectl apply -k k8s/base creates one, or choose another with --namespace"
+            )
         if error.status == 404:
             return Missing(f"{what}: {message}")
         if error.status == 401:
-            return UserError(f"{what}: the cluster does not accept these credentials; log in again, or choose another --context")
+            return UserError(
+                f"{what}: the cluster does not accept these credentials; log in again, or choose another --context"
+            )
         if error.status == 403:
             return UserError(f"{what}: {message} (k8s/base/rbac.yaml has the rights that are needed)")
         if error.status in (429, 500, 502, 503, 504):
@@ -90,20 +100,31 @@ class Cluster:
     def all(self, selector: str = OURS) -> list[Object]:
         """The jobs with these labels."""
         with self.asking("list of jobs"):
-            answer: Object = self.jobs.list_namespaced_custom_object(**self._where, label_selector=selector, _request_timeout=TIMEOUT)
+            answer: Object = self.jobs.list_namespaced_custom_object(
+                **self._where, label_selector=selector, _request_timeout=TIMEOUT
+            )
             return list(answer["items"])
 
     def create(self, job: Object, dry_run: bool = False) -> None:
         """Create a job; with `dry_run` the server only says whether it would."""
         with self.asking(f"job {job['metadata']['name']}"):
-            self.jobs.create_namespaced_custom_object(**self._where, body=job, field_validation="Strict", _request_timeout=TIMEOUT,
-                                                      **({"dry_run": "All"} if dry_run else {}))
+            self.jobs.create_namespaced_custom_object(
+                **self._where,
+                body=job,
+                field_validation="Strict",
+                _request_timeout=TIMEOUT,
+                **({"dry_run": "All"} if dry_run else {}),
+            )
 
     def delete(self, name: str) -> None:
         """Delete a job and wait until it and its pods are gone: a run has one writer at a time."""
         with self.asking(f"job {name}"):
-            self.jobs.delete_namespaced_custom_object(**self._where, name=name, body=client.V1DeleteOptions(propagation_policy="Foreground"),
-                                                      _request_timeout=TIMEOUT)
+            self.jobs.delete_namespaced_custom_object(
+                **self._where,
+                name=name,
+                body=client.V1DeleteOptions(propagation_policy="Foreground"),
+                _request_timeout=TIMEOUT,
+            )
         for second in itertools.count():
             try:
                 self.get(name)
@@ -117,13 +138,16 @@ class Cluster:
     def suspend(self, name: str, suspended: bool) -> None:
         """Let a job's pods end, or start them again; the job stays."""
         with self.asking(f"job {name}"):
-            self.jobs.patch_namespaced_custom_object(**self._where, name=name, body={"spec": {"runPolicy": {"suspend": suspended}}},
-                                                     _request_timeout=TIMEOUT)
+            self.jobs.patch_namespaced_custom_object(
+                **self._where, name=name, body={"spec": {"runPolicy": {"suspend": suspended}}}, _request_timeout=TIMEOUT
+            )
 
     def pods(self, job: str) -> list[Any]:
         """The pods of a job, by replica."""
         with self.asking(f"pods of job {job}"):
-            answer = self.core.list_namespaced_pod(self.namespace, label_selector=f"{JOB_OF_POD}={job}", _request_timeout=TIMEOUT)
+            answer = self.core.list_namespaced_pod(
+                self.namespace, label_selector=f"{JOB_OF_POD}={job}", _request_timeout=TIMEOUT
+            )
         return sorted(answer.items, key=lambda pod: int(pod.metadata.labels.get(INDEX_OF_POD, 0)))
 
     def log(self, pod: str, lines: int | None = None) -> str:
@@ -140,7 +164,9 @@ class Cluster:
 
     def _log(self, pod: str, lines: int | None, **options: Any) -> Any:
         try:
-            return self.core.read_namespaced_pod_log(pod, self.namespace, **({"tail_lines": lines} if lines else {}), **options, _preload_content=False)
+            return self.core.read_namespaced_pod_log(
+                pod, self.namespace, **({"tail_lines": lines} if lines else {}), **options, _preload_content=False
+            )
         except ApiException as error:
             if error.status in (400, 404):  # not started, or gone
                 return None
@@ -149,17 +175,22 @@ class Cluster:
     def phase(self, pod: Any) -> str:
         """Phase of a pod; Gone when it is deleted, or made anew under its name."""
         with self.asking(f"pod {pod.metadata.name}"):
-            found = self.core.list_namespaced_pod(self.namespace, field_selector=f"metadata.name={pod.metadata.name}", _request_timeout=TIMEOUT).items
+            found = self.core.list_namespaced_pod(
+                self.namespace, field_selector=f"metadata.name={pod.metadata.name}", _request_timeout=TIMEOUT
+            ).items
         return next((str(one.status.phase) for one in found if one.metadata.uid == pod.metadata.uid), "Gone")
 
     def metrics(self, pod: Any, path: str = "metrics") -> str | None:
         """What the endpoint of a pod's first rank answers; None when it does not (yet)."""
-        port = next((port.container_port for port in pod.spec.containers[0].ports or [] if port.name == "metrics-0"), None)
+        port = next(
+            (port.container_port for port in pod.spec.containers[0].ports or [] if port.name == "metrics-0"), None
+        )
         if port is None or pod.status.phase != "Running":
             return None
         try:
-            answer = self.core.connect_get_namespaced_pod_proxy_with_path(f"{pod.metadata.name}:{port}", self.namespace, path, _preload_content=False,
-                                                                          _request_timeout=(5.0, 5.0))
+            answer = self.core.connect_get_namespaced_pod_proxy_with_path(
+                f"{pod.metadata.name}:{port}", self.namespace, path, _preload_content=False, _request_timeout=(5.0, 5.0)
+            )
         except (ApiException, HTTPError, OSError):
             return None
         return bytes(answer.data).decode() if answer.status == 200 else None
@@ -170,12 +201,20 @@ class Cluster:
         while True:
             try:
                 with self.asking("watch of jobs"):
-                    answer = self.jobs.list_namespaced_custom_object(**self._where, label_selector=selector, _request_timeout=TIMEOUT)
+                    answer = self.jobs.list_namespaced_custom_object(
+                        **self._where, label_selector=selector, _request_timeout=TIMEOUT
+                    )
                     known = {job["metadata"]["name"]: job for job in answer["items"]}
                     warned = False
                     yield dict(known)
-                    events = watch.Watch().stream(self.jobs.list_namespaced_custom_object, **self._where, label_selector=selector, timeout_seconds=300,
-                                                  resource_version=answer["metadata"]["resourceVersion"], _request_timeout=(10.0, 330.0))
+                    events = watch.Watch().stream(
+                        self.jobs.list_namespaced_custom_object,
+                        **self._where,
+                        label_selector=selector,
+                        timeout_seconds=300,
+                        resource_version=answer["metadata"]["resourceVersion"],
+                        _request_timeout=(10.0, 330.0),
+                    )
                     for event in events:
                         job = event["object"]
                         known[job["metadata"]["name"]] = job
@@ -194,25 +233,37 @@ class Cluster:
     def refuse_missing(self, job: Object) -> None:
         """UserError for a claim, a service account or a queue that a job names and the namespace lacks."""
         spec = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]
-        claims = [volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
+        claims = [
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in spec["volumes"]
+            if "persistentVolumeClaim" in volume
+        ]
         accounts = [spec["serviceAccountName"]] if "serviceAccountName" in spec else []
-        for kind, read, names in (("claim", self.core.read_namespaced_persistent_volume_claim, claims),
-                                  ("service account", self.core.read_namespaced_service_account, accounts)):
+        for kind, read, names in (
+            ("claim", self.core.read_namespaced_persistent_volume_claim, claims),
+            ("service account", self.core.read_namespaced_service_account, accounts),
+        ):
             for name in names:
                 try:
                     with self.asking(f"{kind} {name}"):
                         read(name, self.namespace, _request_timeout=TIMEOUT)
                 except Missing as error:
-                    raise Missing(f"namespace {self.namespace} has no {kind} {name}: kubectl apply -k k8s/base creates it") from error
+                    raise Missing(
+                        f"namespace {self.namespace} has no {kind} {name}: kubectl apply -k k8s/base creates it"
+                    ) from error
         queue = job["metadata"]["labels"].get(QUEUE)
         if queue is None:
             return
         with self.asking(f"queue {queue}"):
             groups: Any = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
-            version = next((group.preferred_version.version for group in groups if group.name == "kueue.x-k8s.io"), None)
+            version = next(
+                (group.preferred_version.version for group in groups if group.name == "kueue.x-k8s.io"), None
+            )
             if version is None:
                 raise Missing(f"queue {queue}: the cluster has no Kueue; leave hydra.launcher.queue out")
-            self.jobs.get_namespaced_custom_object("kueue.x-k8s.io", version, self.namespace, "localqueues", queue, _request_timeout=TIMEOUT)
+            self.jobs.get_namespaced_custom_object(
+                "kueue.x-k8s.io", version, self.namespace, "localqueues", queue, _request_timeout=TIMEOUT
+            )
 
 
 def _connect(settings: client.Configuration, context: str | None) -> str | None:

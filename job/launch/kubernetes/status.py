@@ -12,13 +12,24 @@ from job.launch.rundir import COLLATERAL, FAILURE
 OVER = ("COMPLETED", "FAILED", "SUSPENDED", "DELETED")
 SAMPLE = re.compile(r"^(cyclevae_\w+)\{([^}]*)\} (\S+)", re.MULTILINE)
 PROGRESS = re.compile(r"^step (\d+)/(\d+)  loss (\S+) .*?([\d.e+]+)(k?) tokens/s  ([\d:]+) left", re.MULTILINE)
-SHOWN = {"cyclevae_step": "step", "cyclevae_target_steps": "steps", "cyclevae_loss": "loss", "cyclevae_tokens_per_second": "tokens_per_second",
-         "cyclevae_restarts_total": "restarts", "cyclevae_step_duration_seconds_sum": "seconds", "cyclevae_step_duration_seconds_count": "done"}
+SHOWN = {
+    "cyclevae_step": "step",
+    "cyclevae_target_steps": "steps",
+    "cyclevae_loss": "loss",
+    "cyclevae_tokens_per_second": "tokens_per_second",
+    "cyclevae_restarts_total": "restarts",
+    "cyclevae_step_duration_seconds_sum": "seconds",
+    "cyclevae_step_duration_seconds_count": "done",
+}
 
 
 def state(job: Object) -> str:
     """PENDING, QUEUED (by Kueue), RUNNING, RESTARTING, SUSPENDED (by cancel), COMPLETED or FAILED."""
-    true = {condition["type"] for condition in job.get("status", {}).get("conditions") or [] if condition["status"] == "True"}
+    true = {
+        condition["type"]
+        for condition in job.get("status", {}).get("conditions") or []
+        if condition["status"] == "True"
+    }
     if "Succeeded" in true:
         return "COMPLETED"
     if "Failed" in true:
@@ -42,17 +53,28 @@ def row(cluster: Cluster, job: Object) -> dict[str, Any]:
     if not values.get("steps"):
         values = next((found for pod in pods if (found := printed(cluster.log(pod.metadata.name, 100)))), {})
     return {
-        "run": job["metadata"].get("annotations", {}).get(RUN, name), "job": name, "state": now, "alive": alive, "step": int(values.get("step", 0)),
-        "steps": int(values["steps"]) if values else None, "loss": values.get("loss"), "tokens_per_second": values.get("tokens_per_second"),
-        "seconds_left": values.get("seconds_left"), "restarts": int(values["restarts"]) if "restarts" in values else None,
-        "reason": reason(cluster, job, pods), "log": f"cyclevae k8s logs {name}",
+        "run": job["metadata"].get("annotations", {}).get(RUN, name),
+        "job": name,
+        "state": now,
+        "alive": alive,
+        "step": int(values.get("step", 0)),
+        "steps": int(values["steps"]) if values else None,
+        "loss": values.get("loss"),
+        "tokens_per_second": values.get("tokens_per_second"),
+        "seconds_left": values.get("seconds_left"),
+        "restarts": int(values["restarts"]) if "restarts" in values else None,
+        "reason": reason(cluster, job, pods),
+        "log": f"cyclevae k8s logs {name}",
     }
 
 
 def measured(text: str) -> dict[str, float]:
     """The numbers of a rank's metrics."""
-    values = {SHOWN[name]: float(number) for name, labels, number in SAMPLE.findall(text)
-              if name in SHOWN and (name != "cyclevae_loss" or 'term="total"' in labels)}
+    values = {
+        SHOWN[name]: float(number)
+        for name, labels, number in SAMPLE.findall(text)
+        if name in SHOWN and (name != "cyclevae_loss" or 'term="total"' in labels)
+    }
     if values.get("done") and "steps" in values:
         values["seconds_left"] = round((values["steps"] - values["step"]) * values["seconds"] / values["done"])
     return values
@@ -67,7 +89,13 @@ def printed(text: str) -> dict[str, float]:
     seconds = 0
     for part in left.split(":"):
         seconds = 60 * seconds + int(part)
-    return {"step": int(step), "steps": int(steps), "loss": float(loss), "tokens_per_second": float(rate) * (1000 if thousands else 1), "seconds_left": seconds}
+    return {
+        "step": int(step),
+        "steps": int(steps),
+        "loss": float(loss),
+        "tokens_per_second": float(rate) * (1000 if thousands else 1),
+        "seconds_left": seconds,
+    }
 
 
 def reason(cluster: Cluster, job: Object, pods: list[Any]) -> str | None:
@@ -92,9 +120,15 @@ def outcome(cluster: Cluster, job: Object) -> str:
     """How a job ended: COMPLETED, FAILED (exit code 1), ..."""
     if state(job) != "FAILED":
         return state(job)
-    code = next((status.state.terminated.exit_code for pod in cluster.pods(job["metadata"]["name"])
-                 for status in [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
-                 if status.state.terminated and status.state.terminated.exit_code), None)
+    code = next(
+        (
+            status.state.terminated.exit_code
+            for pod in cluster.pods(job["metadata"]["name"])
+            for status in [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
+            if status.state.terminated and status.state.terminated.exit_code
+        ),
+        None,
+    )
     if code is not None:
         return f"FAILED (exit code {code})"
     return f"FAILED ({next((one['message'] for one in job['status']['conditions'] if one['type'] == 'Failed'), 'no reason given')})"
@@ -102,5 +136,10 @@ def outcome(cluster: Cluster, job: Object) -> str:
 
 def first_failure(cluster: Cluster, job: Object) -> str | None:
     """What the first failing rank said, not what the others said of losing it."""
-    said = [line for pod in cluster.pods(job["metadata"]["name"]) for line in cluster.log(pod.metadata.name, 1000).splitlines() if FAILURE.match(line)]
+    said = [
+        line
+        for pod in cluster.pods(job["metadata"]["name"])
+        for line in cluster.log(pod.metadata.name, 1000).splitlines()
+        if FAILURE.match(line)
+    ]
     return next(iter([line for line in said if not COLLATERAL.search(line)] or said), None)

@@ -29,16 +29,24 @@ def job_name(run_dir: Path) -> str:
     text = str(run_dir.relative_to(RUNS))
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     slug = slug if slug[:1].isalpha() else f"run-{slug}".rstrip("-")
-    return slug if slug == text and len(slug) <= LONGEST_NAME else f"{slug[:LONGEST_NAME - 9].rstrip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return (
+        slug
+        if slug == text and len(slug) <= LONGEST_NAME
+        else f"{slug[: LONGEST_NAME - 9].rstrip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
 
 
 def run_of(point: Point, sweep_dir: Path) -> Run:
     """The run of a point. UserError when it would write or read outside the claims."""
     if not point.run_dir.is_relative_to(RUNS) or str(point.run_dir) == RUNS:
-        raise UserError(f"logging.save_dir={point.config.logging.save_dir} is not on the claim of the runs: pods have it at {RUNS}; set logging.save_dir=runs")
+        raise UserError(
+            f"logging.save_dir={point.config.logging.save_dir} is not on the claim of the runs: pods have it at {RUNS}; set logging.save_dir=runs"
+        )
     data = point.config.data
     if data.source == "shards" and not Path("/", data.dir or "").is_relative_to(DATA):
-        raise UserError(f"data.dir={data.dir} is not on the claim of the data: pods have it at {DATA}; set data.dir=data/NAME")
+        raise UserError(
+            f"data.dir={data.dir} is not on the claim of the data: pods have it at {DATA}; set data.dir=data/NAME"
+        )
     monitoring = point.config.monitoring
     port = (monitoring.port or PORT) if monitoring.enabled else None
     arguments = [*point.arguments, *([f"monitoring.port={PORT}"] if port and not monitoring.port else [])]
@@ -51,14 +59,22 @@ def settings_of(params: dict[str, Any]) -> Settings:
     return Settings(**{**known, "container": manifests.Container(**params["container"])})
 
 
-def launch(config: DictConfig, context: HydraContext, params: dict[str, Any], job_overrides: Sequence[Sequence[str]], _initial: int) -> list[JobReturn]:
+def launch(
+    config: DictConfig,
+    context: HydraContext,
+    params: dict[str, Any],
+    job_overrides: Sequence[Sequence[str]],
+    _initial: int,
+) -> list[JobReturn]:
     """What hydra/launcher=pytorchjob does with a batch of points. UserError when a run failed."""
     points = points_of(config, context, job_overrides, Path("/"))
     settings = settings_of(params)
     runs = [run_of(point, Path("/", config.hydra.sweep.dir)) for point in points]
     jobs = [manifests.pytorch_job(run, settings) for run in runs]
-    returns = [JobReturn(overrides=overrides, working_dir=run.directory, status=JobStatus.COMPLETED)
-               for overrides, run in zip(job_overrides, runs, strict=True)]
+    returns = [
+        JobReturn(overrides=overrides, working_dir=run.directory, status=JobStatus.COMPLETED)
+        for overrides, run in zip(job_overrides, runs, strict=True)
+    ]
     if params["dry_run"]:
         print(manifests.to_yaml(jobs), end="")
         return returns
@@ -84,10 +100,14 @@ def refuse(cluster: Cluster, runs: Sequence[Run], jobs: Sequence[Object]) -> lis
         if there is not None:
             theirs = there["metadata"].get("annotations") or {}
             if theirs.get(RUN) != run.directory:
-                raise UserError(f"job {run.name} is not of {run.directory} but of {theirs.get(RUN, 'something else')}: set another logging.run_name")
+                raise UserError(
+                    f"job {run.name} is not of {run.directory} but of {theirs.get(RUN, 'something else')}: set another logging.run_name"
+                )
             if state(there) not in OVER and theirs.get(DIGEST) != job["metadata"]["annotations"][DIGEST]:
-                raise UserError(f"{run.directory} is being trained by job {run.name} with other settings: `cyclevae k8s cancel {run.name}` first, "
-                                "or set another logging.run_name")
+                raise UserError(
+                    f"{run.directory} is being trained by job {run.name} with other settings: `cyclevae k8s cancel {run.name}` first, "
+                    "or set another logging.run_name"
+                )
         found.append(there)
     cluster.refuse_missing(jobs[0])
     return found
@@ -96,7 +116,10 @@ def refuse(cluster: Cluster, runs: Sequence[Run], jobs: Sequence[Object]) -> lis
 def send(cluster: Cluster, job: Object, there: Object | None) -> str:
     """Create a run's job, in place of one that was cancelled or failed; leave one that runs or is finished. Returns a word on what was there."""
     if there is not None:
-        now, same = state(there), (there["metadata"].get("annotations") or {}).get(DIGEST) == job["metadata"]["annotations"][DIGEST]
+        now, same = (
+            state(there),
+            (there["metadata"].get("annotations") or {}).get(DIGEST) == job["metadata"]["annotations"][DIGEST],
+        )
         if now not in OVER or (now == "COMPLETED" and same):
             return f"{now} already  "
         cluster.delete(job["metadata"]["name"])
@@ -119,12 +142,19 @@ def wait(cluster: Cluster, runs: dict[str, Run]) -> None:
         if all(now in OVER for now in known.values()):
             break
     for name, run in runs.items():
-        print(f"job {name}: {outcome(cluster, jobs[name]) if name in jobs else 'DELETED'}  ({run.overrides})", flush=True)
+        print(
+            f"job {name}: {outcome(cluster, jobs[name]) if name in jobs else 'DELETED'}  ({run.overrides})", flush=True
+        )
         if known[name] != "COMPLETED":
-            print(f"    {(first_failure(cluster, jobs[name]) if name in jobs else None) or 'no message'}\n    log: cyclevae k8s logs {name}", flush=True)
+            print(
+                f"    {(first_failure(cluster, jobs[name]) if name in jobs else None) or 'no message'}\n    log: cyclevae k8s logs {name}",
+                flush=True,
+            )
     failed = sum(now != "COMPLETED" for now in known.values())
     if failed:
-        raise UserError(f"{failed} of {len(runs)} runs did not finish; give the same command again when the cause is mended: finished ones stay finished")
+        raise UserError(
+            f"{failed} of {len(runs)} runs did not finish; give the same command again when the cause is mended: finished ones stay finished"
+        )
 
 
 def leave_jobs(number: int, _frame: Any) -> None:

@@ -57,8 +57,13 @@ def problems(manifest: dict[str, Any]) -> list[str]:
     validator = validators().get((version, SAME_SPEC.get(kind, kind)))
     if validator is not None:
         unknown = manifest.keys() - {"apiVersion", "kind", "metadata", "spec"}
-        return [*(f"{kind} {name}: {key}: unknown" for key in unknown),
-                *(f"{kind} {name}: {error.json_path}: {error.message[:200]}" for error in validator.iter_errors(manifest["spec"]))]
+        return [
+            *(f"{kind} {name}: {key}: unknown" for key in unknown),
+            *(
+                f"{kind} {name}: {error.json_path}: {error.message[:200]}"
+                for error in validator.iter_errors(manifest["spec"])
+            ),
+        ]
     try:
         kubernetes_validate.validate(manifest, VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:

@@ -60,10 +60,18 @@ def test_every_overlay_is_generated() -> None:
 @pytest.mark.parametrize("name", sorted(OVERLAYS))
 def test_an_overlay_renders_and_is_valid(name: str) -> None:
     manifests = render(ROOT / "k8s" / "overlays" / name)
-    pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod["spec"]} for one in manifests for pod in pods_of(one)]
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod["spec"]}
+        for one in manifests
+        for pod in pods_of(one)
+    ]
     assert pods
     assert [problem for manifest in [*manifests, *pods] for problem in problems(manifest)] == []
-    assert {manifest["metadata"].get("namespace") for manifest in manifests if manifest["kind"] not in ("Namespace", "PriorityClass")} == {"cyclevae"}
+    assert {
+        manifest["metadata"].get("namespace")
+        for manifest in manifests
+        if manifest["kind"] not in ("Namespace", "PriorityClass")
+    } == {"cyclevae"}
     named = {container["image"] for pod in pods for container in pod["spec"]["containers"]}
     assert named == {"registry.example/cyclevae:0.1.0"}
 
@@ -75,7 +83,9 @@ def test_components_render_on_top(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("# components:", "components:").replace("# - ../", "- ../"))
     manifests = render(path.parent)
     assert {problem.split(":")[1] for manifest in manifests for problem in problems(manifest)} == {
-        " no schema of monitoring.coreos.com/v1 PodMonitor", " no schema of monitoring.coreos.com/v1 PrometheusRule"}
+        " no schema of monitoring.coreos.com/v1 PodMonitor",
+        " no schema of monitoring.coreos.com/v1 PrometheusRule",
+    }
     (job,) = (manifest for manifest in manifests if manifest["kind"] == "PyTorchJob")
     (container,) = pods_of(job)[0]["spec"]["containers"]
     assert container["resources"]["limits"]["rdma/ib"] == "1"
@@ -91,7 +101,12 @@ def test_validation_finds_what_is_wrong() -> None:
     pods_of(broken)[0]["spec"]["containers"][0]["livenessProbe"]["httpget"] = {}
     assert "httpget" in " ".join(problems(broken))
     assert "no schema" in " ".join(problems({**job, "kind": "PyTorchJobs"}))
-    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "runs"}, "spec": {"accessMode": ["ReadWriteMany"]}}
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "runs"},
+        "spec": {"accessMode": ["ReadWriteMany"]},
+    }
     assert "accessMode" in " ".join(problems(claim))
 
 
@@ -115,7 +130,11 @@ def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert spec["automountServiceAccountToken"] is False
     for container in spec["containers"]:
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
     monitored = pod_monitor()["spec"]
     assert monitored["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     (trainer,) = spec["containers"]
@@ -127,14 +146,25 @@ def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None
 
 def test_one_node_is_a_master_and_several_are_workers_that_nothing_keeps_from_finding_each_other() -> None:
     """The operator publishes the DNS names of ready pods alone: whatever delays readiness would delay the rendezvous, and so readiness."""
-    one, several = pytorch_job(RUN, SETTINGS)["spec"], pytorch_job(RUN, Settings(nodes=4, min_nodes=2, container=Container("image:1")))["spec"]
+    one, several = (
+        pytorch_job(RUN, SETTINGS)["spec"],
+        pytorch_job(RUN, Settings(nodes=4, min_nodes=2, container=Container("image:1")))["spec"],
+    )
     assert list(one["pytorchReplicaSpecs"]) == ["Master"]
     assert "elasticPolicy" not in one
     assert list(several["pytorchReplicaSpecs"]) == ["Worker"]
-    assert several["elasticPolicy"] == {"rdzvBackend": "c10d", "rdzvId": "first", "minReplicas": 2, "maxReplicas": 4, "maxRestarts": 0,
-                                        "rdzvConf": [{"key": "join_timeout", "value": "1800"}]}
-    (alone,), (worker,) = one["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"], \
-        several["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    assert several["elasticPolicy"] == {
+        "rdzvBackend": "c10d",
+        "rdzvId": "first",
+        "minReplicas": 2,
+        "maxReplicas": 4,
+        "maxRestarts": 0,
+        "rdzvConf": [{"key": "join_timeout", "value": "1800"}],
+    }
+    (alone,), (worker,) = (
+        one["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"],
+        several["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"],
+    )
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= alone.keys()
     assert not {"startupProbe", "readinessProbe"} & worker.keys()
     assert worker["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics-0"}
@@ -150,31 +180,56 @@ def test_exit_codes_decide_on_a_restart() -> None:
     assert {code for code in ExitCode if code >= 128} == {ExitCode.RETRY, ExitCode.STOPPED}
     runtime, _ = train_job(RUN, SETTINGS)
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    told = {code: rule["action"] for rule in job["template"]["spec"]["podFailurePolicy"]["rules"] for code in rule.get("onExitCodes", {"values": []})["values"]}
+    told = {
+        code: rule["action"]
+        for rule in job["template"]["spec"]["podFailurePolicy"]["rules"]
+        for code in rule.get("onExitCodes", {"values": []})["values"]
+    }
     assert told == {1: "FailJob", 2: "FailJob", 134: "Ignore", 143: "Ignore"}
 
 
 def test_settings_reach_the_pod() -> None:
-    settings = Settings(gpus_per_node=8, cpus_per_task=4, mem_gb=100, shm_gb=16, queue="gold", node_selector={"gpu": "h200"}, fs_group=None,
-                        container=Container("image:1", pull_secrets=["registry"], env={"NCCL_DEBUG": "INFO"}),
-                        pod={"runtimeClassName": "nvidia", "securityContext": {"runAsUser": 7}})
+    settings = Settings(
+        gpus_per_node=8,
+        cpus_per_task=4,
+        mem_gb=100,
+        shm_gb=16,
+        queue="gold",
+        node_selector={"gpu": "h200"},
+        fs_group=None,
+        container=Container("image:1", pull_secrets=["registry"], env={"NCCL_DEBUG": "INFO"}),
+        pod={"runtimeClassName": "nvidia", "securityContext": {"runAsUser": 7}},
+    )
     job = pytorch_job(RUN, settings)
     spec = pods_of(job)[0]["spec"]
     (container,) = spec["containers"]
-    assert container["resources"] == {"requests": {"cpu": "32", "memory": "100Gi", "nvidia.com/gpu": "8"}, "limits": {"memory": "100Gi", "nvidia.com/gpu": "8"}}
+    assert container["resources"] == {
+        "requests": {"cpu": "32", "memory": "100Gi", "nvidia.com/gpu": "8"},
+        "limits": {"memory": "100Gi", "nvidia.com/gpu": "8"},
+    }
     assert variables(container)["NCCL_DEBUG"] == "INFO"
     assert spec["imagePullSecrets"] == [{"name": "registry"}]
     assert spec["nodeSelector"] == {"gpu": "h200"}
     assert spec["runtimeClassName"] == "nvidia"
-    assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}, "runAsUser": 7}
+    assert spec["securityContext"] == {
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+        "runAsUser": 7,
+    }
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}} in spec["volumes"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gold"
     assert job["spec"]["runPolicy"]["suspend"], "Kueue starts it"
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    (Settings(), "container.image"), (Settings(nodes=2, min_nodes=3, container=Container("i")), "min_nodes=3"),
-    (Settings(nodes=0, container=Container("i")), "nodes=0"), (Settings(max_restarts=-1, container=Container("i")), "max_restarts=-1")])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Settings(), "container.image"),
+        (Settings(nodes=2, min_nodes=3, container=Container("i")), "min_nodes=3"),
+        (Settings(nodes=0, container=Container("i")), "nodes=0"),
+        (Settings(max_restarts=-1, container=Container("i")), "max_restarts=-1"),
+    ],
+)
 def test_impossible_settings(settings: Settings, words: str) -> None:
     with pytest.raises(UserError, match=words):
         pytorch_job(RUN, settings)
@@ -198,14 +253,31 @@ def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> No
 
 
 def attempt(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "job.launch.kubernetes.attempt", *arguments], cwd=directory, capture_output=True, text=True, timeout=250,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "job.launch.kubernetes.attempt", *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_data_are_prepared_once_and_a_mistake_in_it_is_final(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "texts.txt").write_text("".join(f"A line of text with the number {number}.\n" for number in range(60)))
-    prepare = ["--out", "data/mine", "--source", "texts.txt", "--vocab-size", "300", "--latent-dim", "4", "--validation-fraction", "0.2"]
+    prepare = [
+        "--out",
+        "data/mine",
+        "--source",
+        "texts.txt",
+        "--vocab-size",
+        "300",
+        "--latent-dim",
+        "4",
+        "--validation-fraction",
+        "0.2",
+    ]
     first = attempt(tmp_path, "runs/r", "5", *prepare, "--", "--nproc-per-node=1", "--max-restarts=7", "x.py")
     assert first.returncode == ExitCode.USAGE, "torchrun was started, and refused its arguments"
     assert "training and" in first.stdout

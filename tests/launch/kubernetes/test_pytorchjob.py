@@ -30,12 +30,26 @@ Manifests = Callable[..., list[dict[str, Any]]]
 @pytest.fixture
 def submit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
     """What `cyclevae k8s submit --dry-run ARGUMENTS...` prints."""
+
     def dry_run(*arguments: str, code: int = 0) -> str:
         monkeypatch.setattr("sys.argv", ["cyclevae"])
         monkeypatch.chdir(tmp_path)
-        assert k8s.main(["submit", "--dry-run", "data=synthetic", "logging.run_name=r", "hydra.launcher.container.image=image:1", *arguments]) == code
+        assert (
+            k8s.main(
+                [
+                    "submit",
+                    "--dry-run",
+                    "data=synthetic",
+                    "logging.run_name=r",
+                    "hydra.launcher.container.image=image:1",
+                    *arguments,
+                ]
+            )
+            == code
+        )
         printed = capsys.readouterr()
         return printed.err if code else printed.out
+
     return dry_run
 
 
@@ -56,8 +70,24 @@ def test_a_run_is_a_job_of_its_name(manifests: Manifests) -> None:
     assert job["metadata"]["annotations"][RUN] == "/runs/r"
     assert job["spec"]["nprocPerNode"] == "8"
     assert trainer(job)["command"] == [
-        "tini", "--", "python", "-m", "job.launch.kubernetes.attempt", "/runs/r", "5", "--", "--standalone", "-m", "job.train", "--config-name",
-        "mmdit_cycle_vae", "data=synthetic", "logging.run_name=r", "hydra.run.dir='/runs/r'", "monitoring.port=9400"]
+        "tini",
+        "--",
+        "python",
+        "-m",
+        "job.launch.kubernetes.attempt",
+        "/runs/r",
+        "5",
+        "--",
+        "--standalone",
+        "-m",
+        "job.train",
+        "--config-name",
+        "mmdit_cycle_vae",
+        "data=synthetic",
+        "logging.run_name=r",
+        "hydra.run.dir='/runs/r'",
+        "monitoring.port=9400",
+    ]
     assert {"name": "NCCL_DEBUG", "value": "INFO"} in trainer(job)["env"]
 
 
@@ -69,7 +99,9 @@ def test_jobs_are_valid(manifests: Manifests) -> None:
 
 def test_a_sweep_is_a_job_per_point_named_after_what_varies(manifests: Manifests) -> None:
     jobs = manifests("loss.cycle_text_weight=0.05,0.1,0.2", "training.seed=1", "hydra.launcher.nodes=2")
-    assert [job["metadata"]["annotations"][RUN] for job in jobs] == [f"/runs/r/loss.cycle_text_weight={weight}" for weight in ("0.05", "0.1", "0.2")]
+    assert [job["metadata"]["annotations"][RUN] for job in jobs] == [
+        f"/runs/r/loss.cycle_text_weight={weight}" for weight in ("0.05", "0.1", "0.2")
+    ]
     assert len({job["metadata"]["name"] for job in jobs}) == 3
     assert {job["metadata"]["labels"][SWEEP] for job in jobs} == {"r"}
     assert "loss.cycle_text_weight=0.1" in trainer(jobs[1])["command"]
@@ -78,7 +110,10 @@ def test_a_sweep_is_a_job_per_point_named_after_what_varies(manifests: Manifests
 
 
 def test_other_settings_are_noticed(manifests: Manifests) -> None:
-    digests = {manifests(*arguments)[0]["metadata"]["annotations"][DIGEST] for arguments in ([], ["training.seed=1"], ["hydra.launcher.mem_gb=4"], [])}
+    digests = {
+        manifests(*arguments)[0]["metadata"]["annotations"][DIGEST]
+        for arguments in ([], ["training.seed=1"], ["hydra.launcher.mem_gb=4"], [])
+    }
     assert len(digests) == 3
 
 
@@ -90,29 +125,42 @@ def test_metrics_where_the_user_wants_them(manifests: Manifests) -> None:
     assert not any("monitoring.port" in word for word in trainer(job)["command"])
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["loss.cycle_text_weigh=1"], 2, "did you mean loss.cycle_text_weight"),
-    (["hydra.launcher.gpu=1"], 2, "gpu"),
-    (["training.num_train_steps=-1,5"], 1, "training.num_train_steps=-1"),
-    (["training.seed=1,1"], 1, "two points"),
-    (["hydra.launcher.container.image=null"], 1, "hydra.launcher.container.image"),
-    (["hydra.launcher.min_nodes=2"], 1, "hydra.launcher.min_nodes=2"),
-    (["logging.save_dir=results"], 1, "logging.save_dir=results is not on the claim"),
-    (["data=shards", "data.dir=elsewhere/mine"], 1, "data.dir=elsewhere/mine is not on the claim"),
-])
-def test_mistakes_are_told_before_anything_is_sent(submit: Callable[..., str], arguments: list[str], code: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["loss.cycle_text_weigh=1"], 2, "did you mean loss.cycle_text_weight"),
+        (["hydra.launcher.gpu=1"], 2, "gpu"),
+        (["training.num_train_steps=-1,5"], 1, "training.num_train_steps=-1"),
+        (["training.seed=1,1"], 1, "two points"),
+        (["hydra.launcher.container.image=null"], 1, "hydra.launcher.container.image"),
+        (["hydra.launcher.min_nodes=2"], 1, "hydra.launcher.min_nodes=2"),
+        (["logging.save_dir=results"], 1, "logging.save_dir=results is not on the claim"),
+        (["data=shards", "data.dir=elsewhere/mine"], 1, "data.dir=elsewhere/mine is not on the claim"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_sent(
+    submit: Callable[..., str], arguments: list[str], code: int, words: str
+) -> None:
     told = submit(*arguments, code=code)
     assert words in told
     assert "Traceback" not in told
 
 
-def test_without_a_cluster_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_a_cluster_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert k8s.main(["list"]) == 1
     assert "no cluster" in capsys.readouterr().err
-    config = {"apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-              "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}], "users": [{"name": "u", "user": {}}]}
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}],
+        "users": [{"name": "u", "user": {}}],
+    }
     (tmp_path / "config").write_text(yaml.safe_dump(config))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
     assert k8s.main(["status", "r"]) == 1
@@ -121,7 +169,11 @@ def test_without_a_cluster_there_is_one_line(monkeypatch: pytest.MonkeyPatch, ca
     assert "other" in capsys.readouterr().err
 
 
-@given(st.text(st.characters(codec="ascii", exclude_characters="/\0"), min_size=1).filter(lambda name: name not in (".", "..")))
+@given(
+    st.text(st.characters(codec="ascii", exclude_characters="/\0"), min_size=1).filter(
+        lambda name: name not in (".", "..")
+    )
+)
 def test_names_are_labels_that_leave_room_for_the_pods(name: str) -> None:
     found = job_name(Path("/runs", name))
     assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", found)
@@ -130,14 +182,24 @@ def test_names_are_labels_that_leave_room_for_the_pods(name: str) -> None:
 
 
 def test_names_tell_points_apart() -> None:
-    points = [f"/runs/r/{'long.key=1,' * 9}x={value}" for value in range(50)] + ["/runs/r/a=1", "/runs/r/a-1", "/runs/r-a-1", "/runs/R-a-1"]
+    points = [f"/runs/r/{'long.key=1,' * 9}x={value}" for value in range(50)] + [
+        "/runs/r/a=1",
+        "/runs/r/a-1",
+        "/runs/r-a-1",
+        "/runs/R-a-1",
+    ]
     assert len({job_name(Path(point)) for point in points}) == len(points)
     assert job_name(Path("/runs/first")) == "first"
 
 
 def job(*conditions: str, suspended: bool = False, queue: bool = False) -> dict[str, Any]:
-    return {"metadata": {"labels": {QUEUE: "q"} if queue else {}}, "spec": {"runPolicy": {"suspend": suspended}},
-            "status": {"conditions": [{"type": one.lstrip("-"), "status": str(not one.startswith("-"))} for one in conditions]}}
+    return {
+        "metadata": {"labels": {QUEUE: "q"} if queue else {}},
+        "spec": {"runPolicy": {"suspend": suspended}},
+        "status": {
+            "conditions": [{"type": one.lstrip("-"), "status": str(not one.startswith("-"))} for one in conditions]
+        },
+    }
 
 
 def test_states() -> None:
@@ -155,13 +217,21 @@ def test_numbers_are_read_from_the_endpoint_as_it_writes_them() -> None:
     from prometheus_client import generate_latest
 
     metrics = Metrics("first", 0, lambda: {("cyclevae_step", ()): 30.0})
-    metrics.set({("cyclevae_target_steps", ()): 80.0, ("cyclevae_loss", ("total",)): 4.5, ("cyclevae_loss", ("cycle_text",)): 1.0,
-                 ("cyclevae_tokens_per_second", ()): 123.4, ("cyclevae_restarts_total", ()): 2.0})
+    metrics.set(
+        {
+            ("cyclevae_target_steps", ()): 80.0,
+            ("cyclevae_loss", ("total",)): 4.5,
+            ("cyclevae_loss", ("cycle_text",)): 1.0,
+            ("cyclevae_tokens_per_second", ()): 123.4,
+            ("cyclevae_restarts_total", ()): 2.0,
+        }
+    )
     for _ in range(10):
         metrics.step_duration.observe(0.5)
     found = measured(generate_latest(metrics.registry).decode())
-    assert {name: found[name] for name in ("step", "steps", "loss", "tokens_per_second", "restarts", "seconds_left")} == {
-        "step": 30, "steps": 80, "loss": 4.5, "tokens_per_second": 123.4, "restarts": 2, "seconds_left": 25}
+    assert {
+        name: found[name] for name in ("step", "steps", "loss", "tokens_per_second", "restarts", "seconds_left")
+    } == {"step": 30, "steps": 80, "loss": 4.5, "tokens_per_second": 123.4, "restarts": 2, "seconds_left": 25}
     assert measured("") == {}
 
 
@@ -171,16 +241,35 @@ def test_numbers_are_read_from_the_log_as_it_is_written(capsys: pytest.CaptureFi
     progress.started -= 4000
     progress.log(40, {"loss": 2.5, "tokens_per_second": 51_230.0})
     found = printed("a line before\n" + capsys.readouterr().out + "another\n")
-    assert {name: found[name] for name in ("step", "steps", "loss", "tokens_per_second")} == {"step": 40, "steps": 80, "loss": 2.5, "tokens_per_second": 51_200}
+    assert {name: found[name] for name in ("step", "steps", "loss", "tokens_per_second")} == {
+        "step": 40,
+        "steps": 80,
+        "loss": 2.5,
+        "tokens_per_second": 51_200,
+    }
     assert 3990 < found["seconds_left"] < 4100
     assert printed("nothing yet") == {}
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"job": "r", "state": "RUNNING", "alive": True, "step": 1, "steps": 2, "loss": 1.5, "tokens_per_second": 9.0, "seconds_left": 61, "restarts": None,
-           "run": "/runs/r", "reason": "why"}
+    row = {
+        "job": "r",
+        "state": "RUNNING",
+        "alive": True,
+        "step": 1,
+        "steps": 2,
+        "loss": 1.5,
+        "tokens_per_second": 9.0,
+        "seconds_left": 61,
+        "restarts": None,
+        "run": "/runs/r",
+        "reason": "why",
+    }
     show([row], as_json=False)
-    assert capsys.readouterr().out.splitlines()[1:] == ["r    RUNNING  yes    1/2   1.5   9/s   0:01:01  -         /runs/r", "    why"]
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "r    RUNNING  yes    1/2   1.5   9/s   0:01:01  -         /runs/r",
+        "    why",
+    ]
     show([row], as_json=True)
     assert json.loads(capsys.readouterr().out) == [row]
 
