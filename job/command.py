@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from job.config import LGDLM_KEYS, keys
-from job.errors import ExitCode, UserError
+from job.errors import ExitCode, JobError
 
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -47,7 +47,7 @@ def guarded(command: Callable[[], object]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise instead of printing and exiting
     try:
         return int(command() or ExitCode.FINISHED)  # type: ignore[call-overload]
-    except UserError as error:
+    except JobError as error:
         message, code = f"error: {error}", error.exit_code
     except (HydraException, OmegaConfBaseException) as error:
         message, code = f"error: {explain(error)}", ExitCode.USAGE

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from job.command import guarded
 from job.config import to_dict
-from job.data import lgdlm
 from job.data.tokenizer import TOKENIZER_FILE
 from job.errors import UsageError, UserError
 from job.files import write_json, write_text, write_whole
 from job.inference import CONFIG_FILE, WEIGHTS_FILE, load_trained
-from job.model.lgdlm_checkpoint import check_generation, generation, read_checkpoint
+from job.lgdlm import data as lgdlm
+from job.lgdlm.checkpoint import check_generation, generation, read_checkpoint
 from job.model.weights import describe, overrides, serialize
 
 

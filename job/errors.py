@@ -1,4 +1,4 @@
-"""What went wrong, in one line for the person who can mend it, and the exit code that tells a launcher whether to try again."""
+"""Failures that end the program with one line, and the exit code that tells a launcher whether to try again."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of every command; launchers decide on a retry by them (README, "Exit codes")."""
+    """Exit codes of every command; launchers decide on a retry by them (README, "Stopping, failing, going on").
+
+    Kubernetes' restartPolicy ExitCode retries codes of 128 and more, so only failures worth a retry have such codes.
+    """
 
     FINISHED = 0
-    FAILED = 1  # a retry will not mend it: bad configuration, bad data, non-finite loss
+    FAILED = 1  # a retry would fail again: bad configuration, bad data, non-finite loss
     USAGE = 2  # bad command line
-    RETRY = (
-        134  # worth a retry: lost peer, hung collective (128 and more is retried by Kubernetes' restartPolicy ExitCode)
-    )
-    STOPPED = 143  # stopped by a signal or a time budget, checkpoint saved, resumable
+    RETRY = 134  # worth a retry: lost rank, hung collective, dead loader process
+    STOPPED = 143  # stopped by a signal or a time budget; the checkpoint is saved
 
 
-class UserError(Exception):
-    """A mistake the user can mend: printed as one line without a traceback.
+class JobError(Exception):
+    """A failure whose cause is known: it ends the program with one line, without a traceback.
 
-    The message names the file, key or value and says what to do.
+    The message names the file, key, value or rank, and says what to do.
     """
 
     exit_code: ExitCode = ExitCode.FAILED
+
+
+class UserError(JobError):
+    """A mistake that the user can correct: in the configuration, the data or the files named."""
 
 
 class UsageError(UserError):
@@ -32,7 +37,7 @@ class UsageError(UserError):
     exit_code = ExitCode.USAGE
 
 
-class RetryError(UserError):
-    """A failure outside the job's power that another attempt may not meet."""
+class RetryError(JobError):
+    """A failure outside the program's power, such as a lost rank, that another attempt may not meet."""
 
     exit_code = ExitCode.RETRY

@@ -14,7 +14,7 @@ from job.launch.verbs import add_outputs, run
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
     """Submit a run or a sweep and return."""
-    from job.launch.submission import submit_sweep
+    from job.launch.slurm.submission import submit_sweep
 
     where = [f"hydra.launcher.{name}={value}" for name in ("namespace", "context") if (value := getattr(options, name))]
     jobs = submit_sweep([*where, *arguments], options.dry_run, options.json, launcher="pytorchjob")

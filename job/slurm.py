@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 from job.errors import UserError
-from job.launch import scheduler
-from job.launch.rundir import RunDirectory, find_runs
+from job.launch.slurm import scheduler
+from job.launch.slurm.run_directory import RunDirectory, find_runs
 from job.launch.table import show
 from job.launch.verbs import add_outputs, run
 
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
     """Submit a run or a sweep and return."""
-    from job.launch.submission import submit_sweep
+    from job.launch.slurm.submission import submit_sweep
 
     jobs = submit_sweep(arguments, options.dry_run, quiet=options.json)
     if options.json:
@@ -66,7 +66,7 @@ def cancel(options: argparse.Namespace) -> None:
 
 def resume(options: argparse.Namespace) -> None:
     """Submit runs again as they were submitted; they go on from their last checkpoint."""
-    from job.launch.submission import resubmit
+    from job.launch.slurm.submission import resubmit
 
     queued = scheduler.queued()
     jobs = {str(path): resubmit(RunDirectory.existing(path), queued, dry_run=options.dry_run) for path in options.runs}

@@ -37,7 +37,7 @@ from job.command import guarded, unknown_key
 from job.config import Config, config_dir, keys, validate
 from job.data.loader import Batch, Loader, dead_worker, open_datasets
 from job.data.sampler import Sampler
-from job.errors import ExitCode, UsageError, UserError
+from job.errors import ExitCode, JobError, UsageError, UserError
 from job.monitoring.accumulator import Accumulator
 from job.monitoring.flops import Work
 from job.monitoring.phases import Parts, process_start
@@ -285,7 +285,7 @@ def describe_nonfinite(job: Job) -> str:
     )
 
 
-def known_failure(error: RuntimeError | MemoryError) -> UserError:
+def known_failure(error: RuntimeError | MemoryError) -> JobError:
     """One line for what the system took away: memory, or a loader process. Other errors are raised again."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return UserError(
@@ -299,7 +299,7 @@ def known_failure(error: RuntimeError | MemoryError) -> UserError:
 
 
 codes: list[ExitCode] = []  # of this process's runs: several in a sweep without a cluster
-failures: list[UserError] = []
+failures: list[JobError] = []
 
 
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
@@ -310,7 +310,7 @@ def run(values: DictConfig) -> None:
         with distributed.peers_needed():
             codes.append(train(OmegaConf.to_object(values), Path(HydraConfig.get().runtime.output_dir)))  # type: ignore[arg-type]
         distributed.shutdown()
-    except UserError as error:  # kept until the sweep is over, and from Hydra, which would print the command line first
+    except JobError as error:  # kept until the sweep is over, and from Hydra, which would print the command line first
         failures.append(error)
     except (RuntimeError, MemoryError) as error:
         failures.append(known_failure(error))

@@ -1,4 +1,4 @@
-"""hydra/launcher=slurm: the keys of hydra-submitit-launcher, and ours. What it does is in job.launch.sweep."""
+"""hydra/launcher=slurm: the keys of hydra-submitit-launcher, and ours. What it does is in job.launch.slurm.sweep."""
 
 # No `from __future__ import annotations`: Hydra loads plugins past sys.modules, where dataclasses look up annotations that are strings.
 from collections.abc import Sequence
@@ -45,6 +45,6 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     """One SLURM job per sweep point, an array where there are several; every point is `srun python -m job.train ...` in a batch step that requeues."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from job.launch.sweep import launch
+        from job.launch.slurm.sweep import launch
 
         return launch(self.config, self.hydra_context, self.params, job_overrides, initial_job_idx)

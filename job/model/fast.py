@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from job.model.groups import Padding, Rows
 from job.model.packed import Layout, Spans
 from job.model.streams import Mixing, read, write
-from job.objective.rows import Padding, Rows
 
 Streams = tuple[Tensor, Tensor]  # of text [T, s, H] and latents [R, s, H], float32
 

@@ -16,7 +16,7 @@ from job.config import ModelConfig
 from job.errors import UserError
 from job.model.backbone import build_backbone
 from job.model.fast import encode, encode_block
-from job.objective.rows import Padding, Rows
+from job.model.groups import Padding, Rows
 
 
 class TextEncoder(nn.Module):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from job.model.groups import Padding, Rows
 from job.model.streams import Mixing
-from job.objective.rows import Padding, Rows
 
 SHORT = 64  # tokens
 FEW = 8  # spans

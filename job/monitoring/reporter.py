@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from job import checkpoint_names
 from job.config import Config
 from job.errors import UserError
 from job.files import json_lines
@@ -220,15 +221,18 @@ def run_label(run_dir: Path, save_dir: Path) -> str:
 
 def newest_checkpoint(directory: Path) -> dict[Series, float]:
     """Step, time and size of the newest committed checkpoint."""
-    steps = sorted(path for path in directory.glob("step_*") if path.name[5:].isdecimal())
+    steps = checkpoint_names.steps(directory)
+    if not steps:
+        return {}
+    newest = directory / checkpoint_names.directory_name(steps[-1])
     try:
-        sizes = sum(file.stat().st_size for file in steps[-1].iterdir())
-        committed = (steps[-1] / "commit.json").stat().st_mtime
-    except (IndexError, FileNotFoundError):  # none yet, or it was just replaced
+        size = sum(file.stat().st_size for file in newest.iterdir())
+        committed = (newest / checkpoint_names.COMMIT_FILE).stat().st_mtime
+    except FileNotFoundError:  # replaced by a newer one meanwhile
         return {}
     return {
-        ("cyclevae_checkpoint_step", ()): int(steps[-1].name[5:]),
-        ("cyclevae_checkpoint_size_bytes", ()): sizes,
+        ("cyclevae_checkpoint_step", ()): steps[-1],
+        ("cyclevae_checkpoint_size_bytes", ()): size,
         ("cyclevae_checkpoint_last_success_timestamp_seconds", ()): committed,
     }
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from job.config import LossConfig, ModelConfig, TrainingConfig
+from job.model.cross_entropy import linear_cross_entropy
+from job.model.groups import Rows
 from job.objective.losses import latent_loss
-from job.objective.rows import Rows
 from job.objective.trainer import Batch, Metrics, Step, Trainer
-from job.objective.vocabulary import linear_cross_entropy
 
 
 class FastTrainer(Trainer):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from job.config import MODES, LossConfig, ModelConfig, TrainingConfig
+from job.model.groups import Padding
 from job.objective.losses import latent_loss, ramp, text_cross_entropy
 from job.objective.noise import StepNoise, seed_for
-from job.objective.rows import Padding
 from job.objective.schedule import LatentSchedule
 
 Batch = Mapping[str, Any]  # tensors, but for row_lengths

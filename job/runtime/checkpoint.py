@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
+from job import checkpoint_names
+from job.checkpoint_names import COMMIT_FILE, TEMPORARY, directory_name, share_name, step_of
 from job.errors import RetryError, UserError
 from job.runtime import distributed
 from job.runtime.distributed import Process
 from job.runtime.tensorfile import DTYPES, Reader, Stage, flatten, piece, sha256, share
 
-COMMIT = "commit.json"
-TMP = ".tmp"
 LOCK_SECONDS = 60  # a run that was told to stop may still be saving when its successor starts
 
 
@@ -52,14 +52,6 @@ class SaveStats:
     bytes: int = 0  # this rank's share
 
 
-def _name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in directory.glob("step_*") if path.name[5:].isdecimal())
-
-
 def _digest(commit: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(commit, sort_keys=True).encode()).hexdigest()
 
@@ -75,10 +67,10 @@ def _sync_directory(path: Path) -> None:
 def _check(path: Path, part: int = 0, parts: int = 1) -> Checkpoint | str:
     """The checkpoint, or what is wrong with it. Hashes every `parts`-th share from `part` on; sizes are checked of all."""
     try:
-        written = json.loads((path / COMMIT).read_text())
+        written = json.loads((path / COMMIT_FILE).read_text())
         commit = written["commit"]
         if written["sha256"] != _digest(commit):
-            return f"{COMMIT} is damaged"
+            return f"{COMMIT_FILE} is damaged"
         files = tuple(path / entry["name"] for entry in commit["files"])
         for file, entry in zip(files, commit["files"], strict=True):
             if file.stat().st_size != entry["bytes"]:
@@ -92,23 +84,25 @@ def _check(path: Path, part: int = 0, parts: int = 1) -> Checkpoint | str:
     except OSError as error:
         return f"cannot be read ({error})"
     except (ValueError, KeyError, TypeError):
-        return f"{COMMIT} is damaged"
+        return f"{COMMIT_FILE} is damaged"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a directory, or the newest valid one of a run directory. Raises UserError when there is none."""
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    if not (path / COMMIT).exists() and _steps(path):
-        for step in reversed(_steps(path)):
-            found = _check(path / _name(step))
+    if (path / checkpoint_names.DIRECTORY).is_dir():
+        path = path / checkpoint_names.DIRECTORY
+    if not (path / COMMIT_FILE).exists() and checkpoint_names.steps(path):
+        for step in reversed(checkpoint_names.steps(path)):
+            found = _check(path / directory_name(step))
             if isinstance(found, Checkpoint):
                 return found
-        raise UserError(f"{path}: none of the {len(_steps(path))} checkpoints is valid; the newest: {found}")
+        raise UserError(
+            f"{path}: none of the {len(checkpoint_names.steps(path))} checkpoints is valid; the newest: {found}"
+        )
     found = _check(path)
     if isinstance(found, str):
         raise UserError(
-            f"{path} is not a valid checkpoint: {found}; give a directory like RUN/checkpoints/{_name(1000)}"
+            f"{path} is not a valid checkpoint: {found}; give a directory like RUN/checkpoints/{directory_name(1000)}"
         )
     return found
 
@@ -150,7 +144,7 @@ class Checkpointer:
         if problem:
             raise RetryError(problem)
         if process.is_main:
-            for leftover in directory.glob(f"step_*{TMP}"):
+            for leftover in checkpoint_names.unfinished(directory):
                 self._clean(leftover)
         distributed.barrier()
 
@@ -200,8 +194,8 @@ class Checkpointer:
         Ranks of one node share the hashing. Raises RetryError when a rank is lost.
         """
         part = self._node_ranks.index(self.process.rank)
-        for step in sorted(set().union(*distributed.gather(_steps(self.directory))), reverse=True):
-            found = _check(self.directory / _name(step), part, len(self._node_ranks))
+        for step in sorted(set().union(*distributed.gather(checkpoint_names.steps(self.directory))), reverse=True):
+            found = _check(self.directory / directory_name(step), part, len(self._node_ranks))
             problems = distributed.gather(found if isinstance(found, str) else None)
             problem = next((f"{text} (rank {rank})" for rank, text in enumerate(problems) if text), None)
             if problem is None and isinstance(found, Checkpoint):
@@ -209,7 +203,7 @@ class Checkpointer:
                 return found
             self._invalid.add(step)
             if self.process.is_main:
-                self._log(f"checkpoint {self.directory / _name(step)} is not valid and is skipped: {problem}")
+                self._log(f"checkpoint {self.directory / directory_name(step)} is not valid and is skipped: {problem}")
         return None
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +231,7 @@ class Checkpointer:
 
     def _run(self, step: int, record: str, started: float) -> None:
         """In the background, on every rank: write the share, agree, and let rank 0 commit."""
-        temporary = self.directory / (_name(step) + TMP)
+        temporary = self.directory / (directory_name(step) + TEMPORARY)
         try:
             outcomes = distributed.gather(self._write_share(temporary), "saves")
             error = next(
@@ -266,7 +260,7 @@ class Checkpointer:
 
     def _write_share(self, temporary: Path) -> dict[str, Any] | str:
         assert self._stage is not None
-        name = f"share_{self.process.rank:05d}_of_{self.process.world_size:05d}.safetensors"
+        name = share_name(self.process.rank, self.process.world_size)
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             self.stats.bytes, digest = self._stage.write(temporary / name, self._progress)
@@ -280,9 +274,9 @@ class Checkpointer:
         self._written = written
 
     def _commit(self, temporary: Path, commit: dict[str, Any]) -> str | None:
-        final = self.directory / _name(commit["step"])
+        final = self.directory / directory_name(commit["step"])
         try:
-            with (temporary / COMMIT).open("w") as file:
+            with (temporary / COMMIT_FILE).open("w") as file:
                 json.dump({"commit": commit, "sha256": _digest(commit)}, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -297,16 +291,16 @@ class Checkpointer:
 
     def _retain(self, newest: int) -> None:
         """Remove what is neither among the keep_last newest nor a multiple of keep_every; later steps, invalid ones, are left to be written again."""
-        steps = [step for step in _steps(self.directory) if step <= newest]
+        steps = [step for step in checkpoint_names.steps(self.directory) if step <= newest]
         valid = [step for step in steps if step not in self._invalid]
         kept = set(valid[-self._keep_last :]) | {
             step for step in valid if self._keep_every and step % self._keep_every == 0
         }
         for step in set(steps) - kept:
             try:
-                self._remove(self.directory / _name(step))
+                self._remove(self.directory / directory_name(step))
             except OSError as error:
-                self._log(f"warning: old checkpoint {_name(step)} could not be removed: {error}")
+                self._log(f"warning: old checkpoint {directory_name(step)} could not be removed: {error}")
 
     def _lock(self) -> str | None:
         """Make this run the directory's only writer; waits for a run that is just ending. What is wrong, or None."""
@@ -329,13 +323,13 @@ class Checkpointer:
     def _clean(self, leftover: Path) -> None:
         """Remove what a killed run left half-written; what was whole but for its name gets its name."""
         final = leftover.with_suffix("")
-        if not final.exists() and final.name[5:].isdecimal() and isinstance(_check(leftover), Checkpoint):
+        if not final.exists() and step_of(final) is not None and isinstance(_check(leftover), Checkpoint):
             leftover.rename(final)
         shutil.rmtree(leftover, ignore_errors=True)
 
     def _remove(self, path: Path) -> None:
         """Rename first: a kill in between leaves no checkpoint that looks damaged."""
-        doomed = path.with_name(f"{path.name}.old{TMP}")
+        doomed = path.with_name(f"{path.name}.old{TEMPORARY}")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)

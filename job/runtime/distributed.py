@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from job.errors import ExitCode, RetryError, UserError
+from job.errors import ExitCode, JobError, RetryError, UserError
 from job.runtime.heartbeat import Heartbeats
 from job.runtime.place import place
 
@@ -213,7 +213,7 @@ def peers_needed() -> Iterator[None]:
         ):  # a closed connection says all; after a timeout the question is what everyone was doing
             faulthandler.dump_traceback(all_threads=True)
         reason, code = missing(or_slowest=True)
-        failure = UserError if code == ExitCode.FAILED else RetryError
+        failure = JobError if code == ExitCode.FAILED else RetryError
         raise failure(f"lost another rank: {reason} [{_first_line(error)}]") from error
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.errors import UserError
+from job.errors import JobError
 from job.runtime import distributed
 
 # Children are forked from a server that has imported PyTorch but never ran anything: quick to start and clean.
@@ -44,7 +44,7 @@ def _main(function: Callable[..., Any], arguments: tuple[Any, ...], output: Path
     try:
         function(*arguments)
         code = 0
-    except UserError as error:
+    except JobError as error:
         print(error)
         code = int(error.exit_code)
     except SystemExit as exit:

@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from job.checkpoint_names import COMMIT_FILE
 from job.errors import UserError
-from job.runtime.checkpoint import COMMIT, Checkpointer, open_checkpoint, read_weights
+from job.runtime.checkpoint import Checkpointer, open_checkpoint, read_weights
 from job.runtime.distributed import Process
 from job.runtime.tensorfile import DTYPES, flatten
 
@@ -111,10 +112,10 @@ DAMAGE = {
     "bit flip in header": (lambda d: flip(next(d.glob("share*")), 0.01), "is damaged"),
     "bit flip at the end": (lambda d: flip(next(d.glob("share*")), 1.0), "is damaged"),
     "missing share": (lambda d: next(d.glob("share*")).unlink(), "is missing"),
-    "missing commit": (lambda d: (d / COMMIT).unlink(), "commit.json is missing"),
-    "empty commit": (lambda d: os.truncate(d / COMMIT, 0), "commit.json is damaged"),
+    "missing commit": (lambda d: (d / COMMIT_FILE).unlink(), "commit.json is missing"),
+    "empty commit": (lambda d: os.truncate(d / COMMIT_FILE, 0), "commit.json is damaged"),
     "other record": (
-        lambda d: (d / COMMIT).write_text((d / COMMIT).read_text().replace('"lr": 0.5', '"lr": 0.6')),
+        lambda d: (d / COMMIT_FILE).write_text((d / COMMIT_FILE).read_text().replace('"lr": 0.5', '"lr": 0.6')),
         "commit.json is damaged",
     ),
 }
@@ -181,7 +182,7 @@ def test_retention(
         wanted = set(valid[-keep_last:]) | {s for s in valid if keep_every and s % keep_every == 0}
         assert there - broken == wanted
         if i in damaged:
-            (tmp_path / "c" / f"step_{step:08d}" / COMMIT).unlink()
+            (tmp_path / "c" / f"step_{step:08d}" / COMMIT_FILE).unlink()
             broken.add(step)
         if i == restart or i in damaged:
             c = checkpointer(tmp_path / "c", keep_last=keep_last, keep_every=keep_every)
@@ -235,12 +236,12 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_saving_the_same_step_again_writes_nothing(tmp_path: Path) -> None:
     c = checkpointer(tmp_path)
     c.save(3, state(3), {}, blocking=True)
-    before = (tmp_path / "step_00000003" / COMMIT).stat().st_ino
+    before = (tmp_path / "step_00000003" / COMMIT_FILE).stat().st_ino
     again = checkpointer(tmp_path)
     assert again.newest_valid() is not None
     again.save(3, state(3), {}, blocking=True)
     assert again.wait()
-    assert (tmp_path / "step_00000003" / COMMIT).stat().st_ino == before
+    assert (tmp_path / "step_00000003" / COMMIT_FILE).stat().st_ino == before
 
 
 def test_weights_by_prefix_and_run_directory(tmp_path: Path) -> None:
@@ -251,6 +252,6 @@ def test_weights_by_prefix_and_run_directory(tmp_path: Path) -> None:
     assert (found.step, found.record) == (2, {"config": {"a": 1}})
     assert same(read_weights(found, "model."), state(2)["model"])
     assert (
-        json.loads((found.path / COMMIT).read_text())["commit"]["files"][0]["name"]
+        json.loads((found.path / COMMIT_FILE).read_text())["commit"]["files"][0]["name"]
         == "share_00000_of_00001.safetensors"
     )

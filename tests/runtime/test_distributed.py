@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks, start_ranks
 
-from job.errors import UserError
+from job.errors import JobError, UserError
 from job.runtime import distributed
 from job.runtime.place import Place, first_host, place
 from job.runtime.watchdog import Watchdog
@@ -165,7 +165,7 @@ def bad_data(rank: int) -> None:
     if process.rank == rank:
         try:
             raise UserError("shard 7 is corrupt")
-        except UserError as error:
+        except JobError as error:
             distributed.give_up(str(error), error.exit_code)
             raise
     distributed.barrier()

@@ -15,8 +15,8 @@ import pytest
 from job import slurm
 from job.config import Config
 from job.errors import UserError
-from job.launch import scheduler, sweep
-from job.launch.rundir import RunDirectory, find_runs
+from job.launch.slurm import scheduler, sweep
+from job.launch.slurm.run_directory import RunDirectory, find_runs
 
 ROOT = Path(__file__).parent.parent.parent
 Script = Callable[..., str]
@@ -151,7 +151,7 @@ def test_mistakes_are_told_before_anything_is_queued(
 
 
 def test_the_launchers_do_not_import_torch() -> None:
-    code = "import sys, job.slurm, job.launch.sweep, job.launch.submission, job.launch.where; sys.exit('torch' in sys.modules)"
+    code = "import sys, job.slurm, job.launch.slurm.sweep, job.launch.slurm.submission, job.launch.where; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -236,7 +236,7 @@ def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> No
     script = f"""
         scontrol() {{ if [ "$1" = requeue ]; then echo requeued; fi >&2; }}
         SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n1
-        source {ROOT}/job/launch/batch.sh
+        source {ROOT}/job/launch/slurm/batch.sh
         run_dir={run} notes={run}/slurm max_restarts=2
         for checkpoint in none step_00000010 step_00000010 .step_00000020.tmp step_00000020; do
             mkdir -p {run}/checkpoints/$checkpoint

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from job import checkpoint_names
 from job.errors import ExitCode
 from job.files import write_json
 
@@ -26,10 +27,7 @@ def fruitless_restarts(run_dir: Path) -> int:
     """
     notes, description = run_dir / "kubernetes" / "attempts.json", run_dir / "environment.json"
     trained = description.stat().st_mtime if description.exists() else None  # rank 0 writes it at every start
-    newest = max(
-        (int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit()),
-        default=None,
-    )
+    newest = max(checkpoint_names.steps(run_dir / checkpoint_names.DIRECTORY), default=None)
     last = json.loads(notes.read_text()) if notes.exists() else None
     fruitless = last["fruitless"] + (last["trained"] != trained) if last and last["checkpoint"] == newest else 0
     write_json(notes, {"checkpoint": newest, "trained": trained, "fruitless": fruitless})

@@ -7,7 +7,7 @@ from typing import Any
 
 from job.launch.kubernetes.cluster import Cluster
 from job.launch.kubernetes.manifests import QUEUE, RUN, Object
-from job.launch.rundir import COLLATERAL, FAILURE
+from job.launch.slurm.run_directory import COLLATERAL, FAILURE
 
 OVER = ("COMPLETED", "FAILED", "SUSPENDED", "DELETED")
 SAMPLE = re.compile(r"^(cyclevae_\w+)\{([^}]*)\} (\S+)", re.MULTILINE)
@@ -40,7 +40,7 @@ def state(job: Object) -> str:
 
 
 def row(cluster: Cluster, job: Object) -> dict[str, Any]:
-    """Job, state, whether it is alive, step, loss, rate, seconds left, restarts, reason; the keys are those of job.launch.rundir."""
+    """Job, state, whether it is alive, step, loss, rate, seconds left, restarts, reason; the keys are those of job.launch.slurm.run_directory."""
     name, now = job["metadata"]["name"], state(job)
     pods = cluster.pods(name)
     values: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from job.launch.kubernetes import manifests
 from job.launch.kubernetes.cluster import OURS, Cluster, Missing
 from job.launch.kubernetes.manifests import DATA, DIGEST, PORT, RUN, RUNS, Object, Run, Settings
 from job.launch.kubernetes.status import OVER, first_failure, outcome, state
-from job.launch.sweep import Point, points_of, submitted
+from job.launch.slurm.sweep import Point, points_of, submitted
 
 LONGEST_NAME = 50  # the operator names pods and services NAME-worker-123, in at most 63 characters
 

@@ -275,5 +275,5 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_launchers_do_not_import_torch() -> None:
-    code = "import sys, job.k8s, job.launch.kubernetes.sweep, job.launch.kubernetes.logs, job.launch.submission; sys.exit('torch' in sys.modules)"
+    code = "import sys, job.k8s, job.launch.kubernetes.sweep, job.launch.kubernetes.logs, job.launch.slurm.submission; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

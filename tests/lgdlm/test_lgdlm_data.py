@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job.data.lgdlm import convert
 from job.data.shards import ShardDataset
 from job.data.tokenizer import train
 from job.errors import UsageError, UserError
+from job.lgdlm.data import convert
 
 SAMPLES, VOCAB, LENGTH, DIM = 40, 50, 12, 6
 IDS: dict[str, Any] = {

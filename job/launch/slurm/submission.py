@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from job.config import config_dir
 from job.errors import UserError
 from job.files import write_json
-from job.launch import scheduler, sweep
-from job.launch.rundir import RunDirectory
+from job.launch.slurm import scheduler, sweep
+from job.launch.slurm.run_directory import RunDirectory
 
 
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")

@@ -21,8 +21,8 @@ from submitit.core.utils import FailedJobError
 from job.config import Config, targets_dir, validate
 from job.errors import UserError
 from job.files import write_json
-from job.launch import container, scheduler
-from job.launch.rundir import RunDirectory
+from job.launch.slurm import container, scheduler
+from job.launch.slurm.run_directory import RunDirectory
 
 OURS = (
     "submitit_folder",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from job.config import ModelConfig
 from job.errors import UserError
-from job.model.lgdlm_checkpoint import check_generation, generation, read_checkpoint
+from job.lgdlm.checkpoint import check_generation, generation, read_checkpoint
 from job.model.multimodal import build_model
 from job.model.weights import apply_weights, describe, load_weights, overrides, serialize
 

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from job.objective import vocabulary
-from job.objective.vocabulary import linear_cross_entropy
+from job.model import cross_entropy
+from job.model.cross_entropy import linear_cross_entropy
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 7, 100])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 20])
 def test_loss_gradients_and_argmax(monkeypatch: pytest.MonkeyPatch, chunk_rows: int, tokens: int) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 11 * chunk_rows)
-    monkeypatch.setattr(vocabulary, "CPU_COLUMNS", 4)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 11 * chunk_rows)
+    monkeypatch.setattr(cross_entropy, "CPU_COLUMNS", 4)
     torch.manual_seed(0)
     head = nn.Linear(6, 11)
     hidden = torch.randn(tokens, 6, requires_grad=True)

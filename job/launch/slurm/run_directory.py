@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from job.errors import UserError
 from job.files import json_lines
-from job.launch import scheduler
+from job.launch.slurm import scheduler
 
 ALIVE_SECONDS = 90.0  # the batch step renews slurm/alive every 20 s; a network file system shows it later
 COLLATERAL = re.compile(r"lost another rank|gave up|Exited with exit code|Job step aborted|could not join the run")
