@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from job.config import LGDLM_KEYS, keys
-from job.errors import ExitCode, JobError
+from job.errors import ExitCode, JobError, UsageError
 
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -40,6 +41,15 @@ def unknown_key(key: str) -> str:
     return f"unknown configuration key {key}" + (
         f"; did you mean {' or '.join(near)}?" if near else "; the keys and their meanings are in job/config.py"
     )
+
+
+def refuse_unknown_keys(values: DictConfig) -> None:
+    """Refuse keys that were appended to the configuration (`+key=value`), which Hydra lets pass."""
+    plain: dict[str, Any] = OmegaConf.to_container(values)  # type: ignore[assignment]
+    for section, content in plain.items():
+        for name in content if isinstance(content, dict) else [""]:
+            if f"{section}.{name}" not in keys():
+                raise UsageError(unknown_key(f"{section}.{name}".rstrip(".")))
 
 
 def guarded(command: Callable[[], object]) -> int:

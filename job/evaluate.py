@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from job.command import guarded
-from job.data.loader import evaluation_batches
+from job.data.loader import BatchFormat, evaluation_batches
 from job.errors import UsageError
 from job.inference import choose_device, load_trained
 from job.objective.evaluation import evaluate, table
@@ -46,16 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     count = options.num_samples or c.logging.num_eval_batches * c.training.eval_batch_size
     batches = evaluation_batches(
         trained.held_out(),
+        BatchFormat.of(c),
         num_samples=count,
         batch_size=options.batch_size or c.training.eval_batch_size,
-        rank=0,
-        world_size=1,
-        max_seq_len=c.model.max_seq_len,
-        pad_to_max=c.data.pad_to_max,
-        standardize=c.data.standardize_latents,
     )
     with autocast(c.training.dtype, device):
-        metrics = evaluate(trained.trainer(device), batches, c.training.seed)
+        metrics = evaluate(trained.objective(device), batches, c.training.seed)
     print(json.dumps({"step": trained.step, **metrics}) if options.json else f"step {trained.step}, {table(metrics)}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from job.data.loader import open_datasets
 from job.data.shards import Dataset, ShardDataset
 from job.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load, of_dataset
 from job.errors import UserError
-from job.model.multimodal import build_model
-from job.objective.fast import build_trainer
-from job.objective.trainer import Trainer
+from job.model.build import build_model
+from job.objective.objective import Objective
 from job.runtime.checkpoint import open_checkpoint, read_weights
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -37,7 +36,7 @@ class Trained:
     tokenizer: TextTokenizer | None
     averaged: bool  # the weights are the moving average
 
-    def trainer(self, device: torch.device) -> Trainer:
+    def objective(self, device: torch.device) -> Objective:
         """The model inside the objective, on a device, for evaluation."""
         vocab_size, latent_dim = (
             self.weights["text_head.weight"].shape[0],
@@ -45,10 +44,7 @@ class Trained:
         )
         model = build_model(self.config.model, vocab_size, latent_dim, seed=0)
         model.load_state_dict(self.weights)
-        eager = replace(
-            self.config.training, compile_model=False
-        )  # compiling takes longer than it saves here, and a compiler
-        return build_trainer(model, self.config.model, self.config.loss, eager, self.mask_token_id).to(device).eval()
+        return Objective(model, self.config, self.mask_token_id).to(device).eval()
 
     def held_out(self) -> Dataset:
         """The validation split. Raises UserError where there is none."""

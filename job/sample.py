@@ -14,14 +14,14 @@ from torch import Tensor
 
 from job.command import guarded
 from job.config import Config
-from job.data.loader import evaluation_batches
+from job.data.loader import BatchFormat, evaluation_batches
 from job.data.shards import Dataset
 from job.data.tokenizer import TextTokenizer
 from job.errors import UsageError, UserError
 from job.files import write_text
 from job.inference import Trained, choose_device, load_trained, tokenizer_of
+from job.objective.objective import Objective
 from job.objective.sampling import generate
-from job.objective.trainer import Trainer
 from job.runtime.precision import autocast
 
 
@@ -39,14 +39,14 @@ def decode(tokenizer: TextTokenizer | None, rows: Tensor, mask: Tensor) -> list[
     return [tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)) for ids in kept]
 
 
-def through(trainer: Trainer, tokens: Tensor, mask: Tensor, steps: int, temperature: float, seed: int) -> Tensor:
+def through(trainer: Objective, tokens: Tensor, mask: Tensor, steps: int, temperature: float, seed: int) -> Tensor:
     """Text -> latent -> text: tokens [B, S] of the same lengths."""
     _, latent = generate(trainer, mask, tokens=tokens, steps=steps, seed=seed)
     return generate(trainer, mask, latent=latent, steps=steps, temperature=temperature, seed=seed)[0]
 
 
 def round_trips(
-    trainer: Trainer,
+    trainer: Objective,
     dataset: Dataset,
     config: Config,
     count: int,
@@ -60,14 +60,7 @@ def round_trips(
     trips: list[RoundTrip] = []
     tokenizer = tokenizer_of(dataset)
     for batch in evaluation_batches(
-        dataset,
-        num_samples=count,
-        batch_size=config.training.eval_batch_size,
-        rank=0,
-        world_size=1,
-        max_seq_len=config.model.max_seq_len,
-        pad_to_max=config.data.pad_to_max,
-        standardize=config.data.standardize_latents,
+        dataset, BatchFormat.of(config), num_samples=count, batch_size=config.training.eval_batch_size
     ):
         tokens, mask, latent = (batch[name].to(device) for name in ("input_ids", "attention_mask", "latent"))
         decoded, _ = generate(trainer, mask, latent=latent, steps=steps, temperature=temperature, seed=seed)
@@ -93,7 +86,7 @@ def write_samples(path: Path, trips: Iterable[RoundTrip]) -> None:
 
 
 def given_texts(
-    trainer: Trainer, trained: Trained, texts: Sequence[str], options: argparse.Namespace
+    trainer: Objective, trained: Trained, texts: Sequence[str], options: argparse.Namespace
 ) -> list[RoundTrip]:
     """Round trips of texts of the user's own."""
     if trained.tokenizer is None:
@@ -113,7 +106,7 @@ def given_texts(
     ]
 
 
-def from_noise(trainer: Trainer, trained: Trained, options: argparse.Namespace) -> list[str]:
+def from_noise(trainer: Objective, trained: Trained, options: argparse.Namespace) -> list[str]:
     """Texts made together with their latents from noise, of the lengths of held-out texts."""
     if trained.config.loss.loss_type not in ("unconditional", "random", "sequential"):
         raise UserError(
@@ -171,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(options, name) < low:
             raise UsageError(f"--{name} {getattr(options, name)}: give at least {low}")
     trained, device = load_trained(options.path, options.data, options.ema), choose_device(options.device)
-    trainer = trained.trainer(device)
+    trainer = trained.objective(device)
     with autocast(trained.config.training.dtype, device):
         if options.unconditional:
             print("\n".join(from_noise(trainer, trained, options)))

@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from job.data.loader import Loader
+from job.data.loader import BatchFormat, BatchSplit, Loader
 from job.data.sampler import Sampler
 from job.data.shards import DatasetInfo
 from job.runtime.checkpoint import Checkpointer
@@ -78,19 +78,8 @@ def resume_seconds(samples: int, repeats: int, global_batch_size: int = 64) -> f
     for seed in range(repeats):
         started = time.perf_counter()
         data = Rows(samples)
-        loader = Loader(
-            data,
-            Sampler(data, samples, global_batch_size, seed),
-            rank=0,
-            world_size=1,
-            batch_size=global_batch_size,
-            accumulation=1,
-            max_seq_len=8,
-            pad_to_max=False,
-            standardize=True,
-            num_workers=0,
-            pin_memory=False,
-        )
+        sampler = Sampler(data, samples, global_batch_size, seed)
+        loader = Loader(data, sampler, BatchFormat(max_seq_len=8), BatchSplit(0, 1, global_batch_size))
         step = int(2.5 * samples / global_batch_size)
         next(loader.steps(step, step + 1))
         seconds.append(time.perf_counter() - started)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from job.assembly import passes
 from job.config import Config, from_dict, validate
-from job.model.multimodal import build_model
+from job.model.plain import PlainMMDiT
 from job.monitoring.flops import pass_flops
-from job.objective.fast import build_trainer
+from job.objective.build import build_objective
 from job.runtime.compiler import refuse_without_compiler
 from job.runtime.optimizer import Optimizer
+from job.runtime.parallel import reduction_of_gradients
 from job.runtime.precision import autocast
 
 MASK = 3
@@ -46,15 +45,13 @@ class Shape:
         return [max(1, round(self.seq_len * (self.fill + spread * place))) for place in places]
 
 
-class AllHeads(nn.Module):
-    """The plain model as LGDLM calls it: both heads in every pass."""
+@dataclass
+class DataShape:
+    """What the model must know of the data."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Tensor, heads: tuple[str, ...] = ()) -> Any:
-        return self.model(*inputs)
+    vocab_size: int
+    latent_dim: int
+    mask_token_id: int
 
 
 class Case:
@@ -66,15 +63,15 @@ class Case:
         if self.config.training.compile_model:
             refuse_without_compiler(device)
         self.shape, self.device = shape, device
-        model = build_model(self.config.model, shape.vocab, shape.latent_dim, self.config.training.seed).to(device)
-        self.optimizer = Optimizer(model, self.config, device)
-        called = AllHeads(model) if self.config.model.implementation == "plain" else model
-        self.trainer = build_trainer(called, self.config.model, self.config.loss, self.config.training, MASK).to(device)
-        self.module = (
-            DistributedDataParallel(self.trainer, gradient_as_bucket_view=True)
-            if dist.is_initialized()
-            else self.trainer
-        )
+        self.config.model.vocab_size = shape.vocab  # as it is, not rounded up
+        objective = build_objective(self.config, DataShape(shape.vocab, shape.latent_dim, MASK))
+        if isinstance(objective.model, PlainMMDiT):
+            objective.model.every_head = True  # the baseline is what LGDLM computes
+        self.objective = objective.to(device)
+        self.optimizer = Optimizer(objective.model, self.config, device)
+        self.module: nn.Module = self.objective
+        if dist.is_initialized():
+            self.module = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         generator = torch.Generator().manual_seed(0)
         mask = torch.arange(shape.seq_len) < torch.tensor(shape.lengths())[:, None]
         tokens = torch.randint(4, shape.vocab, mask.shape, generator=generator) * mask
@@ -90,18 +87,14 @@ class Case:
     def step(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of one training step, and its loss."""
         seconds = dict.fromkeys(PARTS, 0.0)
-        self.trainer.zero_grad()
-        stages = self.trainer.stages(0)
-        for stage in range(stages):
-            reducing = (
-                self.module.no_sync()
-                if isinstance(self.module, DistributedDataParallel) and stage < stages - 1
-                else nullcontext()
-            )
-            with reducing:
+        self.objective.zero_grad()
+        stages = self.objective.stages(0)
+        base = None
+        for stage in stages:
+            with reduction_of_gradients(self.module, is_last=stage == stages[-1]):
                 start = self._now()
                 with autocast(self.config.training.dtype, self.device):
-                    loss, metrics = self.module(self.batch, 0, stage=stage)
+                    loss, metrics, base = self.module(self.batch, 0, stage, base)
                 middle = self._now()
                 loss.backward()
                 seconds["forward"] += middle - start
@@ -119,7 +112,7 @@ class Case:
     @property
     def flops(self) -> float:
         of_pass = pass_flops(self.config.model, np.array(self.shape.lengths()), self.shape.vocab, self.shape.latent_dim)
-        return sum(count * of_pass[name] for name, count in passes(self.trainer, 0).items())
+        return sum(count * of_pass[name] for name, count in self.objective.passes(0).items())
 
 
 def compare(

@@ -91,7 +91,7 @@ def count(values: dict[str, Any], shape: Shape) -> dict[str, Any]:
         case = Case(values, shape, torch.device("cpu"))
         counter, flops = _Counter(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
         for tensor in (
-            *case.trainer.state_dict().values(),
+            *case.objective.state_dict().values(),
             *(x for state in case.optimizer.tensors().values() for x in tree_leaves(state)),
         ):
             if isinstance(tensor, Tensor):
@@ -108,9 +108,10 @@ def count(values: dict[str, Any], shape: Shape) -> dict[str, Any]:
 
 def step(case: Case) -> None:
     """One training step that reads no number back."""
-    case.trainer.zero_grad()
-    for stage in range(case.trainer.stages(0)):
+    case.objective.zero_grad()
+    base = None
+    for stage in case.objective.stages(0):
         with autocast(case.config.training.dtype, case.device):
-            loss, _metrics = case.trainer(case.batch, 0, None, stage)
+            loss, _, base = case.objective(case.batch, 0, stage, base)
         loss.backward()
     case.optimizer.step(0)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from job.data.loader import Loader
+from job.data.loader import BatchFormat, BatchSplit, Loader
 from job.data.sampler import Sampler
 from job.data.shards import ShardDataset
 from job.errors import UserError
@@ -79,19 +79,8 @@ def run(data: Path, overrides: list[str], steps: int) -> dict[str, float]:
 def loader_rate(data: Path, batch_size: int = 32, steps: int = 200) -> float:
     """Tokens a second that the loader makes of `data` in one process, without training beside it."""
     dataset = ShardDataset(data, "train")
-    loader = Loader(
-        dataset,
-        Sampler(dataset, len(dataset), batch_size, seed=0),
-        rank=0,
-        world_size=1,
-        batch_size=batch_size,
-        accumulation=1,
-        max_seq_len=dataset.info.max_length,
-        pad_to_max=False,
-        standardize=True,
-        num_workers=0,
-        pin_memory=False,
-    )
+    sampler = Sampler(dataset, len(dataset), batch_size, seed=0)
+    loader = Loader(dataset, sampler, BatchFormat(dataset.info.max_length), BatchSplit(0, 1, batch_size))
     started = time.perf_counter()
     tokens = sum(int(batch["attention_mask"].sum()) for batches in loader.steps(0, steps) for batch in batches)
     return tokens / (time.perf_counter() - started)

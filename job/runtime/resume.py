@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from job.config import FREE_ON_RESUME, Config, get, keys, to_dict
 from job.errors import UserError
+from job.runtime.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 
 
 def record(step: int, config: Config, data_fingerprint: str, global_batch_size: int) -> dict[str, Any]:
@@ -35,3 +37,19 @@ def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: 
             f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
             f"or allow the change with training.allow_changed=[{','.join(refused)}]"
         )
+
+
+def find_checkpoint(config: Config, checkpointer: Checkpointer) -> Checkpoint | None:
+    """Where to go on from: the run's own newest valid checkpoint, else the one that training.resume names, else nothing.
+
+    Raises UserError when training.resume=never would write over checkpoints.
+    """
+    own = checkpointer.newest_valid()
+    if config.training.resume == "never" and own is not None:
+        raise UserError(
+            f"{checkpointer.directory} holds checkpoints that training.resume=never would write over; give the run another "
+            "logging.run_name, or move the directory away"
+        )
+    if own is None and config.training.resume not in ("auto", "never"):
+        return open_checkpoint(Path(config.training.resume))
+    return own

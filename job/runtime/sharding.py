@@ -27,7 +27,8 @@ def shard(module: M, parts: Iterable[nn.Module], method: str, device: torch.devi
         p.data = p.data.to(device)
     for part in parts:
         fully_shard(part, mesh=mesh, ignored_params=scalars)
-        register_fsdp_forward_method(part, method)
+        if hasattr(part, method):
+            register_fsdp_forward_method(part, method)
     # The root too is let go of after a forward: what stays gathered does not see its next weights without a backward.
     fully_shard(module, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
     return module

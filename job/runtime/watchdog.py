@@ -26,6 +26,12 @@ class Watchdog:
         self._thread.start()
         return self
 
+    def __enter__(self) -> Watchdog:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def beat(self, step: int | None = None, phase: str | None = None) -> None:
         """The main loop has come to `phase` of `step` (or makes progress in the one it is in)."""
         self.step, self.phase, self.last_beat = (
