@@ -109,10 +109,10 @@ class Stopped(Exception):
 # Opening.
 
 
-def train(config: Config, run_dir: Path, started: float) -> ExitCode:
+def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCode:
     """Train the run of a directory from where it stands to its end or to a stop. JobError says why it failed.
 
-    `started` is when the process was, or in a sweep of one process the run, in seconds since 1970.
+    `started` is when the process was, or in a sweep of one process the run, in seconds since 1970; None: now.
     """
     warnings = validate(config)
     timeout = config.training.sick_rank_timeout_seconds
@@ -171,7 +171,7 @@ def train(config: Config, run_dir: Path, started: float) -> ExitCode:
             saves=checkpointer.stats,
             silence=lambda: watchdog.seconds_since_beat,
             gather=distributed.gather,
-            started=started,
+            started=started or time.time(),
         ) as reporter:
             run = TrainingRun(config, run_dir, process, loader, held_out, learner, checkpointer, watchdog, reporter)
             start = restore(run, checkpoint) if checkpoint is not None else 0

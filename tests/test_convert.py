@@ -16,7 +16,7 @@ from job.data.loader import open_datasets
 from job.data.shards import ShardDataset, Split
 from job.errors import ExitCode, UsageError, UserError
 from job.inference import load_trained
-from job.model.multimodal import build_model
+from job.model.build import build_model
 from job.model.weights import apply_weights
 from job.runtime.checkpoint import Checkpointer
 from job.runtime.distributed import Process

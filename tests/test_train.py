@@ -240,7 +240,7 @@ def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypa
     """Also where the values would make a name that no file system takes."""
     directories: list[Path] = []
 
-    def note(_config: Config, run_dir: Path) -> ExitCode:
+    def note(_config: Config, run_dir: Path, _started: float) -> ExitCode:
         directories.append(run_dir)
         return ExitCode.FINISHED
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from job.config import ModelConfig
 from job.errors import UserError
 from job.lgdlm.checkpoint import check_generation, generation, read_checkpoint
-from job.model.multimodal import build_model
+from job.model.build import build_model
 from job.model.weights import apply_weights, describe, load_weights, overrides, serialize
 
 CONFIG = ModelConfig(hidden_size=16, n_blocks=2, n_heads=8, head_dim=64, cond_dim=12, max_seq_len=6, qk_rmsnorm=False)

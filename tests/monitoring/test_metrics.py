@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.config import Config, ModelConfig
-from job.model.multimodal import build_model
+from job.model.build import build_model
 from job.monitoring.accumulator import STEP_METRICS
 from job.monitoring.exporter import Metrics
 from job.monitoring.flops import Done, Work, pass_flops
