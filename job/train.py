@@ -194,7 +194,7 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
 
 
 def new_learner(config: Config, data: Dataset, process: Process, initialize: bool) -> Learner:
-    """Objective, model and optimizer on the process's device; with `initialize` from the weights of training.init_from."""
+    """Objective, model and optimizer on their device; with `initialize` from the weights of training.init_from."""
     objective = build_objective(config, data.info)
     if initialize and config.training.init_from:
         apply_weights(objective.model, Path(config.training.init_from))
@@ -354,8 +354,8 @@ def describe_nonfinite(run: TrainingRun) -> str:
         listed += f" and {len(samples) - limit} more"
     in_a_row = run.config.training.max_nonfinite_steps
     return (
-        f"loss or gradient not finite in {in_a_row} steps in a row (training.max_nonfinite_steps), last in step {step}: "
-        f"not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; "
+        f"loss or gradient not finite in {in_a_row} steps in a row (training.max_nonfinite_steps), "
+        f"last in step {step}: not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; "
         "the last checkpoint is from before"
     )
 
@@ -364,7 +364,10 @@ def describe_nonfinite(run: TrainingRun) -> str:
 
 
 def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
-    """Evaluate after `done` steps when it is time and not done yet. Returns why to stop, when a stop came in between."""
+    """Evaluate after `done` steps when it is time and not done yet.
+
+    Returns why to stop, when a stop came in between.
+    """
     c = run.config
     at_end = done == c.training.num_train_steps
     if run.evaluated == done or not (at_end or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):

@@ -68,8 +68,8 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
     validation = ShardDataset(directory, "validation")
     if train.info.max_length > longest:
         raise UserError(
-            f"model.max_seq_len={longest} is shorter than the longest row of {directory} ({train.info.max_length} tokens); "
-            f"set model.max_seq_len={rounded_up(train.info.max_length)} or prepare with --max-length {longest}"
+            f"model.max_seq_len={longest} is shorter than the longest row of {directory} "
+            f"({train.info.max_length} tokens); set model.max_seq_len={rounded_up(train.info.max_length)} or prepare with --max-length {longest}"
         )
     if not len(validation):
         raise UserError(
@@ -132,8 +132,8 @@ def collate(
 class Loader(TorchDataset["Batch | JobError"]):
     """The batches of one rank, all padded to one length per step.
 
-    Micro-batch m of rank r holds places [(m * world_size + r) * batch_size, + batch_size) of the global batch, so that any
-    number of ranks sees the same samples in the same order.
+    Micro-batch m of rank r holds places [(m * world_size + r) * batch_size, + batch_size) of the global batch, so that
+    any number of ranks sees the same samples in the same order.
     """
 
     def __init__(
@@ -219,10 +219,10 @@ def dead_worker(error: BaseException) -> RetryError | None:
 def evaluation_batches(
     dataset: Dataset, format: BatchFormat, *, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """A rank's batches of the first `num_samples` samples (all, if there are fewer): batch j goes to rank j % world_size.
+    """A rank's batches of the first `num_samples` samples, or of all: batch j goes to rank j % world_size.
 
-    `position` is the place in the evaluation set and `global_lengths` covers that set; the last batch may be short, and a
-    rank may get one less.
+    `position` is the place in the evaluation set and `global_lengths` covers that set; the last batch may be short, and
+    a rank may get one less.
     """
     chosen = np.arange(min(num_samples, len(dataset)))
     lengths = dataset.lengths(chosen)

@@ -1,8 +1,8 @@
 """Cross-entropy over the vocabulary, and decoded tokens, holding the logits of a few hundred tokens at a time.
 
-The vocabulary head with its cross-entropy is 40 to 45% of a step on a CPU, and with 30,522 words the logits of a batch are
-its largest tensor. Not torch's F.linear_cross_entropy: it would need the logits a second time for the tokens, and its
-chunks cost a CPU four times as much.
+The vocabulary head with its cross-entropy is 40 to 45% of a step on a CPU, and with 30,522 words the logits of a batch
+are its largest tensor. Not torch's F.linear_cross_entropy: it would need the logits a second time for the tokens, and
+its chunks cost a CPU four times as much.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum (scalar, float32) of the cross-entropy of head(hidden [N, H]) to targets [N] int64.
 
-    With `pick` also decoded tokens [N] (else [0]): the likeliest, or drawn at `uniform` [N] in [0, 1). Backward may run once.
+    With `pick` also decoded tokens [N] (else [0]): the likeliest, or drawn at `uniform` [N] in [0, 1). Backward may run
+    once.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -87,7 +88,10 @@ def _product(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def _draw(exponents: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens [N, 1] drawn from unnormalized probabilities [N, V] by inverting the distribution function at uniform [N, 1]."""
+    """Tokens [N, 1] drawn from unnormalized probabilities [N, V] at uniform [N, 1].
+
+    A draw inverts the distribution function.
+    """
     distribution = exponents.cumsum(-1)
     return torch.searchsorted(distribution, uniform * distribution[:, -1:]).clamp(max=exponents.shape[1] - 1)
 

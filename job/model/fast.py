@@ -31,16 +31,20 @@ Streams = tuple[Tensor, Tensor]  # of text [T, s, H] and latents [R, s, H], floa
 
 
 class FastMMDiT(MultimodalMMDiT):
-    """MultimodalMMDiT with packed rows. Its form of a text are the text head's inputs [T, H] for the computed tokens."""
+    """MultimodalMMDiT with packed rows.
 
-    # Where a step falls into two halves that no gradient joins, the first half's activations are gone before the second's are made.
+    Its form of a text are the text head's inputs [T, H] for the computed tokens.
+    """
+
+    # Where a step falls into two halves that no gradient joins, the first half's activations are gone before the
+    # second's are made.
     staged = True
 
     def __init__(self, config: ModelConfig, vocab_size: int, latent_dim: int) -> None:
         super().__init__(config, vocab_size, latent_dim)
         self.compiled = self.checkpointing = False  # torch.compile, and activation checkpointing, of the blocks
         for block in self.mmdit.blocks:  # type: ignore[union-attr]
-            # A method of the block, so that FSDP can gather the block's weights when it is called and let go of them after.
+            # A method of the block, so that FSDP can gather the block's weights for the call and let go of them after.
             block.encode = MethodType(encode_block, block)
 
     def encode(self, groups: Sequence[Group], padding: Padding) -> Encoded:
@@ -103,10 +107,13 @@ class FastMMDiT(MultimodalMMDiT):
 def encode_block(
     block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool
 ) -> Streams:
-    """Both streams through one block: [T, s, H] and [R, s, H]; in the last block only the tokens that a head reads come out."""
+    """Both streams through one block, [T, s, H] and [R, s, H].
+
+    In the last block only the tokens that a head reads come out.
+    """
     enter, leave = (_compiled(_enter), _compiled(_leave)) if compiled else (_enter, _leave)
-    # Every token gives keys and values, but in the last block only tokens that the text head reads ask. The latents all do:
-    # they are few, and a selection would be one more shape to compile for.
+    # Every token gives keys and values, but in the last block only tokens that the text head reads ask. The latents all
+    # do: they are few, and a selection would be one more shape to compile for.
     asking = layout.read_text if last else slice(0, len(text))
     text_qkv, text_mixing = enter(block, TEXT, text, cond, layout.text, asking)
     latent_qkv, latent_mixing = enter(block, LATENT, latent, cond, layout.latent, slice(0, len(latent)))

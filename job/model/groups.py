@@ -6,7 +6,8 @@ A model of either implementation has
     logits(text, padding) -> [B, S, V]
     text_loss(text, targets, padding, ...) -> TextLoss
 
-so that the objective is written once. The groups of one `encode` share their rows' lengths and at most one of them asks for each head.
+so that the objective is written once. The groups of one `encode` share their rows' lengths, and a head is asked for by
+one of them at most.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ class Padding:
     """
 
     def __init__(self, mask: Tensor, keep: bool, lengths: list[int]) -> None:
-        """`lengths` are the real tokens of each row. They come from the host, since asking the device would wait for it."""
+        """`lengths` are the real tokens of each row.
+
+        They come from the host, since asking the device would wait for it.
+        """
         rows, seq_len = mask.shape
         self.mask, self.keep, self.row_lengths = mask, keep, lengths
         self.full = min(lengths) == seq_len

@@ -1,6 +1,7 @@
-"""MultimodalMMDiT: text tokens and one latent vector through a joint transformer. Keys and shapes are those of LGDLM's model.
+"""MultimodalMMDiT: text tokens and one latent vector through a joint transformer.
 
-Two implementations share its weights: `job.model.plain` and `job.model.fast`.
+The keys and shapes of its weights are those of LGDLM's model. Two implementations share them: `job.model.plain` and
+`job.model.fast`.
 """
 
 from __future__ import annotations
@@ -156,9 +157,9 @@ class MultimodalMMDiT(nn.Module):
         pick: bool = False,
         uniform: Tensor | None = None,
     ) -> TextLoss:
-        """Cross-entropy of an encoded text to `targets` [B, S], summed over `counted` [B, S] bool (None: all computed ones).
+        """Cross-entropy of an encoded text to `targets` [B, S], summed over `counted` [B, S] bool.
 
-        With `pick` also tokens [B, S] decoded from it: the likeliest, or drawn at `uniform` [B, S] in [0, 1). No gradient
-        passes them.
+        None counts all computed positions. With `pick` also tokens [B, S] decoded from it: the likeliest, or drawn at `uniform` [B, S] in [0, 1). No
+        gradient passes them.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Rows without their padding: the texts of R rows end to end [T, ...], one latent a row [R, ...], and attention over both.
+"""Rows without their padding: the texts of R rows end to end [T, ...], and one latent a row [R, ...].
 
 With rows of 60% on average, padded rows would spend two fifths of every product on padding. Here products, norms and
 residual streams see real tokens only; attention alone needs to know where a row begins.
@@ -106,7 +106,7 @@ class Layout:
     def _spans(self, groups: Sequence[Group]) -> tuple[Spans, Spans]:
         """Spans of texts and of latents: one a row where a group's rows differ in their timesteps, else one a group.
 
-        Counts come from the host, and indices are made on the device: sending one to the other would wait for the device.
+        Counts come from the host and indices are made on the device: to send one to the other would be to wait.
         """
         rows, seq_len = self.padding.mask.shape
         row = torch.arange(rows, device=self.padding.mask.device)

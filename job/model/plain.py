@@ -1,7 +1,7 @@
-"""The plain implementation: the stock blocks of the `mmdit` package, one pass for every group, logits of the whole vocabulary.
+"""The plain implementation: stock `mmdit` blocks, one pass for every group, logits of the whole vocabulary.
 
-It is the oracle: slow, and short enough to be compared with the papers and the research code by eye. Tests hold the fast
-implementation to its losses and gradients, and `python -m job.benchmark` takes it as the baseline.
+It is the oracle: slow, and short enough to be compared with the papers and the research code by eye. Tests hold the
+fast implementation to its losses and gradients, and `python -m job.benchmark` takes it as the baseline.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class PlainMMDiT(MultimodalMMDiT):
 
 
 def pseudo_tokens(logits: Tensor, uniform: Tensor | None) -> Tensor:
-    """Tokens [B, S] of logits [B, S, V]: the likeliest, or drawn by inverting the distribution function at `uniform` [B, S].
+    """Tokens [B, S] of logits [B, S, V]: the likeliest, or drawn at `uniform` [B, S] in [0, 1).
 
-    So a draw is a function of its uniform number, which is a function of (seed, step), and not of a generator's state.
+    A draw inverts the distribution function. So it depends on its uniform number, which is a function of (seed, step),
+    and not on a generator's state.
     """
     if uniform is None:
         return logits.argmax(-1)

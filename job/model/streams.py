@@ -1,13 +1,13 @@
 """Residual streams (manifold-constrained hyper-connections, Xie et al. 2025) with the weights of `hyper-connections`.
 
-There are s streams of width H instead of one. Before a sublayer's branch (attention or feed-forward), weights follow from
-the streams themselves: the branch reads one mixture of the streams (`alphas`), its output is added to each (`post`), and
-the streams are mixed among themselves by a doubly stochastic matrix (`mix`), which keeps their sum.
+There are s streams of width H instead of one. Before a sublayer's branch (attention or feed-forward), weights follow
+from the streams themselves: the branch reads one mixture of the streams (`alphas`), its output is added to each
+(`post`), and the streams are mixed among themselves by a doubly stochastic matrix (`mix`), which keeps their sum.
 
 With the stock module a step of 24 blocks takes about 274,000 operations with two streams, against 16,700 with one. Here
-norm and projections of a sublayer are one product, mixing waits until the branch is written, so that the streams are read
-and written once, and gradients are written out: autograd's take twice the passes over the streams, which are the largest
-tensors of the model.
+norm and projections of a sublayer are one product, mixing waits until the branch is written, so that the streams are
+read and written once, and gradients are written out: autograd's take twice the passes over the streams, which are the
+largest tensors of the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read(connection: Any, streams: Tensor) -> tuple[Tensor, Mixing | None]:
         return streams[:, 0], None
     c = connection
     with torch.autocast(streams.device.type, enabled=False):
-        # One matrix [H, 1 + s + 1] gives alpha, mixing logits and post weights; the norm's gain and the scales are folded in.
+        # One matrix [H, 1 + s + 1] gives alpha, mixing logits and post weights, the norm's gain and all scales included.
         scales = torch.cat([c.pre_branch_scale, c.residual_scale.expand(c.num_residual_streams), c.h_post_scale[None]])
         gain = (c.norm.gamma + 1) * c.norm.scale
         weight = torch.cat([c.dynamic_alpha_fn[0], c.dynamic_beta_fn], dim=-1) * scales * gain[:, None]
@@ -54,7 +54,8 @@ def sinkhorn(logits: Tensor, general: Any) -> Tensor:
     """Doubly stochastic matrices [N, s, s] from logits [N, s, s].
 
     Sinkhorn's iteration alternates between rows and columns; for two streams its limit has a closed form, [[p, 1-p],
-    [1-p, p]] with p = sigmoid((a00 + a11 - a01 - a10) / 2). More streams iterate by `general`, the stock module's function.
+    [1-p, p]] with p = sigmoid((a00 + a11 - a01 - a10) / 2). More streams iterate by `general`, the stock module's
+    function.
     """
     if logits.shape[-1] != 2:
         return general(logits)
@@ -63,7 +64,7 @@ def sinkhorn(logits: Tensor, general: Any) -> Tensor:
 
 
 class _Read(torch.autograd.Function):
-    """The sublayer's logits, streams @ weight / |streams| + bias, and the mixture of streams that their first column gives."""
+    """The sublayer's logits, streams @ weight / |streams| + bias, and the mixture that their first column gives."""
 
     @staticmethod
     def forward(ctx: Any, streams: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,10 @@ class _Read(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
-    """mix @ streams + post * branch. Its gradients are small matrix products: nothing else of the streams' size is made."""
+    """mix @ streams + post * branch.
+
+    Its gradients are small matrix products: nothing else of the streams' size is made.
+    """
 
     @staticmethod
     def forward(ctx: Any, streams: Tensor, mix: Tensor, post: Tensor, branch: Tensor) -> Tensor:
@@ -100,7 +104,8 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams, mix, post, branch = ctx.saved_tensors
-        # After the last block the gradient is a sum's, expanded over the streams, and bmm would take it matrix by matrix.
+        # After the last block the gradient is a sum's, expanded over the streams, and bmm would take it matrix by
+        # matrix.
         gradient = gradient.contiguous()
         to_streams = torch.bmm(mix.mT, gradient)
         to_mix = torch.bmm(gradient, streams.mT)

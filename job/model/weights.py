@@ -20,8 +20,8 @@ NAMED = 3  # differing keys named in an error
 def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The `model.*` settings that the shapes of a MultimodalMMDiT's weights tell.
 
-    Shapes tell heads * head_dim only. Where there are query and key norms, these tell both; without, heads are taken to be
-    HEAD_DIM wide. Raises UserError when a key is missing.
+    Shapes tell heads * head_dim only. Where there are query and key norms, these tell both; without, heads are taken to
+    be HEAD_DIM wide. Raises UserError when a key is missing.
     """
     vocab_size, hidden_size = _shape(weights, "text_encoder.token_embed.weight")
     block = "mmdit.blocks.0"

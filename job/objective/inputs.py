@@ -1,4 +1,4 @@
-"""What one micro-batch of a step gives to every term of the objective: its rows, its draws, and its share of the whole."""
+"""What one micro-batch gives to every term of the objective: its rows, its draws, and its share of the whole."""
 
 from __future__ import annotations
 

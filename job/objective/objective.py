@@ -5,7 +5,8 @@
     unconditional   text and latent both noisy
     random, sequential   one of the last three a step
 
-L2T decodes: clean latent, masked text, reconstruct the tokens. T2L encodes: clean text, noisy latent, reconstruct the latent.
+L2T decodes: clean latent, masked text, reconstruct the tokens. T2L encodes: clean text, noisy latent, reconstruct the
+latent.
 """
 
 from __future__ import annotations
@@ -96,9 +97,10 @@ class Objective(nn.Module):
     def stages(self, step: int) -> tuple[Stage, ...]:
         """The forward and backward passes that make up a step, one after the other.
 
-        With a stopped gradient nothing joins the cycle terms' graph to that of the base terms. Then each is differentiated
-        by itself, which halves the activations that are alive. Both cycle terms must be on: only then does every parameter
-        get a gradient in both stages, and DDP, which reduces in the last one, would wait for a gradient of the first.
+        With a stopped gradient nothing joins the cycle terms' graph to that of the base terms. Then each is
+        differentiated by itself, which halves the activations that are alive. Both cycle terms must be on: only then
+        does every parameter get a gradient in both stages, and DDP, which reduces in the last one, would wait for a
+        gradient of the first.
         """
         both_cycles = self.mode(step) == "cycle_vae" and min(self.cycle_weights(step)) > 0
         staged = self.model.staged and both_cycles and self.loss.cycle_stop_grad_latent
@@ -120,11 +122,13 @@ class Objective(nn.Module):
         base: BaseTerms | None = None,
         noise: StepNoise | None = None,
     ) -> tuple[Tensor, Metrics, BaseTerms | None]:
-        """Loss to minimize (scalar), metrics (scalars on the device, weights as numbers), and what the next stage is given.
+        """Loss to minimize (scalar), metrics (scalars on the device, weights as numbers), and what the next stage is
+        given.
 
-        `batch` is described by `Inputs.of`; `step` is the 0-based optimizer step. The mean of the losses over all ranks and
-        micro-batches is the loss of the global batch. Of `stages(step)`, "base" has no metrics yet and returns the BaseTerms
-        that "cycle" takes; the sum of their losses is the loss of "whole". `noise` replaces the step's own draws.
+        `batch` is described by `Inputs.of`; `step` is the 0-based optimizer step. The mean of the losses over all ranks
+        and micro-batches is the loss of the global batch. Of `stages(step)`, "base" has no metrics yet and returns the
+        BaseTerms that "cycle" takes; the sum of their losses is the loss of "whole". `noise` replaces the step's own
+        draws.
         """
         if stage == "cycle":
             assert base is not None, 'stage "cycle" goes on from what stage "base" returned'
@@ -209,7 +213,8 @@ class Objective(nn.Module):
         return self.loss.latent_loss_weight * loss, metrics
 
     def _unconditional(self, s: Inputs) -> tuple[Tensor, Metrics]:
-        """Both modalities noisy: masked diffusion of the text with a linear schedule (Sahoo et al. 2024, MDLM), and the latent.
+        """Both modalities noisy: masked diffusion of the text with a linear schedule (Sahoo et al. 2024, MDLM), and the
+        latent.
 
         Masks are drawn for the global batch, since the loss is a mean over all of its masked tokens.
         """
@@ -238,13 +243,15 @@ class Objective(nn.Module):
         return self.model.logits(self._encode(s, self._l2t_group(s, latent)).text, s.padding)
 
     def t2l(self, s: Inputs, tokens: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The latent head's prediction [B, D] from clean text [B, S] and noisy latents z_t [B, D] at timesteps t [B]."""
+        """The latent head's prediction [B, D] from clean text [B, S] and noisy latents [B, D] at timesteps t [B]."""
         return self._encode(s, Group(tokens, z_t, t.new_zeros(1), t, ("latent",))).latent
 
     # What the terms are made of.
 
     def noisy_latent(self, s: Inputs, name: str) -> NoisyLatent:
-        """The latents of a T2L pass, at t = 1 or at random timesteps (loss.latent_t_mode); draws are named after `name`."""
+        """The latents of a T2L pass, at t = 1 or at random timesteps (loss.latent_t_mode); draws are named after
+        `name`.
+        """
         if self.loss.latent_t_mode == "full":
             return self._noise(s, s.timesteps(1.0), name)
         low, high = self.loss.cycle_latent_t_min, self.loss.cycle_latent_t_max
@@ -269,7 +276,9 @@ class Objective(nn.Module):
         return self.model.encode(groups, s.padding)
 
     def _text_loss(self, s: Inputs, encoded: Encoded, pick: bool = False) -> TextLoss:
-        """Cross-entropy of an encoded text to the step's own, and with `pick` tokens decoded as loss.cycle_latent_sampling says."""
+        """Cross-entropy of an encoded text to the step's own, and with `pick` tokens decoded as
+        loss.cycle_latent_sampling says.
+        """
         uniform = None
         if pick and self.loss.cycle_latent_sampling == "categorical":
             # Drawn for max_seq_len positions, so that a batch's padding does not change the draw.

@@ -22,12 +22,13 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [B, S] and latents [B, D] for texts of the lengths in mask [B, S] (True on real tokens); what is given is kept.
+    """Tokens [B, S] and latents [B, D] for texts of the lengths in mask [B, S] (True on real tokens); what is given is
+    kept.
 
-    Each of `steps` passes fills in the positions whose tokens are surest (MaskGIT, Chang et al. 2022) and moves the latent
-    along the deterministic path (DDIM, Song et al. 2021). One pass is what l2t, t2l and cycle_vae train; more need a model
-    that was trained on partly noisy input (unconditional steps; for latents also loss.latent_t_mode=random). Temperature 0
-    takes the likeliest tokens.
+    Each of `steps` passes fills in the positions whose tokens are surest (MaskGIT, Chang et al. 2022) and moves the
+    latent along the deterministic path (DDIM, Song et al. 2021). One pass is what l2t, t2l and cycle_vae train; more
+    need a model that was trained on partly noisy input (unconditional steps; for latents also
+    loss.latent_t_mode=random). Temperature 0 takes the likeliest tokens.
     """
     device, rows = mask.device, len(mask)
     model, mask_token_id = objective.model, objective.mask_token_id
@@ -54,12 +55,15 @@ def generate(
 
 
 def gumbel(noise: StepNoise, name: str, *shape: int) -> Tensor:
-    """Gumbel draws [B, *shape]: the likeliest token of logits + temperature * draw is a sample of softmax(logits / temperature)."""
+    """Gumbel draws [B, *shape]: the likeliest token of logits + temperature * draw is a sample of softmax(logits /
+    temperature).
+    """
     return -(-noise.uniform(name, *shape).clamp(min=1e-20).log()).log()
 
 
 def ddim_step(schedule: LatentSchedule, z: Tensor, now: Tensor, after: Tensor, prediction: Tensor) -> Tensor:
-    """Latents [B, D] at timesteps `after` [B] on the deterministic path through z [B, D] at `now` [B]; clean ones for 0.
+    """Latents [B, D] at timesteps `after` [B] on the deterministic path through z [B, D] at `now` [B]; clean ones for
+    0.
 
     Song et al. 2021, DDIM, eq. 12 with sigma = 0.
     """

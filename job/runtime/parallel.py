@@ -30,8 +30,8 @@ def distribute(module: nn.Module, blocks: Iterable[nn.Module], config: Config, p
     return DistributedDataParallel(
         module,
         device_ids=[process.device.index] if process.device.type == "cuda" else None,
-        # A single direction gives one head, or the last block's other stream, no gradient. With all of cycle_vae's terms
-        # every parameter has one, and the search for parameters without would cost time.
+        # A single direction gives one head, or the last block's other stream, no gradient. With all of cycle_vae's
+        # terms every parameter has one, and the search for parameters without would cost time.
         find_unused_parameters=config.loss.loss_type != "cycle_vae",
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,  # buffers are constants

@@ -1,7 +1,7 @@
 """A small model, batch and draws given by a formula, and the figures of the objective on them.
 
-`python tests/objective/objective_cases.py` writes tests/data/objective.json again, by the plain implementation; a change
-of the figures is a change of the objective.
+`python tests/objective/objective_cases.py` writes tests/data/objective.json again, by the plain implementation; a
+change of the figures is a change of the objective.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The objective's figures: the research code's (../shared/golden, where present), and ours on a model given by a formula."""
+"""The objective's figures: the research code's (../shared/golden, where present), and ours on a model given by a
+formula.
+"""
 
 from __future__ import annotations
 
