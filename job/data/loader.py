@@ -69,7 +69,8 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
     if train.info.max_length > longest:
         raise UserError(
             f"model.max_seq_len={longest} is shorter than the longest row of {directory} "
-            f"({train.info.max_length} tokens); set model.max_seq_len={rounded_up(train.info.max_length)} or prepare with --max-length {longest}"
+            f"({train.info.max_length} tokens); set model.max_seq_len={rounded_up(train.info.max_length)} "
+            f"or prepare with --max-length {longest}"
         )
     if not len(validation):
         raise UserError(

@@ -159,7 +159,7 @@ class MultimodalMMDiT(nn.Module):
     ) -> TextLoss:
         """Cross-entropy of an encoded text to `targets` [B, S], summed over `counted` [B, S] bool.
 
-        None counts all computed positions. With `pick` also tokens [B, S] decoded from it: the likeliest, or drawn at `uniform` [B, S] in [0, 1). No
-        gradient passes them.
+        None counts all computed positions. With `pick` also tokens [B, S] decoded from it: the likeliest, or drawn at
+        `uniform` [B, S] in [0, 1). No gradient passes them.
         """
         raise NotImplementedError

@@ -31,7 +31,7 @@ def read(connection: Any, streams: Tensor) -> tuple[Tensor, Mixing | None]:
         return streams[:, 0], None
     c = connection
     with torch.autocast(streams.device.type, enabled=False):
-        # One matrix [H, 1 + s + 1] gives alpha, mixing logits and post weights, the norm's gain and all scales included.
+        # One matrix [H, 1 + s + 1] gives alpha, mixing logits and post weights, norm gain and scales included.
         scales = torch.cat([c.pre_branch_scale, c.residual_scale.expand(c.num_residual_streams), c.h_post_scale[None]])
         gain = (c.norm.gamma + 1) * c.norm.scale
         weight = torch.cat([c.dynamic_alpha_fn[0], c.dynamic_beta_fn], dim=-1) * scales * gain[:, None]

@@ -66,7 +66,7 @@ class LatentSchedule(nn.Module):
         return tables[0], tables[1]
 
     def add_noise(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents and the head's target, [B, D] each, from clean latents z [B, D], timesteps t [B], eps [B, D]."""
+        """Noisy latents and the head's target, [B, D] each, from clean latents z, timesteps t [B], eps [B, D]."""
         alpha, sigma = self.alpha_sigma(t)
         z, noise = z.float(), noise.float()
         z_t = alpha * z + sigma * noise
