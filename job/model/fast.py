@@ -27,6 +27,7 @@ from job.model.packed import Layout, Spans
 from job.model.streams import Mixing, read, write
 
 TEXT, LATENT = 0, 1  # the backbone's numbers of the modalities
+RECOMPILE_LIMIT = 64
 Streams = tuple[Tensor, Tensor]  # of text [T, s, H] and latents [R, s, H], float32
 
 
@@ -42,7 +43,8 @@ class FastMMDiT(MultimodalMMDiT):
 
     def __init__(self, config: ModelConfig, vocab_size: int, latent_dim: int) -> None:
         super().__init__(config, vocab_size, latent_dim)
-        self.compiled = self.checkpointing = False  # torch.compile, and activation checkpointing, of the blocks
+        self.compiled = False  # torch.compile the blocks, in training: an evaluation is over before it pays
+        self.checkpointing = False  # keep no activations inside blocks, compute them again in backward
         for block in self.mmdit.blocks:  # type: ignore[union-attr]
             # A method of the block, so that FSDP can gather the block's weights for the call and let go of them after.
             block.encode = MethodType(encode_block, block)
@@ -54,7 +56,7 @@ class FastMMDiT(MultimodalMMDiT):
         blocks: Any = self.mmdit.blocks
         for block in blocks:
             last = block is blocks[-1]
-            arguments = (*streams, cond, layout, last, self.compiled)
+            arguments = (*streams, cond, layout, last, self.compiled and self.training)
             if self.checkpointing and torch.is_grad_enabled():
                 streams = checkpoint(block.encode, *arguments, use_reentrant=False)
             else:
@@ -105,13 +107,13 @@ class FastMMDiT(MultimodalMMDiT):
 
 
 def encode_block(
-    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool
+    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, is_compiled: bool
 ) -> Streams:
     """Both streams through one block, [T, s, H] and [R, s, H].
 
     In the last block only the tokens that a head reads come out.
     """
-    enter, leave = (_compiled(_enter), _compiled(_leave)) if compiled else (_enter, _leave)
+    enter, leave = (compiled(_enter), compiled(_leave)) if is_compiled else (_enter, _leave)
     # Every token gives keys and values, but in the last block only tokens that the text head reads ask. The latents all
     # do: they are few, and a selection would be one more shape to compile for.
     asking = layout.read_text if last else slice(0, len(text))
@@ -129,10 +131,18 @@ def encode_block(
     return text, latent
 
 
-@cache
-def _compiled(function: Any) -> Any:
-    """A function compiled as one graph that serves all lengths and all blocks."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def compile_one(function: Any, backend: str = "inductor") -> Any:
+    """A function compiled as graphs that serve all lengths and all blocks."""
+    # Backward passes run outside autocast. The compiler would trace them inside, where the gradients that are written
+    # out here meet bf16 in place of float32 (pytorch #179804).
+    torch._functorch.config.backward_pass_autocast = "off"
+    # A graph for each modality, each set of heads, and whether a batch has one row: the modes of training come to more
+    # than the 8 graphs that are allowed, and with fullgraph one more ends the run.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+
+compiled = cache(compile_one)
 
 
 def _enter(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class Spans:
     def norm(self, x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Layer norm of x [N, H] with the gain and bias [C, H] of each token's condition."""
         if self.by_index:
-            return F.layer_norm(x, x.shape[-1:], eps=eps) * gain[self.index] + bias[self.index]
+            return F.layer_norm(x, x.shape[-1:], eps=eps) * self._lookup(gain) + self._lookup(bias)
         gains, biases = gain.to(x.dtype), bias.to(x.dtype)
         # Given a gain and a bias, the kernel applies them in its own pass over memory.
         parts = zip(x.split(self.counts), gains, biases, strict=True)
@@ -53,8 +53,12 @@ class Spans:
     def scale(self, x: Tensor, gain: Tensor) -> Tensor:
         """x [N, H] times the gain [C, H] of each token's condition."""
         if self.by_index:
-            return x * gain[self.index]
+            return x * self._lookup(gain)
         return torch.cat([part * g for part, g in zip(x.split(self.counts), gain, strict=True)])
+
+    def _lookup(self, table: Tensor) -> Tensor:
+        """The row [H] of a table [C, H] that belongs to each token's condition, [N, H]."""
+        return _Lookup.apply(table, self.index)
 
     def select(self, part: slice) -> Spans:
         """The tokens of a slice; their conditions keep their numbers."""
@@ -63,6 +67,27 @@ class Spans:
             counts.append(max(0, min(start + count, part.stop) - max(start, part.start)))
             start += count
         return Spans(counts, self.index[part])
+
+
+class _Lookup(torch.autograd.Function):
+    """table[index] for a table [C, H] of few rows and an index [N] of many tokens.
+
+    Indexing's own gradient adds token by token into the few rows: thousands of atomic additions that wait for each
+    other on a GPU, each rounded to bf16 under autocast. A product with the one-hot matrix [C, N] sums in float32 and
+    rounds once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(table)
+        return table[index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        rows = torch.arange(ctx.rows, device=index.device)
+        return (rows[:, None] == index).to(gradient.dtype) @ gradient, None
 
 
 class AttentionPart(NamedTuple):
