@@ -15,8 +15,9 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from job.config import LGDLM_KEYS, keys
+from job.config import keys
 from job.errors import ExitCode, JobError
+from job.lgdlm.keys import LGDLM_KEYS
 
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 

@@ -34,7 +34,8 @@ from job.assembly import (
     write_description,
 )
 from job.command import guarded, unknown_key
-from job.config import Config, config_dir, keys, validate
+from job.config import Config, config_dir, keys
+from job.config_checks import validate
 from job.data.loader import Batch, Loader, dead_worker, open_datasets
 from job.data.sampler import Sampler
 from job.errors import ExitCode, JobError, UsageError, UserError

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from job.assembly import passes
-from job.config import Config, from_dict, validate
+from job.config import Config, from_dict
+from job.config_checks import validate
 from job.model.multimodal import build_model
 from job.monitoring.flops import pass_flops
 from job.objective.fast import build_trainer
