@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "model": {"config", "errors", "files", "model"},
     "objective": {"config", "errors", "model", "objective"},
     "data": {"config", "errors", "files", "data"},
-    "lgdlm": {"config", "data", "errors", "files", "lgdlm"},
+    "lgdlm": {"config", "data", "errors", "files", "lgdlm", "model"},
     "runtime": {"checkpoint_names", "config", "errors", "files", "runtime"},
     "monitoring": {"checkpoint_names", "config", "errors", "files", "monitoring"},
     "launch": {"checkpoint_names", "config", "config_checks", "errors", "files", "launch", "command"},

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from job import prepare
-from job.data.preparation import split_texts
+from job.data.splitting import split_texts
 from job.data.shards import ShardDataset
 from job.data.tokenizer import of_dataset
 

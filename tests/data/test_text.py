@@ -13,7 +13,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from job.data import tokenizer
-from job.data.encoders import LsaEncoder, optional
+from job.data.encoders import LsaEncoder
+from job.data.optional import import_optional
 from job.data.stdlib_text import is_english, sentences, stdlib_sentences
 from job.errors import UserError
 
@@ -148,4 +149,4 @@ def test_lsa_is_the_same_for_any_number_of_threads(tmp_path: Path) -> None:
 def test_a_missing_library_names_the_command() -> None:
     assert importlib.util.find_spec("no_such_library") is None
     with pytest.raises(UserError, match="pip install no-such-library"):
-        optional("no_such_library", "no-such-library")
+        import_optional("no_such_library", "no-such-library")
