@@ -9,8 +9,8 @@ from job.files import json_lines, write_json
 from job.monitoring.curves import write_curves
 from job.monitoring.progress import Progress
 from job.objective.evaluation import evaluate, table
+from job.round_trips import round_trips, write_samples
 from job.runtime import distributed
-from job.sample import round_trips, write_samples
 
 
 class Stopped(Exception):

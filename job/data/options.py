@@ -47,8 +47,8 @@ class Options:
     dataset.json holds these in this order, and the fingerprint of a dataset is the hash of that file.
     """
 
-    source: list[str] = option(
-        [STDLIB],  # noqa: RUF009 (`option` makes a field of it)
+    source: list[str] = option(  # noqa: RUF009 (`option` makes a field)
+        [STDLIB],
         "stdlib (sentences from the documentation of Python's own standard library; the default), files, directories "
         "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH",
         group="texts",

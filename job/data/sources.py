@@ -31,7 +31,7 @@ def _text_of(record: object, key: str, where: str) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a file of text, read as they are asked for: with --max-samples the rest of a large file is never read."""
+    """Lines of a file of text, read as they are asked for: --max-samples leaves the rest of a large file unread."""
     try:
         with path.open(encoding="utf-8") as file:
             yield from file

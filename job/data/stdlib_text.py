@@ -1,7 +1,7 @@
 """The embedded corpus: sentences from the documentation of the running Python's own standard library.
 
 It is there wherever Python is, so a demo needs no download. Its documentation strings and comments are full of code,
-tables and markup, and a model of a few minutes learns whatever is frequent: most of this file tells prose from the rest.
+tables and markup, and a model of a few minutes learns what is frequent: most of this file tells prose from the rest.
 The files are parsed, never imported: importing them would run them (`antigravity` opens a browser).
 """
 
@@ -70,7 +70,7 @@ def docstrings(source: bytes) -> Iterator[str]:
         node = statements.pop()
         if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
             yield text
-        # Expressions hold no definitions, and are most of a tree: without them the walk takes a fraction of the time.
+        # Expressions are most of a tree and hold no documentation, so they are not walked.
         children = ast.iter_child_nodes(node)
         statements += [child for child in children if isinstance(child, (ast.stmt, ast.excepthandler))]
 

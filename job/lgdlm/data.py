@@ -7,7 +7,6 @@ LATENT_DIR/<stem>.npy                        float [D], [1, D] or [k, D], of whi
 from __future__ import annotations
 
 import hashlib
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from job.data.console import Counter, say
 from job.data.shards import SPLITS
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UsageError, UserError
-from job.files import write_text
+from job.files import refuse_existing, whole_directory, write_text
 
 TOKENS_SUFFIX = "_tokens"
 SHARD_SIZE = 100_000
@@ -197,16 +196,12 @@ def convert(token_dir: Path, latent_dir: Path, out: Path, options: DataOptions) 
 
     Unpaired and corrupt files are named on standard error and raise UserError, unless options.skip_bad.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another name or delete it")
+    refuse_existing(out)  # before thousands of files are read
     tokenizer = tokenizers.load(str(options.tokenizer)) if options.tokenizer else None
     mask_token_id, pad_token_id, vocab_size = special_tokens(tokenizer, options)
     problems = Problems()
     pairs = find_pairs(token_dir, latent_dir, problems)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_directory(out) as partial:
         writer = ShardWriter(partial, vocab_size, options.validation_fraction)
         # After the first bad file nothing is kept, but the rest is still read: one run names all bad files.
         for tokens, latent in read_samples(pairs, vocab_size, problems):
@@ -233,9 +228,6 @@ def convert(token_dir: Path, latent_dir: Path, out: Path, options: DataOptions) 
             options={"validation_fraction": options.validation_fraction, "skipped": problems.count},
             generated_by="python -m job.convert data",
         )
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return (
         f"{out}: {info.counts['train']} training and {info.counts['validation']} validation samples, "
         f"{problems.count} bad files left out, at most {info.max_length} tokens, {info.latent_dim} latent dimensions"

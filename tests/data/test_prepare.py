@@ -16,20 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from job import prepare
-from job.data.splitting import split_texts
 from job.data.shards import ShardDataset
+from job.data.splitting import split_texts
 from job.data.tokenizer import of_dataset
 
-OPTIONS = [
-    "--vocab-size",
-    "300",
-    "--latent-dim",
-    "8",
-    "--validation-fraction",
-    "0.2",
-    "--shard-size",
-    "100",
-]  # conftest.py's `prepared`
+OPTIONS = "--vocab-size 300 --latent-dim 8 --validation-fraction 0.2 --shard-size 100".split()  # of `prepared`
 
 
 def run(out: Path, *options: str) -> int:
@@ -58,9 +49,8 @@ def texts(directory: Path, split: str) -> list[str]:
 
 def test_every_text_comes_back_once_in_one_split(prepared: Path, corpus: Path) -> None:
     train, validation = texts(prepared, "train"), texts(prepared, "validation")
-    assert sorted(train + validation) == sorted(
-        corpus.read_text().splitlines()[:-1]
-    )  # the last is a duplicate in capitals
+    without_duplicate = corpus.read_text().splitlines()[:-1]  # the last line, in capitals
+    assert sorted(train + validation) == sorted(without_duplicate)
     assert 0.14 < len(validation) / 640 < 0.26
     info = ShardDataset(prepared, "train").info
     assert info.shards["train"][0] == 100
