@@ -17,8 +17,8 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
-class Counter:
-    """Counts what is done: a bar on a terminal, otherwise, as in a cluster's log, a line every few seconds."""
+class CountedWork:
+    """Counts how far a long piece of work is: a bar on a terminal, elsewhere (a log) a line every few seconds."""
 
     def __init__(self, what: str, total: int | None = None) -> None:
         self.what = what
@@ -27,7 +27,7 @@ class Counter:
         self._last_report = time.monotonic()
         self._bar = tqdm(desc=what, total=total, unit="", disable=not sys.stderr.isatty(), leave=False)
 
-    def __enter__(self) -> Counter:
+    def __enter__(self) -> CountedWork:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from job.data import tokenizer as tokenizers
-from job.data.console import Counter, say
+from job.data.console import CountedWork, say
 from job.data.encoders import Encoder, LsaEncoder, SentenceTransformersEncoder
 from job.data.options import LocalOptions, Options, flag
 from job.data.shards import INFO_FILE, SPLITS, DatasetInfo, read_info
@@ -224,8 +224,8 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
     for shard in left:
         texts = _read_json(shard.texts_file)
         name = f"{shard.split} shard {shard.number}"
-        with Counter(name, len(texts)) as counter:
-            rows, latents = _encode(texts, tokenizer, encoder, preparation.options.max_length, counter)
+        with CountedWork(name, len(texts)) as work:
+            rows, latents = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
         if not np.isfinite(latents).all():
             raise UserError(f"the encoder gave a latent that is not finite, in {name}; try --encoder-dtype float32")
         record = write_shard(preparation.out, shard.split, shard.number, rows, latents, tokenizer.vocab_size)
@@ -239,7 +239,7 @@ def _encode(
     tokenizer: tokenizers.TextTokenizer,
     encoder: Encoder,
     max_length: int,
-    counter: Counter,
+    work: CountedWork,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Token rows, int64 [L] each, and latents, float32 [rows, D], of the texts that fit into `max_length` tokens.
 
@@ -254,7 +254,7 @@ def _encode(
         if fitting:
             rows += [tokens[index] for index in fitting]
             latents.append(encoder.encode([chunk[index] for index in fitting]))
-        counter.add(len(chunk))
+        work.add(len(chunk))
     if not latents:  # a shard of long texts alone still has latents of the right dimension
         latents.append(encoder.encode(texts[:1])[:0].astype(np.float32))
     return rows, np.concatenate(latents)

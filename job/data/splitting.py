@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from job.data.console import Counter
+from job.data.console import CountedWork
 from job.data.shards import SPLITS
 
 
@@ -28,14 +28,14 @@ def split_texts(
     """
     chosen: dict[bytes, str] = {}
     duplicates = 0
-    with Counter("texts", max_samples) as counter:
+    with CountedWork("texts", max_samples) as work:
         for text in texts:
             digest = text_hash(text)
             if digest in chosen:
                 duplicates += 1
                 continue
             chosen[digest] = text
-            counter.add(1)
+            work.add(1)
             if len(chosen) == max_samples:
                 break
     boundary = int(validation_fraction * 2**64)

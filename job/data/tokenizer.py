@@ -29,7 +29,8 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, mask_token_id: int, pad_token_id: int) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        # "[MASK]" in a text is six characters. As a mask token it would be a position to fill in, given away as a word.
+        # Otherwise a text that mentions "[MASK]" gets the mask token itself, and the model takes a word of the text for
+        # a position to fill in.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
         self.mask_token_id = mask_token_id

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from job.data import tokenizer as tokenizers
-from job.data.console import Counter, say
+from job.data.console import CountedWork, say
 from job.data.shards import SPLITS
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UsageError, UserError
@@ -126,9 +126,9 @@ def read_samples(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and latent of every usable pair; all latents have the dimension of the first."""
     latent_dim = None
-    with Counter("samples", len(pairs)) as counter:
+    with CountedWork("samples", len(pairs)) as work:
         for token_path, latent_path in pairs:
-            counter.add(1)
+            work.add(1)
             path = token_path
             try:
                 tokens = read_tokens(token_path, vocab_size)
