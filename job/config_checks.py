@@ -19,6 +19,7 @@ def validate(config: Config) -> list[str]:
 
     Returns warnings. Raises UserError naming the key and the remedy.
     """
+    # One key at a time first: the combinations below compare values that are possible by themselves.
     for dotted, f in keys().items():
         value = get(config, dotted)
         refuse_value(dotted, value, f.metadata)

@@ -25,7 +25,7 @@ T = TypeVar("T", Options, LocalOptions)
 
 
 def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]) -> None:
-    """Put a declared option on the command line."""
+    """Put a declared option on the command line. What its value is follows from its default and its limits."""
     name, declared = flag(option.name), option.metadata
     default, text, low = declared["default"], declared["help"], declared["low"]
     if isinstance(default, (str, int, float)) and not isinstance(default, bool):

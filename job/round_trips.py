@@ -1,4 +1,8 @@
-"""Texts through a trained model and back: what `python -m job.sample` prints and a run writes at its end."""
+"""Texts through a trained model and back: what `python -m job.sample` prints and a run writes at its end.
+
+The model does not choose how long a text is: what is decoded has as many tokens as the text that its latent belongs to,
+so every function here takes a mask of rows and positions.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +97,7 @@ def round_trips(
     device, was_training = next(objective.parameters()).device, objective.training
     tokenizer = tokenizer_of(dataset)
     trips: list[RoundTrip] = []
-    objective.eval()
+    objective.eval()  # no dropout; the caller may be in the middle of training, so its mode comes back below
     for batch in first_batches(dataset, config, count):
         tokens, mask, latent = (batch[name].to(device) for name in ("input_ids", "attention_mask", "latent"))
         texts = as_texts(tokenizer, tokens, mask)

@@ -226,6 +226,8 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         name = f"{shard.split} shard {shard.number}"
         with CountedWork(name, len(texts)) as work:
             rows, latents = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
+        # Half precision overflows in some models. Written down, such a latent would show only in training, as a loss
+        # that is not finite at whatever step draws it.
         if not np.isfinite(latents).all():
             raise UserError(f"the encoder gave a latent that is not finite, in {name}; try --encoder-dtype float32")
         record = write_shard(preparation.out, shard.split, shard.number, rows, latents, tokenizer.vocab_size)
