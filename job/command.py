@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from job.config import LGDLM_KEYS, keys
+from job.config import keys
 from job.errors import ExitCode, JobError, UsageError
+from job.lgdlm.keys import LGDLM_KEYS
 
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 

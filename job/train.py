@@ -27,7 +27,8 @@ from torch import nn
 
 from job import checkpoint_names
 from job.command import guarded, refuse_unknown_keys
-from job.config import Config, config_dir, validate
+from job.config import Config, config_dir
+from job.config_checks import validate
 from job.data.loader import (
     Batch,
     BatchFormat,
@@ -53,6 +54,7 @@ from job.objective.build import build_objective
 from job.objective.evaluation import evaluate, table
 from job.objective.noise import seed_for
 from job.objective.objective import Objective
+from job.round_trips import round_trips, write_samples
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint, Checkpointer
 from job.runtime.delayed import DelayedRead
@@ -63,7 +65,6 @@ from job.runtime.precision import autocast, compute_dtype
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.sharding import whole
 from job.runtime.watchdog import Watchdog
-from job.sample import round_trips, write_samples
 
 
 @dataclass

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from job.config import Config, from_dict, validate
+from job.config import Config, from_dict
+from job.config_checks import validate
 from job.model.plain import PlainMMDiT
 from job.monitoring.flops import pass_flops
 from job.objective.build import build_objective

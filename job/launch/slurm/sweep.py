@@ -18,7 +18,8 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
-from job.config import Config, targets_dir, validate
+from job.config import Config, targets_dir
+from job.config_checks import validate
 from job.errors import UserError
 from job.files import write_json
 from job.launch.slurm import container, scheduler
