@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint lock clean monitoring-tools test-monitoring
+.PHONY: train test generate lint lock clean monitoring-tools test-monitoring
 
 train: .venv/runtime                  ## set up, prepare the embedded text, train the demo, show what it learned
 	$(BIN)/python -m job.prepare --out data/demo
@@ -17,8 +17,12 @@ monitoring-tools:                     ## Debian's packages for test-monitoring (
 	apt-get update --quiet --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends prometheus prometheus-alertmanager prometheus-pushgateway
 
+generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code
+	$(BIN)/python docker/monitoring/generate_monitoring.py
+	$(BIN)/python k8s/generate.py
+
 lint: .venv/dev                       ## ruff and mypy
-	$(BIN)/ruff check job tests hydra_plugins
+	$(BIN)/ruff check job tests hydra_plugins docker/monitoring
 	$(BIN)/mypy
 
 # editable_mode=compat: other forms hide the Hydra launchers outside the checkout

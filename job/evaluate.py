@@ -12,7 +12,8 @@ from job.command import guarded
 from job.data.loader import evaluation_batches
 from job.errors import UsageError
 from job.inference import choose_device, load_trained
-from job.objective.evaluation import evaluate, table
+from job.monitoring.evaluation_table import table
+from job.objective.evaluation import evaluate
 from job.runtime.precision import autocast
 
 

@@ -7,8 +7,9 @@ from job.data.loader import evaluation_batches
 from job.errors import UserError
 from job.files import json_lines, write_json
 from job.monitoring.curves import write_curves
+from job.monitoring.evaluation_table import headline, table
 from job.monitoring.progress import Progress
-from job.objective.evaluation import evaluate, table
+from job.objective.evaluation import evaluate
 from job.runtime import distributed
 from job.sample import round_trips, write_samples
 
@@ -49,8 +50,7 @@ def evaluate_if_due(job: Job, done: int, progress: Progress) -> str | None:
         return str(stop)
     job.evaluated = done
     job.reporter.evaluation(done, job.metrics)
-    short = ("l2t/ce", "l2t/latent_gain", "t2l/x0_cos", "t2l/text_gain", "t2l2t/token_acc", "l2t2l/cos")
-    progress.say(f"evaluation at step {done}  " + "  ".join(f"{name} {job.metrics[name]:.3f}" for name in short))
+    progress.say(f"evaluation at step {done}  {headline(job.metrics)}")
     return None
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from job.config import LossConfig, ModelConfig, TrainingConfig
 from job.errors import UserError
 from job.model.multimodal import build_model
+from job.monitoring.evaluation_table import table, verdicts
 from job.objective import evaluation
-from job.objective.evaluation import Rows, evaluate, participation_ratio, table, verdicts
+from job.objective.evaluation import Rows, evaluate, participation_ratio
 from job.objective.fast import build_trainer
 from job.objective.trainer import Trainer
 
