@@ -27,4 +27,4 @@ def test_a_rank_exports_its_own_and_only_rank_0_the_runs() -> None:
             for s in family.samples
         )
         buckets = {s.labels["le"]: s.value for family in families for s in family.samples if s.name.endswith("_bucket")}
-        assert (buckets["0.05"], buckets["0.1"], buckets["300.0"], buckets["+Inf"]) == (0, 1, 1, 2)
+        assert (buckets["0.05"], buckets["0.1"], buckets["300"], buckets["+Inf"]) == (0, 1, 1, 2)
