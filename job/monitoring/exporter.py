@@ -115,8 +115,8 @@ def _handler(registry: CollectorRegistry, checks: Mapping[str, Check]) -> type[B
             path = self.path.partition("?")[0]
             with contextlib.suppress(ConnectionError):  # whoever asked has gone
                 if path == "/metrics":
-                    # Prometheus says that it takes gzip. That adds a quarter to the processor time of a scrape, on the machine
-                    # that feeds the GPU, to save a few kilobytes of network: so the handler does not get to know of it.
+                    # Prometheus says that it takes gzip. That adds a quarter to the processor time of a scrape, on the
+                    # machine that feeds the GPU, to save a few kilobytes of network: the handler does not get to know.
                     del self.headers["Accept-Encoding"]
                     self.path = path  # always everything: a choice by ?name[]=... would find nothing of `Metrics`
                     super().do_GET()
