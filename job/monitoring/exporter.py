@@ -25,7 +25,7 @@ from job.metric_names import METRICS, OF_EACH_RANK, STEP_BUCKETS, Series
 Snapshot = Mapping[Series, float]
 Check = Callable[[], tuple[bool, str]]  # whether, and a word on why
 REQUEST_SECONDS = 5.0
-EACH_RANKS = frozenset(metric.name for metric in OF_EACH_RANK)
+FROM_EVERY_RANK = frozenset(metric.name for metric in OF_EACH_RANK)
 STEP_DURATION = METRICS["cyclevae_step_duration_seconds"]
 
 # Or the histogram would add a series `..._created`, which says no more than cyclevae_start_timestamp_seconds.
@@ -55,7 +55,7 @@ class Metrics(Collector):
 
         A rank above 0 keeps its own and drops the run's.
         """
-        shown = {series: value for series, value in values.items() if self.rank == 0 or series[0] in EACH_RANKS}
+        shown = {series: value for series, value in values.items() if self.rank == 0 or series[0] in FROM_EVERY_RANK}
         self._from_loop = {**self._from_loop, **shown}
 
     def observe(self, values: Snapshot) -> None:
