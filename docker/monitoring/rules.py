@@ -48,13 +48,12 @@ def recordings(d: Durations) -> dict[str, str]:
     """What several panels and alerts ask for: expressions by the name they are recorded under.
 
     A job that is started again has another job_id, instance and node. The `max by (run)` drops these labels, so that
-    a mean over time goes on over a restart; of two jobs of one run, the old one's series end when the new one's
-    begin.
+    a mean over time goes on over a restart.
     """
     window, hour = d(5 * MINUTE), d(HOUR)
     step_seconds = "cyclevae_step_duration_seconds"
-    part = f"avg_over_time(cyclevae_step_part_seconds{{part=%s}}[{window}])"
-    data_wait, forward = part % '"data_wait"', part % '"forward"'
+    data_wait = f'avg_over_time(cyclevae_step_part_seconds{{part="data_wait"}}[{window}])'
+    forward = f'avg_over_time(cyclevae_step_part_seconds{{part="forward"}}[{window}])'
     productive = f'increase(cyclevae_goodput_seconds_total{{phase="productive"}}[{hour}])'
     # A run that was just started again has an old checkpoint, whose age says nothing: its own start counts as one.
     saved_or_started = "cyclevae_checkpoint_last_success_timestamp_seconds|cyclevae_start_timestamp_seconds"
@@ -75,11 +74,11 @@ def recordings(d: Durations) -> dict[str, str]:
 
 def alerts(d: Durations) -> list[Alert]:
     """Every alert."""
-    return [*liveness(d), *learning(d), *machine(d)]
+    return [*liveness(d), *checkpoints(d), *losses(d), *gains(d), *ramps(d), *machine(d)]
 
 
 def liveness(d: Durations) -> list[Alert]:
-    """Runs that stand still, are gone, or cannot save."""
+    """Runs that stand still or are gone."""
     return [
         Alert(
             name="CyclevaeRunStalled",
@@ -117,6 +116,12 @@ def liveness(d: Durations) -> list[Alert]:
             "exit code: 143 stopped with a checkpoint, 134 worth a retry, 1 needs a person. The same command "
             "goes on from the checkpoint.",
         ),
+    ]
+
+
+def checkpoints(d: Durations) -> list[Alert]:
+    """Runs that cannot save."""
+    return [
         Alert(
             name="CyclevaeCheckpointTooOld",
             signal="cyclevae:checkpoint_age_seconds",
@@ -142,18 +147,12 @@ def liveness(d: Durations) -> list[Alert]:
     ]
 
 
-def learning(d: Durations) -> list[Alert]:
-    """Runs whose objective is sick."""
+def losses(d: Durations) -> list[Alert]:
+    """Runs whose loss is sick."""
     # Neither the total, which grows when a cycle term sets in, nor terms whose weight still grows: they may rise in a
     # healthy run.
     steady_terms = "|".join(term.term for term in LOSS_TERMS if term.modes and not term.ramp)
-    ramped_terms = "|".join(term.term for term in LOSS_TERMS if term.ramp)
     loss = f'cyclevae:loss:mean5m{{term=~"{steady_terms}"}}'
-    weight = f'max by (run, term) (cyclevae_loss_weight{{term=~"{ramped_terms}"}})'
-    target = f'max by (run, term) (cyclevae_loss_weight_target{{term=~"{ramped_terms}"}} > 0)'
-    ramp_end = "max by (run, term) (cyclevae_loss_weight_target_step)"
-    text_gain = "max by (run) (cyclevae_eval_t2l_text_gain)"
-    error = 'max by (run) (cyclevae_eval_t2l_x0_mse{t="1"})'
     return [
         Alert(
             name="CyclevaeNonfiniteSteps",
@@ -177,6 +176,14 @@ def learning(d: Durations) -> list[Alert]:
             "before (logging.keep_every) with a lower optimizer.lr; if it turned when a cycle term set in, "
             "lower that term's weight or lengthen its ramp.",
         ),
+    ]
+
+
+def gains(d: Durations) -> list[Alert]:
+    """Runs one of whose directions ignores its input."""
+    text_gain = "max by (run) (cyclevae_eval_t2l_text_gain)"
+    error = 'max by (run) (cyclevae_eval_t2l_x0_mse{t="1"})'
+    return [
         Alert(
             name="CyclevaeLatentGainCollapsed",
             signal="max by (run) (cyclevae_eval_l2t_latent_gain)",
@@ -200,6 +207,16 @@ def learning(d: Durations) -> list[Alert]:
             "loss.latent_t_mode=full is degenerate. Raise loss.latent_loss_weight if the latent loss does not "
             "fall.",
         ),
+    ]
+
+
+def ramps(d: Durations) -> list[Alert]:
+    """Runs in which a term of the loss has not come to its weight."""
+    terms = "|".join(term.term for term in LOSS_TERMS if term.ramp)
+    weight = f'max by (run, term) (cyclevae_loss_weight{{term=~"{terms}"}})'
+    target = f'max by (run, term) (cyclevae_loss_weight_target{{term=~"{terms}"}} > 0)'
+    ramp_end = "max by (run, term) (cyclevae_loss_weight_target_step)"
+    return [
         Alert(
             name="CyclevaeCycleWeightNotRamping",
             signal=f"{weight} / {target}",
