@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+SOURCES := job tests hydra_plugins docker k8s
 
-.PHONY: help train test lint lock clean monitoring-tools test-monitoring
+.PHONY: help train test generate lint lock clean monitoring-tools test-monitoring
 
 help:                                 ## these targets (make alone prints them too)
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -20,9 +21,13 @@ monitoring-tools:                     ## Debian's packages for test-monitoring (
 	apt-get update --quiet --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends prometheus prometheus-alertmanager prometheus-pushgateway
 
+generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code
+	$(BIN)/python docker/monitoring/generate_monitoring.py
+	$(BIN)/python k8s/generate.py
+
 lint: .venv/dev                       ## ruff (rules and format) and mypy
-	$(BIN)/ruff check job tests hydra_plugins
-	$(BIN)/ruff format --check job tests hydra_plugins
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 # editable_mode=compat: other forms hide the Hydra launchers outside the checkout

@@ -11,7 +11,8 @@ from pathlib import Path
 from job.arguments import add_device_option, add_model_options, at_least
 from job.command import guarded
 from job.inference import choose_device, first_batches, load_trained
-from job.objective.evaluation import evaluate, table
+from job.monitoring.evaluation_table import table
+from job.objective.evaluation import evaluate
 from job.runtime.precision import autocast
 
 

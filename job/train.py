@@ -46,12 +46,13 @@ from job.model.weights import apply_weights
 from job.monitoring.accumulator import Accumulator
 from job.monitoring.curves import write_curves
 from job.monitoring.environment import write_description
+from job.monitoring.evaluation_table import headline, table
 from job.monitoring.flops import Work
 from job.monitoring.phases import Parts, Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
 from job.objective.build import build_objective
-from job.objective.evaluation import evaluate, table
+from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.objective.objective import Objective
 from job.round_trips import round_trips, write_samples
@@ -396,8 +397,7 @@ def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | No
         return str(stop)
     run.evaluated = done
     run.reporter.evaluation(done, run.metrics)
-    shown = ("l2t/ce", "l2t/latent_gain", "t2l/x0_cos", "t2l/text_gain", "t2l2t/token_acc", "l2t2l/cos")
-    progress.say(f"evaluation at step {done}  " + "  ".join(f"{name} {run.metrics[name]:.3f}" for name in shown))
+    progress.say(f"evaluation at step {done}  {headline(run.metrics)}")
     return None
 
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"config", "errors", "files", "data"},
     "lgdlm": {"config", "data", "errors", "files", "lgdlm", "model"},
     "runtime": {"checkpoint_names", "config", "errors", "files", "runtime"},
-    "monitoring": {"checkpoint_names", "config", "errors", "files", "monitoring"},
+    "monitoring": {"checkpoint_names", "config", "errors", "files", "metric_names", "monitoring"},
     "launch": {"checkpoint_names", "config", "config_checks", "errors", "files", "launch", "command"},
 }
 # One owner each.

@@ -7,7 +7,6 @@ batch size nor the number of ranks changes what is measured.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -23,8 +22,6 @@ Samples = dict[str, Tensor]  # columns by name, one row a sample; "position" [n]
 Gather = Callable[[Samples], list[Samples]]
 NOISY_T = (0.25, 0.5, 0.9)  # latent timesteps that are measured besides t = 1, where generation starts
 CHUNK_ELEMENTS = 1 << 26  # of vocabulary distributions made float32 at a time
-IGNORED_LATENT_GAIN = 0.05  # nats per token
-IGNORED_TEXT_GAIN = 0.02  # of the error with shuffled texts
 
 
 def one_rank(rows: Samples) -> list[Samples]:
@@ -197,57 +194,3 @@ def _summary(rows: Samples, samples: Samples) -> dict[str, float]:
     metrics["pseudo/entropy"] = per_token("l2t", 2)
     metrics["text/most_frequent_token_acc"] = float(real_tokens.bincount().max()) / tokens
     return metrics | {"samples": float(z.shape[0]), "tokens": float(tokens)}
-
-
-ROWS = {
-    "l2t/ce": "cross-entropy of the text decoded from its latent, nats per token",
-    "l2t/token_acc": "share of its tokens decoded right",
-    "l2t/latent_gain": "what the right latent saves the decoder against another's, nats per token",
-    "t2l/x0_cos": "cosine of the latent predicted from the text to the true one, at t=1",
-    "t2l/x0_mse": "its mean squared error",
-    "t2l/x0_norm_ratio": "its length against the true one's",
-    "t2l/text_gain": "what the right text saves in mean squared error against another's",
-    "t2l2t/ce": "cross-entropy of the text decoded from its predicted latent",
-    "t2l2t/token_acc": "share of its tokens decoded right",
-    "text/most_frequent_token_acc": "the same share for always guessing the most frequent token",
-    "l2t2l/cos": "cosine of the latent predicted from the decoded text to the true one",
-    "l2t2l/retrieval_at_1": "how often the true latent is the nearest of all to it",
-    "latent/active_dims": "directions over which predicted latents vary (participation ratio)",
-    "latent/active_dims_data": "the same for the true ones",
-    "pseudo/entropy": "entropy of the decoder's distribution, nats per token",
-}
-
-
-def verdicts(metrics: dict[str, float]) -> list[str]:
-    """What the figures mean, in words."""
-    latent_gain, text_gain = metrics["l2t/latent_gain"], metrics["t2l/text_gain"]
-    if not (math.isfinite(latent_gain) and math.isfinite(text_gain)):
-        return [f"the model is broken: latent_gain is {latent_gain}, text_gain {text_gain}"]
-    shuffled_mse = text_gain + metrics["t2l/x0_mse"]
-    accuracy, baseline = metrics["t2l2t/token_acc"], metrics["text/most_frequent_token_acc"]
-    decoder = (
-        f"ignores the latent: any other serves as well (latent_gain {latent_gain:.3f})"
-        if latent_gain < IGNORED_LATENT_GAIN
-        else "uses the latent"
-    )
-    encoder = (
-        f"ignores the text: any other serves as well (text_gain {text_gain:.3f})"
-        if text_gain < IGNORED_TEXT_GAIN * shuffled_mse
-        else "uses the text"
-    )
-    guess = "always guessing the most frequent token"
-    cycle = (
-        f"is no better than {guess}"
-        if accuracy <= baseline
-        else f"gets {accuracy:.1%} of the tokens right, {guess} {baseline:.1%}"
-    )
-    return [f"the decoder {decoder}", f"the encoder {encoder}", f"text -> latent -> text {cycle}"]
-
-
-def table(metrics: dict[str, float]) -> str:
-    """The metrics as aligned lines with a few words each, and the verdicts."""
-    lines = [f"{metrics['samples']:.0f} held-out texts, {metrics['tokens']:.0f} tokens"]
-    for name, words in ROWS.items():
-        noisy = [f"{t}: {metrics[f'{name}@{t}']:.3f}" for t in NOISY_T if f"{name}@{t}" in metrics]
-        lines.append(f"  {name:<29} {metrics[name]:>9.4g}  {words}" + (f" (at t={', '.join(noisy)})" if noisy else ""))
-    return "\n".join([*lines, *(f"=> {verdict}" for verdict in verdicts(metrics))])

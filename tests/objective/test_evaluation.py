@@ -14,8 +14,9 @@ from job.config import Config, ModelConfig
 from job.errors import UserError
 from job.model.build import build_model
 from job.model.plain import PlainMMDiT
+from job.monitoring.evaluation_table import table, verdicts
 from job.objective import evaluation
-from job.objective.evaluation import Samples, evaluate, participation_ratio, table, verdicts
+from job.objective.evaluation import Samples, evaluate, participation_ratio
 from job.objective.objective import Objective
 
 VOCAB, DIM, LENGTH, COUNT, MASK_ID = 12, 12, 8, 6, 1

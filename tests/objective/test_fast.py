@@ -153,14 +153,15 @@ def test_no_mode_and_no_batch_needs_more_graphs_than_are_allowed(compiled_by: Ca
     # up.
     compiled_by("eager")
     config = model_config(n_blocks=3)
-    for loss in (
-        {},
-        {"latent_t_mode": "random"},
-        {"loss_type": "l2t"},
-        {"loss_type": "t2l"},
-        {"loss_type": "unconditional"},
-    ):
-        objective = formula_objective("fast", config, LossConfig(**loss), TrainingConfig(compile_model=True))
+    losses = [
+        LossConfig(),
+        LossConfig(latent_t_mode="random"),
+        LossConfig(loss_type="l2t"),
+        LossConfig(loss_type="t2l"),
+        LossConfig(loss_type="unconditional"),
+    ]
+    for loss in losses:
+        objective = formula_objective("fast", config, loss, TrainingConfig(compile_model=True))
         for lengths in ((5, 3, 10), (2, 9), (7,), (10, 10)):
             run(objective, formula_batch(lengths, max(lengths)))
     assert 6 < counters["stats"]["unique_graphs"] <= fast.RECOMPILE_LIMIT / 2

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from schemas import ROOT, needs_crds, problems
 
+from generate_monitoring import PORTS, pod_monitor
 from job.errors import ExitCode, UserError
 from job.launch.kubernetes.attempt import fruitless_restarts
 from job.launch.kubernetes.generate import OVERLAYS, files
 from job.launch.kubernetes.manifests import STOP, Container, Run, Settings, pytorch_job, train_job
-from job.monitoring.generate import PORTS, pod_monitor
 
 RUN = Run("first", "/runs/first", ["--config-name", "demo"])
 SETTINGS = Settings(container=Container("image:1"))
