@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.config import Config, ModelConfig
-from job.model.multimodal import build_model
+from job.model.build import build_model
 from job.monitoring.flops import Done, Work, pass_flops
 
 
