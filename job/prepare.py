@@ -13,7 +13,7 @@ from job.data import tokenizer as tokenizers
 from job.data.preparation import Options, Run, finished, prepare
 from job.data.shards import DatasetInfo, ShardDataset
 from job.errors import UsageError, UserError
-from job.runtime.place import place
+from job.runtime.launcher_variables import placement
 
 # Options that only one choice of another reads, with the default they then have.
 DEPENDENT = {
@@ -141,7 +141,7 @@ def summary(out: Path, info: DatasetInfo) -> str:
 def run(arguments: argparse.Namespace) -> None:
     """Prepare what the command line says, or go on with it."""
     check(arguments)
-    values, here = vars(arguments), place(os.environ, alone=True)
+    values, here = vars(arguments), placement(os.environ, alone=True)
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__ if name in values})
     one = Run(
         arguments.out,
