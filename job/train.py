@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from job.runtime.launcher_variables import use_huge_pages
 from job.runtime.stop import StopSignals, ignore_in_worker
 
 signals = StopSignals()
 if __name__ == "__main__":
     signals.install()  # before torch is imported: a signal in these seconds is not lost
+    use_huge_pages()  # before torch is imported: it reads the variable once
 
 import sys
 import time
@@ -45,7 +47,7 @@ from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
 from job.objective.noise import seed_for
 from job.runtime import distributed
-from job.runtime.checkpoint import Checkpointer
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.delayed import DelayedRead
 from job.runtime.optimizer import Optimizer, learning_rate
 from job.runtime.precision import autocast, compute_dtype
@@ -62,7 +64,19 @@ def train(config: Config, run_dir: Path) -> ExitCode:
     say: Callable[[str], None] = print if process.is_main else lambda _: None
     for warning in warnings:
         say(f"warning: {warning}")
-    watchdog = Watchdog(config.training.sick_rank_timeout_seconds).start()
+    with Watchdog(config.training.sick_rank_timeout_seconds) as watchdog:
+        return train_watched(config, run_dir, process, watchdog, say, started)
+
+
+def train_watched(
+    config: Config,
+    run_dir: Path,
+    process: distributed.Process,
+    watchdog: Watchdog,
+    say: Callable[[str], None],
+    started: float,
+) -> ExitCode:
+    """`train`, while a watchdog looks on."""
     train_data, validation_data = open_datasets(config)
     checkpointer = Checkpointer(
         run_dir / "checkpoints",
