@@ -27,7 +27,8 @@ from job.monitoring.phases import Parts, Phases
 from job.monitoring.reporter import Reporter
 from job.objective.fast import build_trainer
 from job.objective.trainer import Trainer
-from job.runtime.checkpoint import Checkpoint, Checkpointer, open_checkpoint
+from job.runtime.checkpoint import Checkpoint, open_checkpoint
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.compiler import refuse_without_compiler
 from job.runtime.distributed import Process
 from job.runtime.optimizer import Optimizer

@@ -13,7 +13,7 @@ import torch
 from job.data.loader import Loader
 from job.data.sampler import Sampler
 from job.data.shards import DatasetInfo
-from job.runtime.checkpoint import Checkpointer
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), node="benchmark")
