@@ -1,4 +1,4 @@
-"""Write the image's locks anew: `python docker/lock.py` (make lock), with uv and the package index that it is set up for.
+"""Write the image's locks anew: `python docker/lock.py` (make lock), with uv and the package index it is set up for.
 
 Every line has the hashes of all files of its version. Versions are those of requirements.lock; what only PyTorch's
 builds for CUDA need comes on top. torch.lock (PyTorch and CUDA) and requirements.lock (the rest) are layers of their

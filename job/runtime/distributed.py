@@ -97,52 +97,52 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Pro
     the other ranks do not come.
     """
     global _connections
-    place = placement(os.environ)
+    here = placement(os.environ)
     if started_by_torchrun(os.environ):
         _stop_with_parent()
     process = Process(
-        rank=place.rank,
-        local_rank=place.local_rank,
-        world_size=place.world_size,
-        device=_device(device, place.local_rank),
+        rank=here.rank,
+        local_rank=here.local_rank,
+        world_size=here.world_size,
+        device=_device(device, here.local_rank),
         node=socket.gethostname(),
         job_id=scheduler_job_id(os.environ),
     )
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
-    if place.address is not None:
+    if here.address is not None:
         try:
-            _connections = _connect(process, place, timeout_seconds)
+            _connections = _connect(process, here, timeout_seconds)
         except RuntimeError as error:
             raise LostRankError(
-                f"rank {place.rank} of {place.world_size} could not join the run "
-                f"at {place.address}:{place.port}: {_first_line(error)}"
+                f"rank {here.rank} of {here.world_size} could not join the run "
+                f"at {here.address}:{here.port}: {_first_line(error)}"
             ) from error
     return process
 
 
-def _connect(process: Process, place: Placement, timeout_seconds: float) -> Connections:
+def _connect(process: Process, here: Placement, timeout_seconds: float) -> Connections:
     """Meet the other ranks. Raises RuntimeError when they do not come."""
-    share_address(place)
+    share_address(here)
     on_cpu = process.device.type == "cpu"
     waiting = timedelta(seconds=max(START_SECONDS, timeout_seconds))
-    store, _, _ = next(iter(rendezvous("env://", place.rank, place.world_size, timeout=waiting)))
-    store = dist.PrefixStore(f"job/{place.run_id}", store)
+    store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
+    store = dist.PrefixStore(f"job/{here.run_id}", store)
     # NCCL has a watchdog of its own, which aborts the process without saying which rank is missing. Ours names the
     # rank, so NCCL's is given twice the time: it acts only where ours could not, such as in a stuck driver call.
     patience = timeout_seconds if on_cpu else 2 * timeout_seconds
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         store=store,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=here.rank,
+        world_size=here.world_size,
         timeout=timedelta(seconds=patience),
         device_id=None if on_cpu else process.device,
     )
     return Connections(
         control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)),
         saves=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds))),
-        heartbeats=Heartbeats(dist.PrefixStore("signs", store), place.rank, place.world_size, process.node),
+        heartbeats=Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node),
     )
 
 

@@ -115,9 +115,9 @@ def let_hydra_raise() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
-def share_address(place: Placement) -> None:
+def share_address(here: Placement) -> None:
     """Tell PyTorch's env:// rendezvous where the ranks meet; srun does not set its variables."""
-    os.environ.update(MASTER_ADDR=str(place.address), MASTER_PORT=str(place.port))
+    os.environ.update(MASTER_ADDR=str(here.address), MASTER_PORT=str(here.port))
 
 
 def keep_signals_from_torchrun() -> None:
