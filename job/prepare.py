@@ -17,7 +17,7 @@ from job.data.options import LocalOptions, Options, flag
 from job.data.preparation import Preparation, finished, prepare
 from job.data.shards import DatasetInfo, ShardDataset
 from job.errors import UsageError, UserError
-from job.runtime.place import place
+from job.runtime.launcher_variables import placement
 
 DECLARED = [f for declaration in (Options, LocalOptions) for f in dataclasses.fields(declaration) if f.init]
 EXAMPLES = 3  # texts shown of a finished dataset
@@ -112,7 +112,7 @@ def summary(out: Path, info: DatasetInfo) -> str:
 def run(arguments: argparse.Namespace) -> None:
     """Prepare what the command line says, or go on with it."""
     resolve(arguments)
-    here = place(os.environ, alone=True)
+    here = placement(os.environ, alone=True)
     preparation = Preparation(
         out=arguments.out,
         options=taken(Options, arguments),

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from job.runtime.launcher_variables import status_lines, use_huge_pages
 from job.runtime.stop import StopSignals, ignore_in_worker
 
 signals = StopSignals()
 if __name__ == "__main__":
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
+    use_huge_pages()  # before torch is imported: it reads the variable once
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +60,8 @@ from job.objective.noise import seed_for
 from job.objective.objective import Objective
 from job.round_trips import round_trips, write_samples
 from job.runtime import distributed
-from job.runtime.checkpoint import Checkpoint, Checkpointer
+from job.runtime.checkpoint import Checkpoint
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.delayed import DelayedRead
 from job.runtime.distributed import Process
 from job.runtime.optimizer import Optimizer, learning_rate
@@ -66,6 +70,8 @@ from job.runtime.precision import autocast, compute_dtype
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.sharding import whole
 from job.runtime.watchdog import Watchdog
+
+RESULT = "result.json"  # of the run directory, written last: the run is finished
 
 
 @dataclass
@@ -116,6 +122,7 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
 
     `started` is when the process was, or in a sweep of one process the run, in seconds since 1970; None: now.
     """
+    started = started or time.time()
     warnings = validate(config)
     timeout = config.training.sick_rank_timeout_seconds
     process = distributed.start(config.training.device, timeout)  # type: ignore[arg-type]
@@ -123,76 +130,85 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     for warning in warnings:
         say(f"warning: {warning}")
     with Watchdog(timeout) as watchdog:
-        train_data, held_out = open_datasets(config)
-        checkpointer = Checkpointer(
-            run_dir / checkpoint_names.DIRECTORY,
-            process,
-            keep_last=config.logging.keep_last,
-            keep_every=config.logging.keep_every,
-            log=say,
-            beat=watchdog.beat,
-        )
-        checkpoint = find_checkpoint(config, checkpointer)
-        global_batch_size, accumulation = batch_sizes(config.training, process.world_size)
-        if checkpoint is not None:
-            refuse_another_run(checkpoint.record, config, train_data.fingerprint, global_batch_size)
-            if checkpoint.step >= config.training.num_train_steps and (run_dir / "result.json").exists():
-                say(
-                    f"{run_dir} is finished: {checkpoint.step} steps; "
-                    "give the run another logging.run_name to train again"
-                )
-                return ExitCode.FINISHED
-        if process.is_main:
-            write_description(config, run_dir, process.device, process.world_size)
+        return train_watched(config, run_dir, process, watchdog, say, started)
 
-        sampler = Sampler(
-            train_data,
-            len(train_data),
-            global_batch_size,
-            config.training.seed,
-            config.data.length_bucketing,
+
+def train_watched(
+    config: Config,
+    run_dir: Path,
+    process: Process,
+    watchdog: Watchdog,
+    say: Callable[[str], None],
+    started: float,
+) -> ExitCode:
+    """`train`, while a watchdog looks on: it ends the process when nothing moves any more."""
+    total = config.training.num_train_steps
+    train_data, held_out = open_datasets(config)
+    loader = new_loader(config, train_data, process)
+    checkpointer = Checkpointer(
+        run_dir / checkpoint_names.DIRECTORY,
+        process,
+        keep_last=config.logging.keep_last,
+        keep_every=config.logging.keep_every,
+        log=say,
+        beat=watchdog.beat,
+    )
+    checkpoint = find_checkpoint(config, checkpointer)
+    global_batch_size = loader.sampler.global_batch_size
+    if checkpoint is not None:
+        refuse_another_run(checkpoint.record, config, train_data.fingerprint, global_batch_size)
+        if checkpoint.step >= total and (run_dir / RESULT).exists():
+            say(f"{run_dir} is finished: {checkpoint.step} steps; give the run another logging.run_name to train again")
+            return ExitCode.FINISHED
+    if process.is_main:
+        write_description(config, run_dir, process.device, process.world_size)
+
+    learner = new_learner(config, train_data, process, initialize=checkpoint is None)
+    model = learner.objective.model
+    with Reporter(
+        config,
+        run_dir,
+        process,
+        Phases(),
+        Work(config.model, model.vocab_size, model.latent_dim),
+        dtype=compute_dtype(config.training.dtype, process.device),
+        saves=checkpointer.stats,
+        silence=lambda: watchdog.seconds_since_beat,
+        gather=distributed.gather,
+        started=started,
+    ) as reporter:
+        run = TrainingRun(config, run_dir, process, loader, held_out, learner, checkpointer, watchdog, reporter)
+        start = restore(run, checkpoint) if checkpoint is not None else 0
+        checkpointer.prepare(learner.tensors())
+        parameters = sum(p.numel() for p in learner.objective.parameters()) / 1e6
+        say(
+            f"{run_dir}: {parameters:.1f} M parameters, {len(train_data)} training samples, global batch "
+            f"{global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {total}"
         )
-        loader = Loader(
-            train_data,
-            sampler,
-            BatchFormat.of(config),
-            BatchSplit(process.rank, process.world_size, config.training.train_batch_size, accumulation),
-            num_workers=config.data.num_workers,
-            pin_memory=process.device.type == "cuda",
-            worker_init=ignore_in_worker,
-        )
-        learner = new_learner(config, train_data, process, initialize=checkpoint is None)
-        model = learner.objective.model
-        with Reporter(
-            config,
-            run_dir,
-            process,
-            Phases(),
-            Work(config.model, model.vocab_size, model.latent_dim),
-            dtype=compute_dtype(config.training.dtype, process.device),
-            saves=checkpointer.stats,
-            silence=lambda: watchdog.seconds_since_beat,
-            gather=distributed.gather,
-            started=started or time.time(),
-        ) as reporter:
-            run = TrainingRun(config, run_dir, process, loader, held_out, learner, checkpointer, watchdog, reporter)
-            start = restore(run, checkpoint) if checkpoint is not None else 0
-            checkpointer.prepare(learner.tensors())
-            parameters = sum(p.numel() for p in learner.objective.parameters()) / 1e6
-            say(
-                f"{run_dir}: {parameters:.1f} M parameters, {len(train_data)} training samples, global batch "
-                f"{global_batch_size}, {process.world_size} x {process.device.type}, "
-                f"from step {start} to {config.training.num_train_steps}"
-            )
-            reason = loop(run, start)
-            if reason is not None:
-                signals.ignore_further()
-                say(f"stopped ({reason}): the same command goes on from here")
-                return ExitCode.STOPPED
-            finish(run)
-            # Ranks that have nothing to write wait here: without it Prometheus would take their endpoints for lost.
-            distributed.barrier()
+        reason = loop(run, start)
+        if reason is not None:
+            signals.ignore_further()
+            say(f"stopped ({reason}): the same command goes on from here")
+            return ExitCode.STOPPED
+        finish(run)
+        # Ranks that have nothing to write wait here: without it Prometheus would take their endpoints for lost.
+        distributed.barrier()
     return ExitCode.FINISHED
+
+
+def new_loader(config: Config, data: Dataset, process: Process) -> Loader:
+    """This rank's batches of the training split."""
+    training = config.training
+    global_batch_size, accumulation = batch_sizes(training, process.world_size)
+    return Loader(
+        data,
+        Sampler(data, len(data), global_batch_size, training.seed, config.data.length_bucketing),
+        BatchFormat.of(config),
+        BatchSplit(process.rank, process.world_size, training.train_batch_size, accumulation),
+        num_workers=config.data.num_workers,
+        pin_memory=process.device.type == "cuda",
+        worker_init=ignore_in_worker,
+    )
 
 
 def new_learner(config: Config, data: Dataset, process: Process, initialize: bool) -> Learner:
@@ -228,7 +244,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
     total = c.training.num_train_steps
     learner, reporter = run.learner, run.reporter
     reporter.begin(start, run.evaluated)
-    progress = Progress(total, start, show=run.process.is_main)
+    progress = Progress(total, start, show=run.process.is_main, status_lines=status_lines(os.environ))
     batches = run.loader.steps(start, total)
     nonfinite_in_a_row = DelayedRead()
     logged, last_save = start, time.monotonic()
@@ -426,6 +442,7 @@ def finish(run: TrainingRun) -> None:
             f"{run.checkpointer.directory}: the last checkpoint could not be written; "
             "free space there and run the same command again"
         )
+    run.watchdog.beat(c.training.num_train_steps, "finishing")
     trips = []
     with for_evaluation(run) as objective:
         if run.process.is_main:
@@ -435,7 +452,7 @@ def finish(run: TrainingRun) -> None:
     samples = run.run_dir / "samples.txt"
     write_samples(samples, trips)
     write_curves(run.run_dir)
-    write_json(run.run_dir / "result.json", {"step": c.training.num_train_steps, **run.metrics}, indent=2)
+    write_json(run.run_dir / RESULT, {"step": c.training.num_train_steps, **run.metrics}, indent=2)
     print(f"\n{table(run.metrics)}\n\n{samples.read_text()}\nfinished: {run.run_dir}")
 
 

@@ -18,7 +18,7 @@ from job.errors import ExitCode, UsageError, UserError
 from job.inference import load_trained
 from job.model.build import build_model
 from job.model.weights import apply_weights
-from job.runtime.checkpoint import Checkpointer
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 from job.runtime.resume import record
 

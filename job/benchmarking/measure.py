@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import statistics
 import time
@@ -26,7 +27,7 @@ from job.runtime.parallel import reduction_of_gradients
 from job.runtime.precision import autocast
 
 MASK = 3
-PARTS = ("forward", "backward", "optimizer")
+STEP_PARTS = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Case:
 
     def step(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of one training step, and its loss."""
-        seconds = dict.fromkeys(PARTS, 0.0)
+        seconds = dict.fromkeys(STEP_PARTS, 0.0)
         self.objective.zero_grad()
         stages = self.objective.stages(0)
         base = None
@@ -123,7 +124,30 @@ def compare(
     repeats: int,
     peak_flops: float | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each setting by name: seconds, tokens a second, operations, and the speed-up over the first (median of the pairs)."""
+    """Figures of each setting by name: seconds, tokens a second, operations, memory, and the speed-up over the first.
+
+    The speed-up is the median of the pairs of steps taken in turn. peak_flops: what the device can do in a second.
+    """
+    figures = _step_in_turn(settings, shape, device, repeats, peak_flops)
+    # Memory is measured one setting at a time, each in a process of its own, which must find the device empty: the
+    # models that were timed are freed first (they contain cycles, which only the collector frees), and so is the memory
+    # that PyTorch keeps for reuse on a GPU.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for name, values in settings.items():
+        figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
+    return figures
+
+
+def _step_in_turn(
+    settings: dict[str, dict[str, Any]],
+    shape: Shape,
+    device: torch.device,
+    repeats: int,
+    peak_flops: float | None,
+) -> dict[str, dict[str, Any]]:
+    """The figures of `compare` but for memory. All models are alive until it returns."""
     cases = {name: Case(values, shape, device) for name, values in settings.items()}
     first = {name: case.step() for name, case in cases.items()}
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
@@ -149,11 +173,8 @@ def compare(
             "speedup": statistics.median(ratios),
             "speedup_min": min(ratios),
             "speedup_max": max(ratios),
-            "parts": {part: statistics.median(step[part] for step in steps[name]) for part in PARTS},
+            "parts": {part: statistics.median(step[part] for step in steps[name]) for part in STEP_PARTS},
         }
-    del cases, case
-    for name, values in settings.items():
-        figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
     return figures
 
 
@@ -168,10 +189,8 @@ def _peak_memory(values: dict[str, Any], shape: Shape, device: str, threads: int
     case = Case(values, shape, torch.device(device))
     for _ in range(2):
         case.step()
-    on_gpu = case.device.type == "cuda"
-    # not getrusage's ru_maxrss, which a child takes over from its parent
-    return (
-        torch.cuda.max_memory_allocated() / 2**30
-        if on_gpu
-        else int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    )
+    if case.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage's ru_maxrss: a child takes that over from its parent.
+    resident = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    return int(resident) / 2**20

@@ -29,7 +29,7 @@ from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter, run_label
 from job.monitoring.targets import RankAddress, Targets
 from job.monitoring.vitals import Vitals
-from job.runtime.checkpoint import SaveStats
+from job.runtime.checkpointer import SaveStats
 from job.runtime.distributed import Process
 
 VALUES = {

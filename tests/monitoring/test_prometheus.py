@@ -31,7 +31,7 @@ from job.files import json_lines
 from job.monitoring.flops import Work
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter
-from job.runtime.checkpoint import SaveStats
+from job.runtime.checkpointer import SaveStats
 from job.runtime.distributed import Process
 from rules import Durations, alerts, recordings
 

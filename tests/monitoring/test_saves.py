@@ -9,7 +9,7 @@ import pytest
 from job import checkpoint_names
 from job.config import LoggingConfig
 from job.monitoring.saves import expected_save_interval, newest_checkpoint, save_series
-from job.runtime.checkpoint import SaveStats
+from job.runtime.checkpointer import SaveStats
 
 
 def committed(directory: Path, step: int, size: int) -> None:
