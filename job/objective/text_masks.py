@@ -37,9 +37,9 @@ def fully_masked(s: Inputs, mask_token_id: int) -> MaskedText:
 def mask_text(s: Inputs, loss: LossConfig, mask_token_id: int, max_seq_len: int, name: str) -> MaskedText:
     """Texts masked as loss.text_t_mode says; draws are named after `name`.
 
-    With `random` a row's mask ratio is uniform in [0, 1), or 1 with the chance loss.text_full_share. Weighted by 1 /
-    ratio (loss.text_weighting=elbo) the loss is an upper bound of -log p of the text, per token (MDLM, eq. 10); the
-    mean over masked tokens weighs rows by how much of them is masked.
+    With `random` a row's mask ratio is uniform in [0, 1), or 1 with the chance loss.text_full_share. The mean over
+    masked tokens weighs rows by how much of them is masked. Weighted by 1 / ratio instead (loss.text_weighting=elbo),
+    the loss is, without full rows, an upper bound of -log p of the text, per token (MDLM, eq. 10).
     """
     if loss.text_t_mode == "full" or loss.text_full_share == 1:
         return fully_masked(s, mask_token_id)
