@@ -119,7 +119,7 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-class Cluster:
+class PrivateCluster:
     """The cluster's directory, the environment in which SLURM's commands reach it, and its daemons."""
 
     def __init__(self, base: Path, nodes: int, cpus: int, max_array_size: int) -> None:
@@ -246,12 +246,12 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(nodes: int = 2, cpus: int = 4, max_array_size: int = 3) -> Iterator[Cluster]:
+def cluster(nodes: int = 2, cpus: int = 4, max_array_size: int = 3) -> Iterator[PrivateCluster]:
     """A running cluster; its jobs and daemons end with the context."""
     base = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: paths of sockets are limited to 108 bytes
     base.chmod(0o755)  # munged wants every directory above its socket open to all
     try:
-        one = Cluster(base, nodes, cpus, max_array_size)
+        one = PrivateCluster(base, nodes, cpus, max_array_size)
         try:
             one.start()
             yield one

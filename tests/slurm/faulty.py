@@ -16,7 +16,7 @@ from typing import Any
 
 fault, module = sys.argv[1], sys.argv[3]
 del sys.argv[1:4]
-if fault == "early" and module == "job.launch.where" and "SLURM_RESTART_COUNT" not in os.environ:
+if fault == "early" and module == "job.launch.slurm.directories" and "SLURM_RESTART_COUNT" not in os.environ:
     print("waiting for a signal", file=sys.stderr, flush=True)
     signal.pause()
 if module != "job.train" or fault == "early":

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import Cluster, wait_for
+from cluster import PrivateCluster, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 60
@@ -30,7 +30,7 @@ OVER = {
 class Slurm:
     """Jobs of a test on the cluster."""
 
-    def __init__(self, cluster: Cluster, directory: Path) -> None:
+    def __init__(self, cluster: PrivateCluster, directory: Path) -> None:
         self.cluster, self.directory = cluster, directory
         self.jobs: list[str] = []
 
