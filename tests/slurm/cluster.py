@@ -1,5 +1,6 @@
-"""A private SLURM cluster with accounting in a temporary directory: own munge socket, ports and database, nothing under /etc or /var.
+"""A private SLURM cluster with accounting, in a temporary directory.
 
+It has its own munge socket, ports and database; nothing under /etc or /var is touched.
 By hand: `python tests/slurm/cluster.py` prints the SLURM_CONF to export, and ends with Ctrl-C.
 """
 
@@ -100,7 +101,10 @@ def missing_programs() -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, between those of the runs' rendezvous and those that Linux gives to connections by itself."""
+    """Ports that were free a moment ago.
+
+    They lie between those of the runs' rendezvous and those that Linux gives to connections by itself.
+    """
     return [port for port in random.sample(range(30000, 32768), 20 * count) if not listens(port)][:count]
 
 
@@ -131,7 +135,8 @@ class PrivateCluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
         ctld_port, self._db_port, self._dbd_port, *ports = free_ports(nodes + 3)
         lines = [
-            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} "
+            "RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
             for name, port in zip(self.names, ports, strict=True)
         ]
         for directory in ("ctld", "spool", "log", "db"):

@@ -1,6 +1,8 @@
 """job.train in which something goes wrong: `python faulty.py FAULT -m job.train ...`; other modules run as they are.
 
-raise: rank 1 raises an exception in step 10.  kill: rank 1 is killed in step 10.  crash: every rank is killed before its first step.
+raise: rank 1 raises an exception in step 10.
+kill: rank 1 is killed in step 10.
+crash: every rank is killed before its first step.
 wait: a run that begins at its first step takes five seconds for every step from 20 on, until it is told to stop.
 early: what runs before the ranks in a job's first start waits for a signal.
 """

@@ -59,8 +59,13 @@ def quiet(quiet_job: tuple[Slurm, str]) -> Losses:
 
 
 @pytest.fixture(scope="session")
-def overdue(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Slurm, str]]]:
-    """Jobs with a time limit of a minute, which pass while other tests run: of a program that stops when told to, and of a deaf one."""
+def overdue(
+    slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Slurm, str]]]:
+    """Jobs with a time limit of a minute, which passes while other tests run.
+
+    One is of a program that stops when told to, the other of one that is deaf.
+    """
     jobs = {}
     for kind in ("polite", "deaf"):
         slurm = Slurm(slurm_cluster, tmp_path_factory.mktemp(kind))
