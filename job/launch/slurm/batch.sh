@@ -114,7 +114,7 @@ after_interruption() {  # EXIT_CODE of 128 or more: stopped, lost a rank, or kil
 requeue() {  # REASON EXIT_CODE: unless the run is to be given up by the rule of job/launch/restarts.py
     # The count is kept in the file restarts: the job, the newest checkpoint and the number of restarts from it. A job
     # with another number was submitted anew and counts from zero.
-    local newest last_job last_newest count error
+    local newest last_job last_newest count error code
     newest=$(newest_checkpoint)
     read -r last_job last_newest count 2>/dev/null <"$notes/restarts"
     if [ "$last_job $last_newest" != "$job $newest" ]; then count=0; fi
@@ -126,7 +126,12 @@ requeue() {  # REASON EXIT_CODE: unless the run is to be given up by the rule of
     # Both are written first: on `scontrol requeue` SLURM ends this script.
     echo "$job $newest $((count + 1))" >"$notes/restarts"
     note requeued "$1; restart $((count + 1)) of at most $max_restarts from checkpoint $newest" "$2"
-    error=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || note failed "cannot be requeued: ${error//\"/}" "$2"
+    error=$(scontrol requeue "$SLURM_JOB_ID" 2>&1)
+    code=$?
+    # From 128 on a signal has ended scontrol: the requeue has begun, and SLURM ends all processes of the job for it.
+    if [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; then
+        note failed "cannot be requeued: ${error//\"/}" "$2"
+    fi
 }
 
 newest_checkpoint() {  # name of the checkpoint of the latest step; none

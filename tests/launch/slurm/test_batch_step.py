@@ -137,3 +137,10 @@ def test_failures_are_those_of_the_last_start(tmp_path: Path) -> None:
     for start in ("1", "2"):
         run(tmp_path, f"{rank} {start}")
         assert failures.read_text() == f"start{start}\n"
+
+
+def test_a_requeue_that_ends_scontrol_too_is_no_refusal(tmp_path: Path) -> None:
+    """SLURM ends every process of a job that it requeues, at times also the scontrol that has asked for it."""
+    ended = 'scontrol() { if [ "$1" = requeue ]; then kill -TERM $BASHPID; fi; echo JobState=RUNNING; }'
+    _, events, _ = run(tmp_path, f"{ended}\nsupervise run targets 5 bash -c 'exit 134'")
+    assert events == ["requeued: exit code 134; restart 1 of at most 5 from checkpoint none"]
