@@ -147,7 +147,7 @@ def test_two_jobs_share_a_node(slurm: Slurm) -> None:
 
 
 def test_a_time_limit_of_a_minute(overdue: dict[str, tuple[Slurm, str]]) -> None:
-    """The warning comes in time, and the job is requeued; so is one that does not end in time. SLURM requeues neither."""
+    """The warning comes in time, and the job is requeued; so is one that does not end. SLURM by itself does neither."""
     for kind, reason in (("polite", "told to stop by SIGUSR1"), ("deaf", "time limit reached")):
         slurm, job = overdue[kind]
         run = slurm.directory / "run"
