@@ -1,12 +1,17 @@
 # The training image; docker/build (make image) builds it, docker/README.md tells how to run it.
-# PyTorch's wheels bring CUDA's libraries, the base only has to make the container runtime pass the driver in. Its digest could not be looked
-# up where this was written: find it with `docker buildx imagetools inspect IMAGE` and pin it, --build-arg BASE_IMAGE=IMAGE@sha256:...
-# Any Debian 12 or Ubuntu 24.04 will do as a base.
+#
+# Three layers, each changing more often than the one before: PyTorch and CUDA (gigabytes), the other dependencies, the
+# package. Each is made in a stage of its own and copied: a new version of the package moves only its own small layer.
+#
+# PyTorch's wheels bring CUDA's libraries; the base only has to make the container runtime pass the driver in. Any
+# Debian 12 or Ubuntu 24.04 will do. Its digest is not pinned here: find it with `docker buildx imagetools inspect IMAGE`
+# and pin it with --build-arg BASE_IMAGE=IMAGE@sha256:...
 ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.3-base-ubuntu24.04
 
 FROM ${BASE_IMAGE} AS base
 ENV PATH=/opt/cyclevae/bin:$PATH LC_ALL=C.UTF-8
-# With SOURCE_DATE_EPOCH bytecode carries the hash of its source, not its time. Versions are the distribution's: one list for Debian and Ubuntu.
+# With SOURCE_DATE_EPOCH bytecode carries the hash of its source, not its time, so the same sources give the same bytes.
+# Versions are the distribution's: one list for Debian and Ubuntu.
 # hadolint ignore=DL3008
 RUN export SOURCE_DATE_EPOCH=315532800 DEBIAN_FRONTEND=noninteractive \
     && apt-get update --quiet=2 \
@@ -36,7 +41,8 @@ RUN install-layer /layer --only-binary :all: ${TORCH}
 FROM builder AS dependencies
 COPY docker/requirements.lock /locks/
 # ANTLR's runtime has no wheel.
-RUN install-layer /layer --only-binary :all: --no-binary antlr4-python3-runtime --require-hashes --requirement /locks/requirements.lock
+RUN install-layer /layer --only-binary :all: --no-binary antlr4-python3-runtime \
+    --require-hashes --requirement /locks/requirements.lock
 
 FROM builder AS wheel
 ARG REVISION=""
@@ -45,7 +51,8 @@ COPY pyproject.toml /source/
 COPY job /source/job
 COPY configs /source/configs
 COPY hydra_plugins /source/hydra_plugins
-RUN printf '{"revision": "%s", "built": "%s"}\n' "$REVISION" "$(date --utc --date=@$SOURCE_DATE_EPOCH +%FT%TZ)" > /source/job/build.json \
+RUN built=$(date --utc --date=@$SOURCE_DATE_EPOCH +%FT%TZ) \
+    && printf '{"revision": "%s", "built": "%s"}\n' "$REVISION" "$built" > /source/job/build.json \
     && chmod -R u=rwX,go=rX /source \
     && pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheel /source
 # With --build-arg WHEEL_SHA256=... only that wheel goes into the image.

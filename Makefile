@@ -1,7 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
+SOURCES := job tests hydra_plugins docker k8s
 
-.PHONY: train test lint lock clean monitoring-tools test-monitoring
+.PHONY: help train test generate lint lock clean monitoring-tools test-monitoring
+
+help:                                 ## these targets (make alone prints them too)
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 train: .venv/runtime                  ## set up, prepare the embedded text, train the demo, show what it learned
 	$(BIN)/python -m job.prepare --out data/demo
@@ -17,8 +21,13 @@ monitoring-tools:                     ## Debian's packages for test-monitoring (
 	apt-get update --quiet --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends prometheus prometheus-alertmanager prometheus-pushgateway
 
-lint: .venv/dev                       ## ruff and mypy
-	$(BIN)/ruff check job tests hydra_plugins
+generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code
+	$(BIN)/python docker/monitoring/generate_monitoring.py
+	$(BIN)/python k8s/generate.py
+
+lint: .venv/dev                       ## ruff (rules and format) and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 # editable_mode=compat: other forms hide the Hydra launchers outside the checkout
@@ -43,7 +52,7 @@ lock:                                 ## write requirements*.lock and docker/*.l
 	PATH=$(CURDIR)/.venv-lock/bin:$$PATH .venv-lock/bin/python docker/lock.py
 	rm -rf .venv-lock
 
-clean:
+clean:                                ## remove the environment, the demo's data and its run
 	rm -rf .venv data/demo runs/demo
 
 .PHONY: slurm-tools test-slurm
@@ -55,7 +64,7 @@ test-slurm: .venv/dev                 ## the launchers on a private SLURM cluste
 	CYCLEVAE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 .PHONY: k8s-tools test-k8s
-k8s-tools: image-tools                ## Kubernetes for test-k8s: programs from Debian, and the node's built from Debian's source into a cache, minutes (as root)
+k8s-tools: image-tools                ## Kubernetes for test-k8s, its node built from Debian's source, minutes (as root)
 	apt-get update
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends golang-go dpkg-dev etcd-server docker.io busybox-static openssl
 	tests/k8s/build.sh "$${XDG_CACHE_HOME:-$$HOME/.cache}/cyclevae/kubernetes"

@@ -1,7 +1,8 @@
-"""Write the image's locks anew: `python docker/lock.py` (make lock), with uv and the package index that it is set up for.
+"""Write the image's locks anew: `python docker/lock.py` (make lock), with uv and the package index it is set up for.
 
-Every line has the hashes of all files of its version. Versions are those of requirements.lock; what only PyTorch's builds for CUDA need
-comes on top. torch.lock (PyTorch and CUDA) and requirements.lock (the rest) are layers of their own, build.lock is what builds the wheels.
+Every line has the hashes of all files of its version. Versions are those of requirements.lock; what only PyTorch's
+builds for CUDA need comes on top. torch.lock (PyTorch and CUDA) and requirements.lock (the rest) are layers of their
+own, since PyTorch's gigabytes change rarely; build.lock is what builds the wheels.
 """
 
 from __future__ import annotations
@@ -19,36 +20,23 @@ HEADER = "# Written by docker/lock.py (make lock).\n"
 
 def resolve(requirements: list[str], python: str, *options: str) -> list[str]:
     """The entries of a lock for Linux on x86-64, one string with its hashes each."""
-    command = [
-        "uv",
-        "pip",
-        "compile",
-        "-",
-        "--quiet",
-        "--no-config",
-        "--generate-hashes",
-        "--no-annotate",
-        "--no-header",
-        "--python-version",
-        python,
-        "--python-platform",
-        "x86_64-manylinux_2_28",
-        *options,
-    ]
+    command = ["uv", "pip", "compile", "-", "--quiet", "--no-config"]
+    command += ["--generate-hashes", "--no-annotate", "--no-header"]
+    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28", *options]
     text = subprocess.run(command, input="\n".join(requirements), stdout=subprocess.PIPE, text=True, check=True).stdout
     return re.findall(r"^[^\s#].*(?:\n +--hash.*)*\n", text, re.MULTILINE)
 
 
 def main() -> None:
+    """Write the three locks. One set must do for every Python that a base image may have."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
+    versions = ("--constraints", str(HERE.parent / "requirements.lock"))
     locks: dict[str, list[str]] = {}
     for python in PYTHONS:
-        entries = resolve(
-            project["project"]["dependencies"], python, "--constraints", str(HERE.parent / "requirements.lock")
-        )
+        entries = resolve(project["project"]["dependencies"], python, *versions)
         new = {
-            "torch.lock": [e for e in entries if CUDA.match(e)],
-            "requirements.lock": [e for e in entries if not CUDA.match(e)],
+            "torch.lock": [entry for entry in entries if CUDA.match(entry)],
+            "requirements.lock": [entry for entry in entries if not CUDA.match(entry)],
             "build.lock": resolve(project["build-system"]["requires"], python),
         }
         if locks and new != locks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import runpy
 import sys
 
+from job.errors import ExitCode
+
 COMMANDS = {
     "train": "train a model",
     "prepare": "turn text into shards",
@@ -17,17 +19,23 @@ COMMANDS = {
 }
 
 
+def usage() -> str:
+    """The commands with a line for each."""
+    commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return f"usage: cyclevae COMMAND ...\n\n{commands}\n\n`cyclevae COMMAND --help` tells more."
+
+
 def main() -> None:
+    """Run the command that the first argument names; the others are its own."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("-h", "--help"):
+        print(usage())
+        sys.exit(ExitCode.FINISHED)
     if command not in COMMANDS:
-        print(
-            "usage: cyclevae COMMAND ...\n\n"
-            + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-            + "\n\n`cyclevae COMMAND --help` tells more.",
-            file=sys.stdout if command in ("-h", "--help") else sys.stderr,
-        )
-        sys.exit(0 if command in ("-h", "--help") else 2)
+        print(usage(), file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
     del sys.argv[1]
+    # As `python -m` would, so that a command's usage shows its own name and only its own imports are loaded.
     runpy.run_module(f"job.{command}", run_name="__main__", alter_sys=True)
 
 

@@ -1,13 +1,12 @@
-"""The configuration: every key with its type, default and meaning, and `validate`, which refuses what cannot work.
+"""The configuration: every key with its type, default, meaning and limits, and where a run keeps its things.
 
-Key names are those of the LGDLM research code where it has one. A key nothing reads is refused like an unknown one:
-fields carry the condition under which they are read (`read_if`), and `validate` names a key that was changed without effect.
+Key names are those of the LGDLM research code where it has one. `job.config_checks.validate` refuses what cannot work,
+among it keys that nothing reads: a key carries the condition under which it is read (`read_if`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,19 @@ from job.errors import UserError
 from job.files import file_name
 
 LOSS_TYPES = ("cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential")
-MODES = (
-    "unconditional",
-    "l2t",
-    "t2l",
-)  # what one step of `random` and `sequential` can be, in the order of mode_weights
+MODES = ("unconditional", "l2t", "t2l")  # what one step of `random` and `sequential` can be; the order of mode_weights
+
+# Conditions for `read_if`: the key that decides, and its value or values with which the other key is read.
+SHARDS = ("data.source", "shards")
+SYNTHETIC = ("data.source", "synthetic")
+FROM_BETAS = ("model.latent_beta_schedule", ("linear", "sigmoid"))
+FAST = ("model.implementation", "fast")
+CYCLE = ("loss.loss_type", "cycle_vae")
+PREDICTS_LATENTS = ("loss.loss_type", ("cycle_vae", "t2l", "random", "sequential"))
+RANDOM_TIMES = ("loss.latent_t_mode", "random")
+RANDOM_MODES = ("loss.loss_type", "random")
+SEQUENTIAL_MODES = ("loss.loss_type", "sequential")
+MONITORED = ("monitoring.enabled", True)
 
 
 def key(
@@ -36,46 +43,41 @@ def key(
     high: float | None = None,
     read_if: tuple[str, Any] | None = None,
 ) -> Any:
-    """A configuration key: its default, its meaning, what it may be (`low` <= value, `above` < value, value <= `high`),
-    and the (dotted key, value or values) without which nothing reads it."""
+    """A configuration key: its default, its meaning, and what it may be.
+
+    A value lies in `choices` where there are any, and low <= value, above < value, value <= high. `read_if` names the
+    dotted key, and its value or values, without which nothing reads this one.
+    """
     metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high, "read_if": read_if}
-    if isinstance(default, (list, dict)):
+    if isinstance(default, list):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass
 class DataConfig:
+    """data.*: what the model is trained on."""
+
     source: str = key(
         "shards",
         "where samples come from: prepared shards, or random ones that need no data",
         choices=("shards", "synthetic"),
     )
-    dir: str | None = key(None, "directory of prepared shards (dataset.json inside)", read_if=("data.source", "shards"))
+    dir: str | None = key(None, "directory of prepared shards (dataset.json inside)", read_if=SHARDS)
     num_workers: int = key(0, "loader processes per rank; 0 loads in the training process", low=0)
-    standardize_latents: bool = key(
-        True, "subtract the stored mean of the latents and divide by their standard deviation"
-    )
-    length_bucketing: bool = key(
-        False, "batch samples of similar length together (same samples per epoch, another order)"
-    )
+    standardize_latents: bool = key(True, "subtract the latents' stored mean and divide by their standard deviation")
+    length_bucketing: bool = key(False, "batch samples of similar length (same samples per epoch, another order)")
     pad_to_max: bool = key(False, "pad every batch to model.max_seq_len instead of its own longest row")
-    verify_hashes: bool = key(
-        False, "check the SHA-256 of every shard before the first step", read_if=("data.source", "shards")
-    )
-    synthetic_samples: int = key(
-        512, "number of random training samples", above=0, read_if=("data.source", "synthetic")
-    )
-    synthetic_vocab_size: int = key(
-        256, "vocabulary of the random samples", low=8, read_if=("data.source", "synthetic")
-    )
-    synthetic_latent_dim: int = key(
-        16, "latent dimension of the random samples", above=0, read_if=("data.source", "synthetic")
-    )
+    verify_hashes: bool = key(False, "check the SHA-256 of every shard before the first step", read_if=SHARDS)
+    synthetic_samples: int = key(512, "number of random training samples", above=0, read_if=SYNTHETIC)
+    synthetic_vocab_size: int = key(256, "vocabulary of the random samples", low=8, read_if=SYNTHETIC)
+    synthetic_latent_dim: int = key(16, "latent dimension of the random samples", above=0, read_if=SYNTHETIC)
 
 
 @dataclass
 class ModelConfig:
+    """model.*: shape of the network, and the noise on its latents."""
+
     hidden_size: int = key(512, "width of both streams", above=0)
     n_blocks: int = key(8, "number of MMDiT blocks", above=0)
     n_heads: int = key(8, "attention heads", above=0)
@@ -90,69 +92,54 @@ class ModelConfig:
     vocab_multiple: int = key(64, "round a vocabulary taken from the data up to a multiple of this", above=0)
     cluster_size: int = key(0, "LGDLM's cluster vocabulary; only 0 is supported", choices=(0,))
     time_scale: float = key(
-        1000.0, "timesteps in [0, 1] are multiplied by this before the sinusoidal embedding (LGDLM: 1)", above=0
+        1000.0,
+        "timesteps in [0, 1] are multiplied by this before the sinusoidal embedding (LGDLM: 1)",
+        above=0,
     )
     latent_timesteps: int = key(1000, "length of the latent noise schedule", low=2)
     latent_beta_schedule: str = key("cosine", "latent noise schedule", choices=("linear", "cosine", "sigmoid"))
-    latent_beta_min: float = key(
-        1e-4, "first beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid"))
-    )
-    latent_beta_max: float = key(
-        0.02, "last beta", above=0, high=1, read_if=("model.latent_beta_schedule", ("linear", "sigmoid"))
-    )
+    latent_beta_min: float = key(1e-4, "first beta", above=0, high=1, read_if=FROM_BETAS)
+    latent_beta_max: float = key(0.02, "last beta", above=0, high=1, read_if=FROM_BETAS)
     latent_parameterization: str = key("v_param", "what the latent head predicts", choices=("epsilon", "x0", "v_param"))
     interpolate_schedule: bool = key(True, "read the schedule between its entries (LGDLM reads entry floor(t * 999))")
     implementation: str = key(
-        "fast", "fast, or plain: the stock blocks and whole logits, the same losses", choices=("fast", "plain")
+        "fast",
+        "fast, or plain: the stock blocks and whole logits, the same losses",
+        choices=("fast", "plain"),
     )
     t_eps: float = key(1e-4, "text keeps at least this fraction unmasked at t=1 in unconditional mode", low=0, high=0.5)
 
 
 @dataclass
 class LossConfig:
+    """loss.*: the objective."""
+
     loss_type: str = key("cycle_vae", "the objective", choices=LOSS_TYPES)
     latent_loss_weight: float = key(0.1, "weight of the T2L latent loss", low=0)
-    cycle_text_weight: float = key(
-        0.1, "weight of the T2L2T cross-entropy", low=0, read_if=("loss.loss_type", "cycle_vae")
-    )
-    cycle_text_warmup_steps: int = key(
-        0, "steps before cycle_text sets in", low=0, read_if=("loss.loss_type", "cycle_vae")
-    )
-    cycle_text_ramp_steps: int = key(
-        0, "steps over which cycle_text grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae")
-    )
-    cycle_latent_weight: float = key(
-        0.1, "weight of the L2T2L latent loss", low=0, read_if=("loss.loss_type", "cycle_vae")
-    )
-    cycle_latent_warmup_steps: int = key(
-        0, "steps before cycle_latent sets in", low=0, read_if=("loss.loss_type", "cycle_vae")
-    )
-    cycle_latent_ramp_steps: int = key(
-        0, "steps over which cycle_latent grows to its weight", low=0, read_if=("loss.loss_type", "cycle_vae")
-    )
+    cycle_text_weight: float = key(0.1, "weight of the T2L2T cross-entropy", low=0, read_if=CYCLE)
+    cycle_text_warmup_steps: int = key(0, "steps before cycle_text sets in", low=0, read_if=CYCLE)
+    cycle_text_ramp_steps: int = key(0, "steps over which cycle_text grows to its weight", low=0, read_if=CYCLE)
+    cycle_latent_weight: float = key(0.1, "weight of the L2T2L latent loss", low=0, read_if=CYCLE)
+    cycle_latent_warmup_steps: int = key(0, "steps before cycle_latent sets in", low=0, read_if=CYCLE)
+    cycle_latent_ramp_steps: int = key(0, "steps over which cycle_latent grows to its weight", low=0, read_if=CYCLE)
     cycle_latent_sampling: str = key(
         "argmax",
         "how pseudo-tokens are taken from the L2T logits",
         choices=("argmax", "categorical"),
-        read_if=("loss.loss_type", "cycle_vae"),
+        read_if=CYCLE,
     )
     latent_t_mode: str = key(
         "full",
         "latent timestep of T2L: full (t = 1) or random in [cycle_latent_t_min, cycle_latent_t_max]",
         choices=("full", "random"),
-        read_if=("loss.loss_type", ("cycle_vae", "t2l", "random", "sequential")),
+        read_if=PREDICTS_LATENTS,
     )
-    cycle_latent_t_min: float = key(
-        0.0, "smallest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random")
-    )
-    cycle_latent_t_max: float = key(
-        0.98, "largest random latent timestep", low=0, high=1, read_if=("loss.latent_t_mode", "random")
-    )
-    cycle_stop_grad_latent: bool = key(
-        True, "no gradient from cycle_text into the predicted latent", read_if=("loss.loss_type", "cycle_vae")
-    )
+    cycle_latent_t_min: float = key(0.0, "smallest random latent timestep", low=0, high=1, read_if=RANDOM_TIMES)
+    cycle_latent_t_max: float = key(0.98, "largest random latent timestep", low=0, high=1, read_if=RANDOM_TIMES)
+    cycle_stop_grad_latent: bool = key(True, "no gradient from cycle_text into the predicted latent", read_if=CYCLE)
     allow_degenerate_epsilon: bool = key(
-        False, "allow epsilon prediction at t > 0.98, where the latent cannot be recovered from it"
+        False,
+        "allow epsilon prediction at t > 0.98, where the latent cannot be recovered from it",
     )
     ce_over_padding: bool = key(False, "cross-entropy over padding too, as LGDLM does")
     normalize_latent_loss: bool = key(False, "MSE between unit vectors, as LGDLM does: trains the direction only")
@@ -160,12 +147,16 @@ class LossConfig:
 
 @dataclass
 class ModeSteps:
+    """One part of training.sequential_schedule: so many steps of one mode."""
+
     type: str = MISSING
     steps: int = MISSING
 
 
 @dataclass
 class TrainingConfig:
+    """training.*: how long, on what, and when to give up."""
+
     seed: int = key(42, "seed of initialization, sample order, noise and dropout", low=0)
     device: str = key("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = key(
@@ -188,15 +179,15 @@ class TrainingConfig:
     ema_decay: float = key(0.0, "decay of the moving average of the weights; 0 keeps none", low=0, high=0.999999)
     strategy: str = key(
         "ddp",
-        "between ranks: ddp (each holds the whole model) or fsdp (weights, gradients and moments in shards, for models that do "
-        "not fit; evaluation still holds one copy of the weights)",
+        "between ranks: ddp (each holds the whole model) or fsdp (weights, gradients and moments in shards, "
+        "for models that do not fit; evaluation still holds one copy of the weights)",
         choices=("ddp", "fsdp"),
     )
-    compile_model: bool = key(False, "torch.compile the blocks", read_if=("model.implementation", "fast"))
+    compile_model: bool = key(False, "torch.compile the blocks", read_if=FAST)
     activation_checkpointing: bool = key(
         False,
         "keep no activations inside blocks, compute them again in backward",
-        read_if=("model.implementation", "fast"),
+        read_if=FAST,
     )
     init_from: str | None = key(None, "weights to start from: a file written by `python -m job.convert`")
     resume: str = key("auto", "auto: the run directory's newest valid checkpoint; never; or a checkpoint directory")
@@ -205,15 +196,15 @@ class TrainingConfig:
     max_nonfinite_steps: int = key(10, "give up after this many skipped steps in a row", above=0)
     sick_rank_timeout_seconds: float = key(300.0, "a rank that answers nothing for this long ends the run", above=0)
     mode_weights: list[float] = key(
-        [1.0, 1.0, 1.0], "chance of a step being unconditional, l2t, t2l", read_if=("loss.loss_type", "random")
+        [1.0, 1.0, 1.0], "chance of a step being unconditional, l2t, t2l", read_if=RANDOM_MODES
     )
-    sequential_schedule: list[ModeSteps] = key(
-        [], "modes with their steps, repeated", read_if=("loss.loss_type", "sequential")
-    )
+    sequential_schedule: list[ModeSteps] = key([], "modes with their steps, repeated", read_if=SEQUENTIAL_MODES)
 
 
 @dataclass
 class OptimizerConfig:
+    """optimizer.*: AdamW's settings."""
+
     name: str = key("adamw", "the optimizer", choices=("adamw",))
     lr: float = key(3e-4, "peak learning rate", above=0)
     weight_decay: float = key(0.01, "decay of matrices (never of norms, biases and embeddings)", low=0)
@@ -226,6 +217,8 @@ class OptimizerConfig:
 
 @dataclass
 class LoggingConfig:
+    """logging.*: where a run lives, and how often it writes, evaluates and saves."""
+
     run_name: str = key("mmdit-cycle-vae", "name of the run; its directory is save_dir/run_name")
     save_dir: str = key("runs", "parent of run directories")
     log_freq: int = key(50, "steps between lines of training_log.jsonl", above=0)
@@ -240,26 +233,32 @@ class LoggingConfig:
 
 @dataclass
 class MonitoringConfig:
+    """monitoring.*: what a run tells Prometheus and TensorBoard."""
+
     enabled: bool = key(True, "answer Prometheus over HTTP, on every rank")
-    host: str | None = key(None, "address to listen on; null: all, IPv4 and IPv6", read_if=("monitoring.enabled", True))
+    host: str | None = key(None, "address to listen on; null: all, IPv4 and IPv6", read_if=MONITORED)
     port: int | None = key(
         None,
         "port of a node's first rank, the others count up from it; null: free ones",
         low=1,
         high=65535,
-        read_if=("monitoring.enabled", True),
+        read_if=MONITORED,
     )
     targets_dir: str | None = key(
         None,
         "where the file with the job's endpoints is put, for Prometheus' file discovery; null: save_dir/.targets",
-        read_if=("monitoring.enabled", True),
+        read_if=MONITORED,
     )
     pushgateway: str | None = key(
-        None, "host:port of a Pushgateway, for jobs too short to be scraped", read_if=("monitoring.enabled", True)
+        None,
+        "host:port of a Pushgateway, for jobs too short to be scraped",
+        read_if=MONITORED,
     )
     tensorboard: bool = key(False, "write the same numbers for TensorBoard into tensorboard/ of the run directory")
     stalled_after_seconds: float = key(
-        60.0, "a rank without progress for this long, and for 20 times its usual step, is reported as stalled", above=0
+        60.0,
+        "a rank without progress for this long, and for 20 times its usual step, is reported as stalled",
+        above=0,
     )
     peak_tflops: float | None = key(
         None,
@@ -270,6 +269,8 @@ class MonitoringConfig:
 
 @dataclass
 class Config:
+    """The whole configuration, a section an attribute."""
+
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -279,35 +280,8 @@ class Config:
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
 
-ConfigStore.instance().store(name="schema", node=Config)
-OmegaConf.register_new_resolver(
-    "file_name", file_name, replace=True
-)  # configs/base.yaml names the points of a sweep by it
-
-# Keys of LGDLM's configurations that mean nothing here, and what to use instead.
-LGDLM_KEYS = {
-    "data.token_dir": "convert the directories once with `python -m job.convert data TOKEN_DIR LATENT_DIR OUT` and set data.dir=OUT",
-    "data.latent_dir": "convert the directories once with `python -m job.convert data TOKEN_DIR LATENT_DIR OUT` and set data.dir=OUT",
-    "data.data_dir": "set data.dir to a directory written by `python -m job.prepare` or `python -m job.convert data`",
-    "data.max_samples": "choose the samples when preparing the data (`python -m job.prepare --max-samples N`)",
-    "training.num_epochs": "the length of a run is training.num_train_steps",
-    "training.world_size": "the number of processes comes from torchrun or SLURM",
-    "loss.text_loss_weight": "the text loss has weight 1; scale the others",
-    "loss.reduction": "the text loss is a mean over tokens",
-    "loss.loss_scale": "not needed: weights are float32",
-    "logging.log_dir": "logging.save_dir",
-    "logging.log_every": "logging.log_freq",
-    "logging.save_every": "logging.save_freq",
-    "logging.wandb_project": "metrics go to training_log.jsonl and Prometheus",
-    "tokenizer.path": "the tokenizer is chosen when preparing the data (`python -m job.prepare --tokenizer PATH`)",
-    "tokenizer": "the tokenizer is chosen when preparing the data (`python -m job.prepare --tokenizer PATH`)",
-    "model.type": "there is one model",
-    "model.diffusion_process": "text diffusion is masked diffusion (mdlm)",
-    "model.p_uniform": "text diffusion is masked diffusion (mdlm)",
-}
-
-# Keys that may change when a run goes on from a checkpoint: they say where, how long and how it is watched, not what is trained.
-# train_batch_size is here because only the global batch counts, which is compared by itself.
+# Keys that may change when a run goes on from a checkpoint: they say where, how long and how it is watched, not what
+# is trained. train_batch_size is here because only the global batch counts, which is compared by itself.
 FREE_ON_RESUME = {
     "data.dir",
     "data.num_workers",
@@ -332,11 +306,33 @@ FREE_ON_RESUME = {
     *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),
 }
 
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("file_name", file_name, replace=True)  # configs/base.yaml: directories of a sweep
+
 
 def config_dir() -> Path:
     """Directory of the Hydra configurations: inside the installed package, or beside it in a checkout."""
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+
+
+def targets_dir(config: Config) -> Path:
+    """Where a run announces its metrics' addresses to Prometheus."""
+    return Path(config.monitoring.targets_dir or Path(config.logging.save_dir, ".targets")).absolute()
+
+
+def keys() -> dict[str, dataclasses.Field[Any]]:
+    """Every configuration key by its dotted name."""
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for section in dataclasses.fields(Config):
+        for f in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
+            found[f"{section.name}.{f.name}"] = f
+    return found
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """Default of a key."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
 def get(config: Config, dotted: str) -> Any:
@@ -347,127 +343,8 @@ def get(config: Config, dotted: str) -> Any:
     return value
 
 
-def keys() -> dict[str, dataclasses.Field[Any]]:
-    """Every configuration key by its dotted name."""
-    return {
-        f"{section.name}.{f.name}": f
-        for section in dataclasses.fields(Config)
-        for f in dataclasses.fields(section.default_factory)
-    }  # type: ignore[arg-type]
-
-
-def default_of(f: dataclasses.Field[Any]) -> Any:
-    """Default of a key."""
-    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-
-
-def _refuse_value(dotted: str, value: Any, metadata: Any) -> None:
-    if value is None:
-        return
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise UserError(f"{dotted}={value}: choose one of {', '.join(map(str, metadata['choices']))}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{dotted}={value}: give a finite number")
-    for bound, wrong, words in (
-        ("low", lambda v, b: v < b, "at least"),
-        ("above", lambda v, b: v <= b, "more than"),
-        ("high", lambda v, b: v > b, "at most"),
-    ):
-        if metadata[bound] is not None and wrong(value, metadata[bound]):
-            raise UserError(f"{dotted}={value}: give a value of {words} {metadata[bound]}")
-
-
-def _refuse_unread(config: Config, dotted: str, value: Any, f: dataclasses.Field[Any]) -> None:
-    if f.metadata["read_if"] is None or value == default_of(f):
-        return
-    other, wanted = f.metadata["read_if"]
-    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-    if get(config, other) not in wanted:
-        raise UserError(
-            f"{dotted}={value} has no effect while {other}={get(config, other)}; leave it out or set {other}={' or '.join(wanted)}"
-        )
-
-
-def _refuse_combinations(config: Config) -> None:
-    data, model, loss, training = config.data, config.model, config.loss, config.training
-    if data.source == "shards" and data.dir is None:
-        raise UserError(
-            "data.dir is not set: give a directory written by `python -m job.prepare` (data.dir=DIR), or data=synthetic for a run without data"
-        )
-    if loss.latent_t_mode == "random" and loss.cycle_latent_t_min >= loss.cycle_latent_t_max:
-        raise UserError(
-            f"loss.cycle_latent_t_min={loss.cycle_latent_t_min} is not below loss.cycle_latent_t_max={loss.cycle_latent_t_max}"
-        )
-    if model.latent_beta_min > model.latent_beta_max:
-        raise UserError(
-            f"model.latent_beta_min={model.latent_beta_min} is above model.latent_beta_max={model.latent_beta_max}"
-        )
-    if loss.loss_type == "random" and (
-        len(training.mode_weights) != len(MODES) or min(training.mode_weights) < 0 or sum(training.mode_weights) <= 0
-    ):
-        raise UserError(
-            f"training.mode_weights={list(training.mode_weights)}: give {len(MODES)} weights for {', '.join(MODES)}, none negative, one above 0"
-        )
-    if loss.loss_type == "sequential":
-        if not training.sequential_schedule:
-            raise UserError(
-                "training.sequential_schedule is empty: give it, for instance [{type: l2t, steps: 1000}, {type: t2l, steps: 1000}]"
-            )
-        for item in training.sequential_schedule:
-            if item.type not in MODES or item.steps < 1:
-                raise UserError(
-                    f"training.sequential_schedule: {{type: {item.type}, steps: {item.steps}}} needs a type of {', '.join(MODES)} "
-                    "and steps of at least 1"
-                )
-    if training.global_batch_size is not None and training.gradient_accumulation_steps != 1:
-        raise UserError(
-            "training.gradient_accumulation_steps follows from training.global_batch_size; set one of the two"
-        )
-
-
-def largest_latent_t(config: Config) -> float:
-    """Largest latent timestep that T2L can draw."""
-    return config.loss.cycle_latent_t_max if config.loss.latent_t_mode == "random" else 1.0
-
-
-def _refuse_degenerate_epsilon(config: Config) -> str | None:
-    if (
-        config.model.latent_parameterization != "epsilon"
-        or config.loss.loss_type in ("l2t", "unconditional")
-        or largest_latent_t(config) <= 0.98
-    ):
-        return None
-    reason = (
-        "model.latent_parameterization=epsilon with latent timesteps above 0.98 is degenerate: the noisy latent is the noise itself, "
-        "copying the input solves the task and the text is ignored"
-    )
-    remedy = "use model.latent_parameterization=v_param or x0, or loss.latent_t_mode=random with loss.cycle_latent_t_max at most 0.98"
-    if not config.loss.allow_degenerate_epsilon:
-        raise UserError(f"{reason}; {remedy} (loss.allow_degenerate_epsilon=true runs it all the same)")
-    return f"{reason}; {remedy}"
-
-
-def validate(config: Config) -> list[str]:
-    """Refuse impossible values, keys without effect and impossible combinations, before anything is built.
-
-    Returns warnings. Raises UserError naming the key and the remedy.
-    """
-    for dotted, f in keys().items():
-        value = get(config, dotted)
-        _refuse_value(dotted, value, f.metadata)
-        _refuse_unread(config, dotted, value, f)
-    _refuse_combinations(config)
-    warning = _refuse_degenerate_epsilon(config)
-    return [warning] if warning else []
-
-
-def targets_dir(config: Config) -> Path:
-    """Where a run announces its metrics' addresses to Prometheus."""
-    return Path(config.monitoring.targets_dir or Path(config.logging.save_dir, ".targets")).absolute()
-
-
 def from_dict(values: dict[str, Any]) -> Config:
-    """Configuration from nested plain values, such as a run directory's config.yaml; unknown keys raise UserError."""
+    """Configuration from nested plain values, such as a run's config.yaml. UserError for a key that is not known."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
     except Exception as error:

@@ -41,3 +41,15 @@ class RetryError(JobError):
     """A failure outside the program's power, such as a lost rank, that another attempt may not meet."""
 
     exit_code = ExitCode.RETRY
+
+
+class LostRankError(RetryError):
+    """Another rank died, hung or gave up: this failure is a consequence, its cause is on that rank.
+
+    All ranks end with the same code: when the other one gave up with FAILED, `exit_code` is FAILED here too, or a
+    scheduler would retry bad data for ever.
+    """
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.RETRY) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

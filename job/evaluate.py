@@ -8,55 +8,44 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from job.arguments import add_device_option, add_model_options, at_least
 from job.command import guarded
-from job.data.loader import evaluation_batches
-from job.errors import UsageError
-from job.inference import choose_device, load_trained
-from job.objective.evaluation import evaluate, table
+from job.inference import choose_device, first_batches, load_trained
+from job.monitoring.evaluation_table import table
+from job.objective.evaluation import evaluate
 from job.runtime.precision import autocast
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m job.evaluate",
         description="Evaluate a trained model, with the noise that training evaluates with.",
     )
     p.add_argument("path", type=Path, help="run directory, checkpoint, or exported model")
-    p.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
-    p.add_argument("--num-samples", type=int, help="validation samples (as many as training evaluates)")
-    p.add_argument("--batch-size", type=int, help="samples per pass (training.eval_batch_size)")
     p.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="take the moving average of the weights (if there is one, as training does)",
+        "--num-samples", type=int, action=at_least(2), help="validation samples (as many as training evaluates)"
     )
+    p.add_argument("--batch-size", type=int, action=at_least(1), help="samples per pass (training.eval_batch_size)")
+    add_model_options(p)
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device_option(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parser().parse_args(argv)
-    for name, low in (("num_samples", 2), ("batch_size", 1)):
-        if (value := getattr(options, name)) is not None and value < low:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give at least {low}")
     trained, device = load_trained(options.path, options.data, options.ema), choose_device(options.device)
-    c = trained.config
-    count = options.num_samples or c.logging.num_eval_batches * c.training.eval_batch_size
-    batches = evaluation_batches(
-        trained.held_out(),
-        num_samples=count,
-        batch_size=options.batch_size or c.training.eval_batch_size,
-        rank=0,
-        world_size=1,
-        max_seq_len=c.model.max_seq_len,
-        pad_to_max=c.data.pad_to_max,
-        standardize=c.data.standardize_latents,
-    )
-    with autocast(c.training.dtype, device):
-        metrics = evaluate(trained.trainer(device), batches, c.training.seed)
-    print(json.dumps({"step": trained.step, **metrics}) if options.json else f"step {trained.step}, {table(metrics)}")
+    logging, training = trained.config.logging, trained.config.training
+    count = options.num_samples or logging.num_eval_batches * training.eval_batch_size
+    batches = first_batches(trained.held_out(), trained.config, count, options.batch_size)
+    with autocast(training.dtype, device):
+        metrics = evaluate(trained.objective(device), batches, training.seed)
+    if options.json:
+        print(json.dumps({"step": trained.step, **metrics}))
+    else:
+        print(f"step {trained.step}, {table(metrics)}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files and directories that appear whole or not at all, and their hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from job.errors import UserError
 
 TEMPORARY = ".tmp"
 LONGEST_NAME = 150  # bytes; file systems take 255, and names are parts of other names
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside, fsync, rename, fsync the directory: after a crash `path` holds either the old content or all of the new."""
+    """Write beside, fsync, rename, fsync the directory: after a crash `path` has the old content or all of the new.
+
+    Without the first fsync the rename could reach the disk before the content does, and leave an empty file of the
+    right name; without the second the rename itself could be lost after the caller went on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -32,6 +40,29 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.close(directory)
 
 
+def refuse_existing(path: Path) -> None:
+    """UserError where something is there already: nothing that a user made is written over."""
+    if path.exists():
+        raise UserError(f"{path}: exists already; give another name or delete it")
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory beside `path` to write into, which becomes `path` at the end; after an error nothing is left of it.
+
+    UserError where `path` exists.
+    """
+    refuse_existing(path)
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write a value as JSON, whole or not at all."""
     write_whole(path, lambda file: file.write((json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()))
@@ -43,9 +74,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one a line, none without the file; a line that a kill cut short, or that is being written, is left out."""
+    """The objects of a file of one a line; none without the file.
+
+    A line that a kill cut short, or that is just being written, is left out.
+    """
+    if not path.exists():
+        return []
     objects = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().splitlines():
         try:
             objects.append(json.loads(line))
         except json.JSONDecodeError:
@@ -54,13 +90,15 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def file_name(text: str) -> str:
-    """`text` as the name of a directory: no slashes, at most LONGEST_NAME bytes (the end of a longer one becomes a digest)."""
+    """`text` as the name of a directory: no slashes, at most LONGEST_NAME bytes.
+
+    The end of a longer one becomes a digest, so that two long names that differ only there stay different.
+    """
     name = text.replace("/", "_").encode()
-    return (
-        name
-        if len(name) <= LONGEST_NAME
-        else name[: LONGEST_NAME - 9] + b"-" + hashlib.sha256(name).hexdigest()[:8].encode()
-    ).decode(errors="ignore")
+    if len(name) > LONGEST_NAME:
+        digest = hashlib.sha256(name).hexdigest()[:8].encode()
+        name = name[: LONGEST_NAME - 9] + b"-" + digest
+    return name.decode(errors="ignore")  # the cut may have split a character
 
 
 def file_entry(path: Path) -> dict[str, Any]:

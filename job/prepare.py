@@ -3,162 +3,131 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+from job.arguments import Fraction, at_least
 from job.command import guarded
 from job.data import tokenizer as tokenizers
-from job.data.preparation import Options, Run, finished, prepare
+from job.data.options import LocalOptions, Options, flag
+from job.data.preparation import Preparation, finished, prepare
 from job.data.shards import DatasetInfo, ShardDataset
 from job.errors import UsageError, UserError
-from job.runtime.place import place
+from job.runtime.launcher_variables import placement
 
-# Options that only one choice of another reads, with the default they then have.
-DEPENDENT = {
-    "vocab_size": ("tokenizer", "train", 4096),
-    "latent_dim": ("encoder", "lsa", 64),
-    "encoder_model": ("encoder", "sentence_transformers", None),
-    "truncate_dim": ("encoder", "sentence_transformers", None),
-    "encoder_batch_size": ("encoder", "sentence_transformers", 32),
-    "encoder_dtype": ("encoder", "sentence_transformers", "float32"),
-    "encoder_device": ("encoder", "sentence_transformers", None),
-}
-EXAMPLES = 3
+DECLARED = [f for declaration in (Options, LocalOptions) for f in dataclasses.fields(declaration) if f.init]
+EXAMPLES = 3  # texts shown of a finished dataset
+T = TypeVar("T", Options, LocalOptions)
+
+
+def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]) -> None:
+    """Put a declared option on the command line. What its value is follows from its default and its limits."""
+    name, declared = flag(option.name), option.metadata
+    default, text, low = declared["default"], declared["help"], declared["low"]
+    if isinstance(default, (str, int, float)) and not isinstance(default, bool):
+        text = f"{text} ({default})"
+    if declared["read_if"]:
+        default = None  # whether it was given must be seen; `resolve` fills the default in
+    if isinstance(default, bool):
+        group.add_argument(name, action="store_true", help=text)
+    elif isinstance(default, list):
+        group.add_argument(name, nargs="+", default=default, metavar=declared["metavar"], help=text)
+    elif low is not None:
+        group.add_argument(name, type=int, action=at_least(low), default=default, help=text)
+    elif declared["fraction"]:
+        group.add_argument(name, type=float, action=Fraction, default=default, help=text)
+    else:
+        group.add_argument(name, choices=declared["choices"], default=default, help=text)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m job.prepare",
-        description="Turn texts into shards of tokens and latents. Interrupted, the same command "
-        "goes on; under torchrun or srun the processes divide the shards.",
+        description="Turn texts into shards of tokens and latents. Interrupted, the same command goes on; "
+        "under torchrun or srun the processes divide the shards.",
     )
     p.add_argument("--out", type=Path, required=True, help="directory of the dataset")
-    text = p.add_argument_group("texts")
-    text.add_argument(
-        "--source",
-        nargs="+",
-        default=["stdlib"],
-        metavar="SOURCE",
-        help="stdlib (sentences from the documentation of Python's own standard "
-        "library; the default), files, directories or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH",
-    )
-    text.add_argument("--text-key", default="text", help="key or column of the text (%(default)s)")
-    text.add_argument("--hf-split", default="train", help="split of the Hugging Face dataset (%(default)s)")
-    text.add_argument("--split-sentences", action="store_true", help="every sentence of a text is a sample")
-    text.add_argument("--max-samples", type=int, help="stop after this many different texts")
-    text.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        help="share of the texts, chosen by content hash (%(default)s)",
-    )
-    text.add_argument(
-        "--max-length", type=int, default=48, help="tokens of a row; longer texts are dropped and counted (%(default)s)"
-    )
-    text.add_argument("--shard-size", type=int, default=100_000, help="texts of a shard (%(default)s)")
-    text.add_argument("--seed", type=int, default=0, help="seed of the encoder's fit (%(default)s)")
-    tokens = p.add_argument_group("tokenizer")
-    tokens.add_argument(
-        "--tokenizer",
-        default="train",
-        help="tokenizer.json, its directory, a hub name, or train: byte-level BPE (%(default)s)",
-    )
-    tokens.add_argument("--vocab-size", type=int, help="tokens of a trained tokenizer (4096)")
-    tokens.add_argument("--mask-token", help="the tokenizer's mask token, where its files do not name it")
-    tokens.add_argument("--pad-token", help="the tokenizer's padding token, where its files do not name it")
-    latents = p.add_argument_group("latents")
-    latents.add_argument("--encoder", choices=("lsa", "sentence_transformers"), default="lsa", help="(%(default)s)")
-    latents.add_argument("--latent-dim", type=int, help="lsa: dimensions (64)")
-    latents.add_argument("--encoder-model", help="sentence_transformers: model name or directory")
-    latents.add_argument("--truncate-dim", type=int, help="sentence_transformers: keep the first dimensions")
-    latents.add_argument("--encoder-batch-size", type=int, help="sentence_transformers: texts of a batch (32)")
-    latents.add_argument(
-        "--encoder-dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="sentence_transformers: type of the weights (float32)",
-    )
-    latents.add_argument(
-        "--encoder-device", help="sentence_transformers: device (each process its GPU, where there is one)"
-    )
-    p.add_argument("--local-files-only", action="store_true", help="take tokenizer and model from the local cache")
+    groups: dict[str | None, argparse._ActionsContainer] = {None: p}
+    for option in DECLARED:
+        title = option.metadata["group"]
+        if title not in groups:
+            groups[title] = p.add_argument_group(title)
+        add_option(groups[title], option)
     return p
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Fill in dependent defaults. UsageError for values that cannot be and options that nothing reads."""
-    for name, (other, wanted, default) in DEPENDENT.items():
-        flag = f"--{name.replace('_', '-')}"
-        if getattr(arguments, other) == wanted:
-            setattr(arguments, name, default if getattr(arguments, name) is None else getattr(arguments, name))
-        elif getattr(arguments, name) is not None:
+def resolve(arguments: argparse.Namespace) -> None:
+    """Fill in the defaults of options that depend on another. UsageError for one that nothing reads, or that lacks."""
+    for option in DECLARED:
+        if not option.metadata["read_if"]:
+            continue
+        other, wanted = option.metadata["read_if"]
+        there, given = getattr(arguments, other), getattr(arguments, option.name)
+        if there == wanted and given is None:
+            setattr(arguments, option.name, option.metadata["default"])
+        elif there != wanted and given is not None:
             raise UsageError(
-                f"{flag} has no effect with --{other} {getattr(arguments, other)}; leave it out or give --{other} {wanted}"
+                f"{flag(option.name)} has no effect with {flag(other)} {there}; "
+                f"leave it out or give {flag(other)} {wanted}"
             )
     if arguments.tokenizer == "train" and (arguments.mask_token or arguments.pad_token):
         raise UsageError("--mask-token and --pad-token have no effect with --tokenizer train; leave them out")
     if arguments.encoder == "sentence_transformers" and not arguments.encoder_model:
         raise UsageError("--encoder sentence_transformers needs --encoder-model NAME or DIRECTORY")
-    least = {
-        "vocab_size": tokenizers.MIN_VOCAB_SIZE,
-        "max_samples": 2,
-        "max_length": 1,
-        "shard_size": 1,
-        "seed": 0,
-        "latent_dim": 1,
-        "truncate_dim": 1,
-        "encoder_batch_size": 1,
-    }
-    for name, low in least.items():
-        if (value := getattr(arguments, name)) is not None and value < low:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give at least {low}")
-    if not 0 < arguments.validation_fraction < 1:
-        raise UsageError(f"--validation-fraction {arguments.validation_fraction}: give a value between 0 and 1")
+
+
+def taken(declaration: type[T], arguments: argparse.Namespace) -> T:
+    """The options of one declaration."""
+    names = [f.name for f in dataclasses.fields(declaration) if f.init]
+    return declaration(**{name: getattr(arguments, name) for name in names})
 
 
 def summary(out: Path, info: DatasetInfo) -> str:
     """A short account of a finished dataset."""
-    rows = ShardDataset(out, "validation")
-    tokenizer = tokenizers.of_dataset(out, info)
-    mean = sum(info.token_counts) / info.counts["train"]
+    made, counts = info.options, info.counts
+    too_long = f"{made['dropped']} longer than --max-length {made['max_length']}"
+    encoder = ", ".join(f"{key} {value}" for key, value in info.encoder.items())
+    mean = sum(info.token_counts) / counts["train"]
     lines = [
-        f"{out}: {info.counts['train']} training and {info.counts['validation']} validation texts",
-        f"  dropped      {info.options['duplicates']} duplicates, {info.options['dropped']} longer than --max-length {info.options['max_length']}",
+        f"{out}: {counts['train']} training and {counts['validation']} validation texts",
+        f"  dropped      {made['duplicates']} duplicates, {too_long}",
         f"  tokens       vocabulary {info.vocab_size}, {mean:.1f} a text, at most {info.max_length}",
-        f"  latents      {info.latent_dim} dimensions from {', '.join(f'{key} {value}' for key, value in info.encoder.items())}",
+        f"  latents      {info.latent_dim} dimensions from {encoder}",
     ]
-    if info.options["dropped"] > sum(info.counts.values()):
+    if made["dropped"] > sum(counts.values()):
         lines.append(
             "  more than half of the texts were dropped: raise --max-length, or cut texts with --split-sentences"
         )
-    if tokenizer:
+    rows = ShardDataset(out, "validation")
+    if tokenizer := tokenizers.of_dataset(out, info):
         lines += [f"  for example  {tokenizer.decode(rows[index][0])}" for index in range(min(EXAMPLES, len(rows)))]
     return "\n".join(lines)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prepare what the command line says, or go on with it."""
-    check(arguments)
-    values, here = vars(arguments), place(os.environ, alone=True)
-    options = Options(**{name: values[name] for name in Options.__dataclass_fields__ if name in values})
-    one = Run(
-        arguments.out,
-        options,
-        here.rank,
-        here.world_size,
-        arguments.local_files_only,
-        arguments.encoder_device,
-        here.local_rank,
+    resolve(arguments)
+    here = placement(os.environ, alone=True)
+    preparation = Preparation(
+        out=arguments.out,
+        options=taken(Options, arguments),
+        local=taken(LocalOptions, arguments),
+        rank=here.rank,
+        local_rank=here.local_rank,
+        world_size=here.world_size,
     )
     try:
-        before = finished(one)
-        info = before or prepare(one)
-    except OSError as error:  # a full disk's names no file
-        raise UserError(f"{error.filename or one.out}: {error.strerror or error}") from error
-    if info and one.rank == 0:
-        print((f"{one.out}: finished already\n" if before else "") + summary(one.out, info))
+        before = finished(preparation)
+        info = before or prepare(preparation)
+    except OSError as error:  # the error of a full disk names no file
+        raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
+    if info and preparation.rank == 0:
+        print((f"{arguments.out}: finished already\n" if before else "") + summary(arguments.out, info))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

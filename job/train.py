@@ -1,17 +1,24 @@
-"""The main job: `python -m job.train`, `torchrun -m job.train`, `cyclevae train`."""
+"""The story of a run, top to bottom: opened in `train`, stepped in `loop`, ended in `finish`.
+
+`python -m job.train`, `torchrun -m job.train` and `cyclevae train` all come to `main` at the end of this file.
+"""
 
 from __future__ import annotations
 
+from job.runtime.launcher_variables import status_lines, use_huge_pages
 from job.runtime.stop import StopSignals, ignore_in_worker
 
 signals = StopSignals()
 if __name__ == "__main__":
-    signals.install()  # before torch is imported: a signal in these seconds is not lost
+    signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
+    use_huge_pages()  # before torch is imported: it reads the variable once
 
+import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,278 +26,467 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from job.assembly import (
-    Job,
-    batch_sizes,
-    distribute,
-    find_checkpoint,
-    new_trainer,
-    passes,
-    reduction_seconds,
-    tensors,
-    total_over_ranks,
-    write_description,
+from job import checkpoint_names
+from job.command import guarded, refuse_unknown_keys
+from job.config import Config, config_dir
+from job.config_checks import validate
+from job.data.loader import (
+    Batch,
+    BatchFormat,
+    BatchSplit,
+    Loader,
+    dead_worker,
+    evaluation_batches,
+    open_datasets,
 )
-from job.command import guarded, unknown_key
-from job.config import Config, config_dir, keys, validate
-from job.data.loader import Batch, Loader, dead_worker, open_datasets
-from job.data.sampler import Sampler
-from job.errors import ExitCode, JobError, UsageError, UserError
+from job.data.sampler import Sampler, batch_sizes
+from job.data.shards import Dataset
+from job.errors import ExitCode, JobError, UserError
+from job.files import json_lines, write_json
+from job.model.weights import apply_weights
 from job.monitoring.accumulator import Accumulator
+from job.monitoring.curves import write_curves
+from job.monitoring.environment import write_description
+from job.monitoring.evaluation_table import headline, table
 from job.monitoring.flops import Work
-from job.monitoring.phases import Parts, process_start
+from job.monitoring.phases import Parts, Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
+from job.objective.build import build_objective
+from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
+from job.objective.objective import Objective
+from job.round_trips import round_trips, write_samples
 from job.runtime import distributed
-from job.runtime.checkpoint import Checkpointer
+from job.runtime.checkpoint import Checkpoint
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.delayed import DelayedRead
+from job.runtime.distributed import Process
 from job.runtime.optimizer import Optimizer, learning_rate
+from job.runtime.parallel import distribute, reduction_of_gradients, reduction_seconds, sum_over_ranks
 from job.runtime.precision import autocast, compute_dtype
-from job.runtime.resume import record, refuse_another_run
+from job.runtime.resume import find_checkpoint, record, refuse_another_run
+from job.runtime.sharding import whole
 from job.runtime.watchdog import Watchdog
-from job.validation import evaluate_if_due, finish, last_evaluation
+
+RESULT = "result.json"  # of the run directory, written last: the run is finished
 
 
-def train(config: Config, run_dir: Path) -> ExitCode:
-    """Train the run of a directory from where it stands to its end or to a stop. UserError and RetryError say why it failed."""
-    started = time.time() if codes else process_start()
+@dataclass
+class Learner:
+    """What learns: its tensors are what a checkpoint holds."""
+
+    objective: Objective
+    module: nn.Module  # the objective, or what runs it on several ranks
+    optimizer: Optimizer
+    accumulator: Accumulator  # the metrics of the log interval so far
+    parts: Parts  # where the time of a step goes
+
+    def tensors(self) -> dict[str, Any]:
+        """All state that training changes, but the step."""
+        return {
+            "model": self.objective.model.state_dict(),
+            "optimizer": self.optimizer.tensors(),
+            "metrics": self.accumulator.tensors(),
+        }
+
+
+@dataclass
+class TrainingRun:
+    """A run in progress: what its loop holds."""
+
+    config: Config
+    run_dir: Path
+    process: Process
+    loader: Loader  # of the training split
+    held_out: Dataset
+    learner: Learner
+    checkpointer: Checkpointer
+    watchdog: Watchdog
+    reporter: Reporter
+    evaluated: int = -1  # steps done at the last evaluation
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, on rank 0
+
+
+class Stopped(Exception):
+    """All ranks agreed on a stop in the middle of an evaluation."""
+
+
+# Opening.
+
+
+def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCode:
+    """Train the run of a directory from where it stands to its end or to a stop. JobError says why it failed.
+
+    `started` is when the process was, or in a sweep of one process the run, in seconds since 1970; None: now.
+    """
+    started = started or time.time()
     warnings = validate(config)
-    process = distributed.start(config.training.device, config.training.sick_rank_timeout_seconds)  # type: ignore[arg-type]
+    timeout = config.training.sick_rank_timeout_seconds
+    process = distributed.start(config.training.device, timeout)  # type: ignore[arg-type]
     say: Callable[[str], None] = print if process.is_main else lambda _: None
     for warning in warnings:
         say(f"warning: {warning}")
-    watchdog = Watchdog(config.training.sick_rank_timeout_seconds).start()
-    train_data, validation_data = open_datasets(config)
+    with Watchdog(timeout) as watchdog:
+        return train_watched(config, run_dir, process, watchdog, say, started)
+
+
+def train_watched(
+    config: Config,
+    run_dir: Path,
+    process: Process,
+    watchdog: Watchdog,
+    say: Callable[[str], None],
+    started: float,
+) -> ExitCode:
+    """`train`, while a watchdog looks on: it ends the process when nothing moves any more."""
+    total = config.training.num_train_steps
+    train_data, held_out = open_datasets(config)
+    loader = new_loader(config, train_data, process)
     checkpointer = Checkpointer(
-        run_dir / "checkpoints",
+        run_dir / checkpoint_names.DIRECTORY,
         process,
         keep_last=config.logging.keep_last,
         keep_every=config.logging.keep_every,
         log=say,
         beat=watchdog.beat,
     )
-    checkpoint = find_checkpoint(config, checkpointer, say)
-    global_batch_size, accumulation = batch_sizes(config, process.world_size)
+    checkpoint = find_checkpoint(config, checkpointer)
+    global_batch_size = loader.sampler.global_batch_size
     if checkpoint is not None:
         refuse_another_run(checkpoint.record, config, train_data.fingerprint, global_batch_size)
-        if checkpoint.step >= config.training.num_train_steps and (run_dir / "result.json").exists():
+        if checkpoint.step >= total and (run_dir / RESULT).exists():
             say(f"{run_dir} is finished: {checkpoint.step} steps; give the run another logging.run_name to train again")
             return ExitCode.FINISHED
     if process.is_main:
-        write_description(config, run_dir, process)
+        write_description(config, run_dir, process.device, process.world_size)
 
-    sampler = Sampler(
-        train_data, len(train_data), global_batch_size, config.training.seed, config.data.length_bucketing
-    )
-    loader = Loader(
-        train_data,
-        sampler,
-        rank=process.rank,
-        world_size=process.world_size,
-        batch_size=config.training.train_batch_size,
-        accumulation=accumulation,
-        max_seq_len=config.model.max_seq_len,
-        pad_to_max=config.data.pad_to_max,
-        standardize=config.data.standardize_latents,
-        num_workers=config.data.num_workers,
-        pin_memory=process.device.type == "cuda",
-        worker_init=ignore_in_worker,
-    )
-    trainer = new_trainer(config, train_data, starting=checkpoint is None)
-    module = distribute(trainer, config, process)
-    optimizer = Optimizer(trainer.model, config, process.device)
-    job = Job(
-        config,
-        run_dir,
-        process,
-        train_data,
-        validation_data,
-        loader,
-        trainer,
-        module,
-        optimizer,
-        Accumulator(process.device),
-        checkpointer,
-        watchdog,
-        signals,
-        Parts(process.device),
-        Work(config.model, trainer.model.vocab_size, trainer.model.latent_dim),
-    )  # type: ignore[arg-type]
-    start = 0
-    if checkpoint is not None:
-        saved = checkpointer.load(checkpoint, tensors(job))
-        start, job.metrics = checkpoint.step, last_evaluation(job, checkpoint.step) if process.is_main else {}
-        lost = distributed.agree_max(int(process.is_main and not job.metrics))
-        job.evaluated = -1 if lost else saved["evaluated"]
-    checkpointer.prepare(tensors(job))
-    say(
-        f"{run_dir}: {sum(p.numel() for p in trainer.parameters()) / 1e6:.1f} M parameters, {len(train_data)} training samples, "
-        f"global batch {global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {config.training.num_train_steps}"
-    )
+    learner = new_learner(config, train_data, process, initialize=checkpoint is None)
+    model = learner.objective.model
     with Reporter(
         config,
         run_dir,
         process,
-        job.phases,
-        job.work,
+        Phases(),
+        Work(config.model, model.vocab_size, model.latent_dim),
         dtype=compute_dtype(config.training.dtype, process.device),
         saves=checkpointer.stats,
         silence=lambda: watchdog.seconds_since_beat,
         gather=distributed.gather,
         started=started,
-    ) as job.reporter:
-        reason = loop(job, start)
+    ) as reporter:
+        run = TrainingRun(config, run_dir, process, loader, held_out, learner, checkpointer, watchdog, reporter)
+        start = restore(run, checkpoint) if checkpoint is not None else 0
+        checkpointer.prepare(learner.tensors())
+        parameters = sum(p.numel() for p in learner.objective.parameters()) / 1e6
+        say(
+            f"{run_dir}: {parameters:.1f} M parameters, {len(train_data)} training samples, global batch "
+            f"{global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {total}"
+        )
+        reason = loop(run, start)
         if reason is not None:
             signals.ignore_further()
             say(f"stopped ({reason}): the same command goes on from here")
             return ExitCode.STOPPED
-        finish(job)
-        distributed.barrier()  # or the endpoints of ranks that have nothing to finish would seem to be lost
+        finish(run)
+        # Ranks that have nothing to write wait here: without it Prometheus would take their endpoints for lost.
+        distributed.barrier()
     return ExitCode.FINISHED
 
 
-def loop(job: Job, start: int) -> str | None:
+def new_loader(config: Config, data: Dataset, process: Process) -> Loader:
+    """This rank's batches of the training split."""
+    training = config.training
+    global_batch_size, accumulation = batch_sizes(training, process.world_size)
+    return Loader(
+        data,
+        Sampler(data, len(data), global_batch_size, training.seed, config.data.length_bucketing),
+        BatchFormat.of(config),
+        BatchSplit(process.rank, process.world_size, training.train_batch_size, accumulation),
+        num_workers=config.data.num_workers,
+        pin_memory=process.device.type == "cuda",
+        worker_init=ignore_in_worker,
+    )
+
+
+def new_learner(config: Config, data: Dataset, process: Process, initialize: bool) -> Learner:
+    """Objective, model and optimizer on their device; with `initialize` from the weights of training.init_from."""
+    objective = build_objective(config, data.info)
+    if initialize and config.training.init_from:
+        apply_weights(objective.model, Path(config.training.init_from))
+    blocks: Any = objective.model.mmdit.blocks
+    module = distribute(objective, blocks, config, process)
+    optimizer = Optimizer(objective.model, config, process.device)
+    return Learner(objective, module, optimizer, Accumulator(process.device), Parts(process.device))
+
+
+def restore(run: TrainingRun, checkpoint: Checkpoint) -> int:
+    """Go on from a checkpoint; returns the steps it has done."""
+    saved = run.checkpointer.load(checkpoint, run.learner.tensors())
+    if run.process.is_main:
+        # The checkpoint only says that the evaluation was made; its figures stand in the log.
+        evaluations = json_lines(run.run_dir / "evaluation.jsonl")
+        run.metrics = next((line for line in evaluations if line["step"] == checkpoint.step), {})
+    # Without them (the run directory was copied, or training.resume names another run) every rank evaluates again.
+    figures_lost = distributed.agree_max(int(run.process.is_main and not run.metrics))
+    run.evaluated = -1 if figures_lost else saved["evaluated"]
+    return checkpoint.step
+
+
+# Training.
+
+
+def loop(run: TrainingRun, start: int) -> str | None:
     """Steps `start` to num_train_steps. Returns why it stopped before the end, or None."""
-    c = job.config
+    c = run.config
     total = c.training.num_train_steps
-    job.reporter.begin(start, job.evaluated)
-    progress = Progress(total, start, show=job.process.is_main)
-    batches = job.loader.steps(start, total)
-    nonfinite_in_a_row, interval, last_save = DelayedRead(), start, time.monotonic()
-    job.module.train()
-    stopping = evaluate_if_due(job, start, progress) if start else None
+    learner, reporter = run.learner, run.reporter
+    reporter.begin(start, run.evaluated)
+    progress = Progress(total, start, show=run.process.is_main, status_lines=status_lines(os.environ))
+    batches = run.loader.steps(start, total)
+    nonfinite_in_a_row = DelayedRead()
+    logged, last_save = start, time.monotonic()
+    learner.module.train()
+    stopping = evaluate_if_due(run, start, progress) if start else None
 
     for step in range(start, total):
         if stopping:
             break
-        job.watchdog.beat(step, "waiting for data")
-        with job.phases("data_wait"):
+        run.watchdog.beat(step, "waiting for data")
+        with reporter.phases("data_wait"):
             micro_batches = next(batches)
-        job.watchdog.beat(step, "training")
-        with job.phases("step"):
-            job.work.add(micro_batches[0]["global_lengths"].numpy(), passes(job.trainer, step))
-            train_step(job, step, micro_batches)
-            if nonfinite_in_a_row(job.optimizer.nonfinite_in_a_row) >= c.training.max_nonfinite_steps:
-                raise UserError(describe_nonfinite(job))
+        run.watchdog.beat(step, "training")
+        with reporter.phases("step"):
+            reporter.work.add(micro_batches[0]["global_lengths"].numpy(), learner.objective.passes(step))
+            train_step(run, step, micro_batches)
+            if nonfinite_in_a_row(learner.optimizer.nonfinite_in_a_row) >= c.training.max_nonfinite_steps:
+                raise UserError(describe_nonfinite(run))
         done = step + 1
-        job.reporter.step_ended()
+        reporter.step_ended()
         progress.update(done)
         if done % c.logging.log_freq == 0 or done == total:
-            progress.log(done, report_interval(job, done, done - interval))
-            interval = done
+            progress.log(done, report_interval(run, done, done - logged))
+            logged = done
         stopping = signals.agreed(distributed.agree_max, c.training.max_minutes)
-        stopping = stopping or evaluate_if_due(job, done, progress)
-        save_due = c.logging.save_minutes is not None and distributed.agree_max(
-            int(time.monotonic() - last_save > 60 * c.logging.save_minutes)
-        )
-        if stopping or done == total or save_due or (c.logging.save_freq and done % c.logging.save_freq == 0):
+        stopping = stopping or evaluate_if_due(run, done, progress)
+        if stopping or done == total or save_is_due(run, done, last_save):
             last_save = time.monotonic()
-            save(job, done, blocking=bool(stopping) or done == total)
+            save(run, done, blocking=bool(stopping) or done == total)
             if stopping:
-                waited = (signals.requested_seconds_ago or 0.0) - job.checkpointer.stats.last_save_seconds
-                progress.say(
-                    f"stop: {max(0.0, waited):.1f} s to the step's end, {job.checkpointer.stats.last_save_seconds:.1f} s to save"
-                )
+                seconds = run.checkpointer.stats.last_save_seconds
+                to_step_end = max(0.0, (signals.requested_seconds_ago or 0.0) - seconds)
+                progress.say(f"stop: {to_step_end:.1f} s to the step's end, {seconds:.1f} s to save")
     progress.close()
-    if stopping and not job.checkpointer.wait():
+    if stopping and not run.checkpointer.wait():
         raise UserError(
-            f"{job.run_dir}/checkpoints: stopped ({stopping}), but the checkpoint could not be written; earlier ones are kept"
+            f"{run.checkpointer.directory}: stopped ({stopping}), but the checkpoint could not be written; "
+            "earlier ones are kept"
         )
     return stopping
 
 
-def train_step(job: Job, step: int, micro_batches: list[Batch]) -> None:
+def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
     """One optimizer step: forward and backward of every micro-batch, one reduction over ranks, one update."""
-    config, stages = job.config, job.trainer.stages(step)
+    config, learner, device = run.config, run.learner, run.process.device
+    stages = learner.objective.stages(step)
     for number, batch in enumerate(micro_batches):
-        on_device: dict[str, Any] = {
-            name: tensor.to(job.process.device, non_blocking=True) for name, tensor in batch.items()
-        }
-        on_device["row_lengths"] = batch["attention_mask"].sum(1).tolist()
+        on_device: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        on_device["row_lengths"] = batch["attention_mask"].sum(1).tolist()  # asked of the device it would wait for it
         if config.model.dropout:
-            torch.manual_seed(seed_for("dropout", config.training.seed, step, number, job.process.rank))
-        for stage in range(stages):
-            last = number == len(micro_batches) - 1 and stage == stages - 1
-            reducing = (
-                job.module.no_sync() if isinstance(job.module, DistributedDataParallel) and not last else nullcontext()
-            )
-            with reducing:
-                with job.parts("forward"), autocast(config.training.dtype, job.process.device):
-                    loss, metrics = job.module(on_device, step, stage=stage)
-                with job.parts("backward"):
+            # A function of the step, like all randomness: a resumed run draws the same.
+            torch.manual_seed(seed_for("dropout", config.training.seed, step, number, run.process.rank))
+        base = None
+        for stage in stages:
+            is_last = number == len(micro_batches) - 1 and stage == stages[-1]
+            with reduction_of_gradients(learner.module, is_last):
+                with learner.parts("forward"), autocast(config.training.dtype, device):
+                    loss, metrics, base = learner.module(on_device, step, stage, base)
+                with learner.parts("backward"):
                     (loss / len(micro_batches)).backward()
-        job.accumulator.add(metrics)
-    with job.parts("optimizer"):
-        grad_norm = job.optimizer.step(step)
-    job.accumulator.end_step(step, grad_norm)
-    job.parts.end_step()
+        learner.accumulator.add(metrics)
+    with learner.parts("optimizer"):
+        grad_norm = learner.optimizer.step(step)
+    learner.accumulator.end_step(step, grad_norm)
+    learner.parts.end_step()
 
 
-def save(job: Job, done: int, blocking: bool) -> None:
-    job.watchdog.beat(done, "saving")
-    kept = record(done, job.config, job.train_data.fingerprint, job.loader.sampler.global_batch_size) | {
-        "evaluated": job.evaluated
-    }
-    with job.phases("checkpoint"):
-        job.checkpointer.save(done, tensors(job), kept, blocking=blocking)
+def report_interval(run: TrainingRun, done: int, steps: int) -> dict[str, float]:
+    """Give the means over the interval's steps to the logs and to Prometheus.
 
-
-def report_interval(job: Job, done: int, steps: int) -> dict[str, float]:
-    """Give the means over the interval's steps to the logs and to Prometheus. The only transfer from the device between evaluations."""
-    with job.phases("step"):
-        means = job.accumulator.read(total_over_ranks)
-        nonfinite = job.optimizer.nonfinite_steps.item()
-    seconds, work = job.phases.read(), job.work.read()
+    The metrics come from the device here, all in one transfer, and nowhere else between two evaluations.
+    """
+    learner, reporter, sampler = run.learner, run.reporter, run.loader.sampler
+    with reporter.phases("step"):
+        means = learner.accumulator.read(sum_over_ranks)
+        nonfinite = learner.optimizer.nonfinite_steps.item()
+    seconds, work = reporter.phases.read(), reporter.work.read()
     busy = seconds["step"] + seconds["data_wait"]
     values = {
         "step": done,
-        "epoch": job.loader.sampler.epoch(done),
-        "lr": learning_rate(done - 1, job.config.optimizer, job.config.training),
+        "epoch": sampler.epoch(done),
+        "lr": learning_rate(done - 1, run.config.optimizer, run.config.training),
         **means,
         "tokens_per_second": work.tokens / busy,
         "step_seconds": busy / steps,
         "data_wait_seconds": seconds["data_wait"] / steps,
-        **job.parts.read(),
-        **reduction_seconds(job.module),
-        "model_flops_utilization": work.flops / busy / job.reporter.all_flops,
-        **job.reporter.device_values,
+        **learner.parts.read(),
+        **reduction_seconds(learner.module),
+        "model_flops_utilization": work.flops / busy / reporter.all_flops,
+        **reporter.device_values,
         "nonfinite_steps": int(nonfinite),
     }
-    job.reporter.interval(values, seconds, work)
+    reporter.interval(values, seconds, work)
     return values
 
 
-def refuse_unknown(values: DictConfig) -> None:
-    """Refuse keys that were appended to the configuration (`+key=value`), which Hydra lets pass."""
-    plain: dict[str, Any] = OmegaConf.to_container(values)  # type: ignore[assignment]
-    for section, content in plain.items():
-        for name in content if isinstance(content, dict) else [""]:
-            if f"{section}.{name}" not in keys():
-                raise UsageError(unknown_key(f"{section}.{name}".rstrip(".")))
+def save_is_due(run: TrainingRun, done: int, last_save: float) -> bool:
+    """Whether it is time for a checkpoint, by steps or by the clock; the same on every rank."""
+    logging = run.config.logging
+    by_clock = False
+    if logging.save_minutes is not None:
+        # Clocks differ, but all ranks must save together.
+        by_clock = distributed.agree_max(int(time.monotonic() - last_save > 60 * logging.save_minutes)) > 0
+    return by_clock or bool(logging.save_freq and done % logging.save_freq == 0)
 
 
-def describe_nonfinite(job: Job) -> str:
+def save(run: TrainingRun, done: int, blocking: bool) -> None:
+    """Save a checkpoint of `done` steps; unless `blocking` it is written while training goes on."""
+    run.watchdog.beat(done, "saving")
+    sampler = run.loader.sampler
+    kept = record(done, run.config, run.loader.dataset.fingerprint, sampler.global_batch_size)
+    with run.reporter.phases("checkpoint"):
+        run.checkpointer.save(done, run.learner.tensors(), kept | {"evaluated": run.evaluated}, blocking=blocking)
+
+
+def describe_nonfinite(run: TrainingRun) -> str:
     """Step, terms, parameter and samples of the last update that was skipped."""
-    step = int(job.accumulator.bad_step)
-    terms = ", ".join(job.accumulator.bad_terms(total_over_ranks)) or "no term"
-    parameter = job.optimizer.names[int(job.optimizer.bad_parameter)]
-    samples = job.loader.sampler.batch(step).tolist()
-    listed = ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")
+    accumulator, optimizer, limit = run.learner.accumulator, run.learner.optimizer, 16
+    step = int(accumulator.bad_step)
+    terms = ", ".join(accumulator.bad_terms(sum_over_ranks)) or "no term"
+    parameter = optimizer.names[int(optimizer.bad_parameter)]
+    samples = run.loader.sampler.batch(step).tolist()
+    listed = ", ".join(map(str, samples[:limit]))
+    if len(samples) > limit:
+        listed += f" and {len(samples) - limit} more"
+    in_a_row = run.config.training.max_nonfinite_steps
     return (
-        f"loss or gradient not finite in {job.config.training.max_nonfinite_steps} steps in a row (training.max_nonfinite_steps), last in step {step}: "
-        f"not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; the last checkpoint is from before"
+        f"loss or gradient not finite in {in_a_row} steps in a row (training.max_nonfinite_steps), "
+        f"last in step {step}: not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; "
+        "the last checkpoint is from before"
     )
+
+
+# Evaluating.
+
+
+def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
+    """Evaluate after `done` steps when it is time and not done yet.
+
+    Returns why to stop, when a stop came in between.
+    """
+    c = run.config
+    at_end = done == c.training.num_train_steps
+    if run.evaluated == done or not (at_end or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
+        return None
+    batches = evaluation_batches(
+        run.held_out,
+        BatchFormat.of(c),
+        num_samples=c.logging.num_eval_batches * c.training.eval_batch_size,
+        batch_size=c.training.eval_batch_size,
+        rank=run.process.rank,
+        world_size=run.process.world_size,
+    )
+    on_device = ({name: tensor.to(run.process.device) for name, tensor in batch.items()} for batch in batches)
+
+    def between_batches() -> None:
+        run.watchdog.beat(done, "evaluating")
+        reason = signals.agreed(distributed.agree_max, c.training.max_minutes)
+        if reason:
+            raise Stopped(reason)
+
+    try:
+        with run.reporter.phases("evaluate"), for_evaluation(run) as objective:
+            run.metrics = evaluate(objective, on_device, c.training.seed, distributed.gather, between_batches)
+    except Stopped as stop:
+        return str(stop)
+    run.evaluated = done
+    run.reporter.evaluation(done, run.metrics)
+    progress.say(f"evaluation at step {done}  {headline(run.metrics)}")
+    return None
+
+
+@contextmanager
+def for_evaluation(run: TrainingRun) -> Iterator[Objective]:
+    """The objective as it is judged: whole, with the moving average of its weights where one is kept.
+
+    All ranks enter together, since shards are gathered here.
+    """
+
+    def new_copy() -> Objective:
+        return build_objective(run.config, run.loader.dataset.info).to(run.process.device)
+
+    with run.learner.optimizer.averaged(), autocast(run.config.training.dtype, run.process.device):
+        yield whole(run.learner.objective, new_copy)
+
+
+# Ending.
+
+
+def finish(run: TrainingRun) -> None:
+    """The files and the table that show what the run came to. result.json, written last, marks it finished."""
+    c = run.config
+    if not run.checkpointer.wait():
+        raise UserError(
+            f"{run.checkpointer.directory}: the last checkpoint could not be written; "
+            "free space there and run the same command again"
+        )
+    run.watchdog.beat(c.training.num_train_steps, "finishing")
+    trips = []
+    with for_evaluation(run) as objective:
+        if run.process.is_main:
+            trips = round_trips(objective, run.held_out, c, c.logging.num_samples)
+    if not run.process.is_main:
+        return
+    samples = run.run_dir / "samples.txt"
+    write_samples(samples, trips)
+    write_curves(run.run_dir)
+    write_json(run.run_dir / RESULT, {"step": c.training.num_train_steps, **run.metrics}, indent=2)
+    print(f"\n{table(run.metrics)}\n\n{samples.read_text()}\nfinished: {run.run_dir}")
+
+
+# The command.
+
+# Of this process's runs: a sweep without a cluster (`--multirun`) makes several, one after the other.
+outcomes: list[ExitCode] = []
+failures: list[JobError] = []
+
+
+@hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
+def run_from_hydra(values: DictConfig) -> None:
+    """One run (of a sweep): configuration and run directory from Hydra."""
+    started = time.time() if outcomes or failures else process_start()
+    try:
+        refuse_unknown_keys(values)
+        config: Config = OmegaConf.to_object(values)  # type: ignore[assignment]
+        with distributed.peers_needed():
+            outcomes.append(train(config, Path(HydraConfig.get().runtime.output_dir), started))
+        distributed.shutdown()
+    except JobError as error:
+        # Kept until the sweep is over: its other runs may do better. And Hydra would print its own words about it.
+        failures.append(error)
+    except (RuntimeError, MemoryError) as error:
+        failures.append(known_failure(error))
 
 
 def known_failure(error: RuntimeError | MemoryError) -> JobError:
     """One line for what the system took away: memory, or a loader process. Other errors are raised again."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        detail = str(error).splitlines()[0][:120] if str(error) else "on the host"
         return UserError(
-            f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'on the host'}); lower training.train_batch_size and set "
-            "training.global_batch_size to keep the batch, or set training.activation_checkpointing=true"
+            f"out of memory ({detail}); lower training.train_batch_size and set training.global_batch_size to keep the "
+            "batch, or set training.activation_checkpointing=true"
         )
     lost = dead_worker(error)
     if lost is None:
@@ -298,32 +494,14 @@ def known_failure(error: RuntimeError | MemoryError) -> JobError:
     return lost
 
 
-codes: list[ExitCode] = []  # of this process's runs: several in a sweep without a cluster
-failures: list[JobError] = []
-
-
-@hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
-def run(values: DictConfig) -> None:
-    """One run (of a sweep): configuration and run directory from Hydra."""
-    try:
-        refuse_unknown(values)
-        with distributed.peers_needed():
-            codes.append(train(OmegaConf.to_object(values), Path(HydraConfig.get().runtime.output_dir)))  # type: ignore[arg-type]
-        distributed.shutdown()
-    except JobError as error:  # kept until the sweep is over, and from Hydra, which would print the command line first
-        failures.append(error)
-    except (RuntimeError, MemoryError) as error:
-        failures.append(known_failure(error))
-
-
 def main() -> ExitCode:
     """Run what the command line says; returns the worst outcome."""
-    run()
+    run_from_hydra()
     for failure in failures[:-1]:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
         raise failures[-1]
-    return max(codes, default=ExitCode.FINISHED)
+    return max(outcomes, default=ExitCode.FINISHED)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: on a busy machine two threads wait for each other longer than tiny tensors take
+# Before torch: on a busy machine two threads wait for each other longer than tiny tensors take.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from job import prepare
 
-# The same examples every time: a failure must come from a change. Look for new ones with `pytest --hypothesis-profile=default`.
+# The same examples every time: a failure must come from a change. `pytest --hypothesis-profile=default` looks for new
+# ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 

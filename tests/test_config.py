@@ -4,7 +4,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from job.config import Config, config_dir, default_of, from_dict, keys, to_dict, validate
+from job.config import Config, config_dir, default_of, from_dict, keys, to_dict
+from job.config_checks import validate
 from job.errors import UserError
 
 PRIMARY = ["demo", "mmdit_cycle_vae", "mmdit_cycle_vae_cluster", "mmdit_stable"]

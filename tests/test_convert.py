@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from job import convert, evaluate, sample
+from job import convert, evaluate, inference, sample
 from job.config import Config, DataConfig, LoggingConfig, LossConfig, ModelConfig, TrainingConfig
 from job.data.loader import open_datasets
 from job.data.shards import ShardDataset, Split
 from job.errors import ExitCode, UsageError, UserError
 from job.inference import load_trained
-from job.model.multimodal import build_model
+from job.model.build import build_model
 from job.model.weights import apply_weights
-from job.runtime.checkpoint import Checkpointer
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 from job.runtime.resume import record
 
@@ -97,7 +97,7 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "write_json", full_disk)
+    monkeypatch.setattr(inference, "write_json", full_disk)
     with pytest.raises(OSError, match="No space"):
         convert.main(["export", str(run), str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,7 @@ def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypa
     """Also where the values would make a name that no file system takes."""
     directories: list[Path] = []
 
-    def note(_config: Config, run_dir: Path) -> ExitCode:
+    def note(_config: Config, run_dir: Path, _started: float) -> ExitCode:
         directories.append(run_dir)
         return ExitCode.FINISHED
 
@@ -256,3 +257,9 @@ def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypa
     assert short == ["training.seed=1", "training.seed=2"]
     assert [(name[:29], len(name)) for name in long] == [("training.init_from=_data_xxxx", 150)] * 2
     assert len(set(long)) == 2
+
+
+def test_no_watchdog_outlives_its_run(finished: Path) -> None:
+    """In a sweep without a cluster it would end the process in the middle of the next run."""
+    assert (finished / "result.json").exists()
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]

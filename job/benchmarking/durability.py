@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -10,18 +11,23 @@ from statistics import median
 import numpy as np
 import torch
 
-from job.data.loader import Loader
+from job.data.loader import BatchFormat, BatchSplit, Loader
 from job.data.sampler import Sampler
 from job.data.shards import DatasetInfo
-from job.runtime.checkpoint import Checkpointer
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 
+STATE = ("weights", "first_moment", "second_moment")
+COLUMNS = 64
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), node="benchmark")
 
 
 def checkpoint_stall(parameters: int, repeats: int) -> dict[str, float]:
-    """Median seconds that training waits for a save of float32 weights with Adam's two moments: staged, blocking, and by torch.save."""
-    tensors = {name: torch.randn(64, -(-parameters // 64)) for name in ("weights", "first_moment", "second_moment")}
+    """Median seconds that training waits for a save of float32 weights with Adam's two moments.
+
+    Three ways: staged (as a run saves), blocking until it is on the disk, and by torch.save.
+    """
+    tensors = {name: torch.randn(math.ceil(parameters / COLUMNS), COLUMNS) for name in STATE}
     seconds: dict[str, list[float]] = {"staged": [], "blocking": [], "torch_save": []}
     with tempfile.TemporaryDirectory() as directory:
         checkpointer = Checkpointer(Path(directory), ALONE, keep_last=1, keep_every=0, log=lambda _: None)
@@ -37,8 +43,8 @@ def checkpoint_stall(parameters: int, repeats: int) -> dict[str, float]:
     return {f"{kind}_seconds": median(values) for kind, values in seconds.items()} | {"parameters": parameters}
 
 
-class Rows:
-    """A dataset of `count` rows that costs nothing to make, so that only the way to a row is measured."""
+class FreeDataset:
+    """A dataset of `count` samples that cost nothing to read, so that only the way to a sample is measured."""
 
     fingerprint = ""
 
@@ -77,20 +83,9 @@ def resume_seconds(samples: int, repeats: int, global_batch_size: int = 64) -> f
     seconds = []
     for seed in range(repeats):
         started = time.perf_counter()
-        data = Rows(samples)
-        loader = Loader(
-            data,
-            Sampler(data, samples, global_batch_size, seed),
-            rank=0,
-            world_size=1,
-            batch_size=global_batch_size,
-            accumulation=1,
-            max_seq_len=8,
-            pad_to_max=False,
-            standardize=True,
-            num_workers=0,
-            pin_memory=False,
-        )
+        data = FreeDataset(samples)
+        sampler = Sampler(data, samples, global_batch_size, seed)
+        loader = Loader(data, sampler, BatchFormat(max_seq_len=8), BatchSplit(0, 1, global_batch_size))
         step = int(2.5 * samples / global_batch_size)
         next(loader.steps(step, step + 1))
         seconds.append(time.perf_counter() - started)

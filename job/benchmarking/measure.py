@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from job.assembly import passes
-from job.config import Config, from_dict, validate
-from job.model.multimodal import build_model
+from job.config import Config, from_dict
+from job.config_checks import validate
+from job.model.plain import PlainMMDiT
 from job.monitoring.flops import pass_flops
-from job.objective.fast import build_trainer
+from job.objective.build import build_objective
 from job.runtime.compiler import refuse_without_compiler
 from job.runtime.optimizer import Optimizer
+from job.runtime.parallel import reduction_of_gradients
 from job.runtime.precision import autocast
 
 MASK = 3
-PARTS = ("forward", "backward", "optimizer")
+STEP_PARTS = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,13 @@ class Shape:
         return [max(1, round(self.seq_len * (self.fill + spread * place))) for place in places]
 
 
-class AllHeads(nn.Module):
-    """The plain model as LGDLM calls it: both heads in every pass."""
+@dataclass
+class DataShape:
+    """What the model must know of the data."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Tensor, heads: tuple[str, ...] = ()) -> Any:
-        return self.model(*inputs)
+    vocab_size: int
+    latent_dim: int
+    mask_token_id: int
 
 
 class Case:
@@ -66,15 +65,15 @@ class Case:
         if self.config.training.compile_model:
             refuse_without_compiler(device)
         self.shape, self.device = shape, device
-        model = build_model(self.config.model, shape.vocab, shape.latent_dim, self.config.training.seed).to(device)
-        self.optimizer = Optimizer(model, self.config, device)
-        called = AllHeads(model) if self.config.model.implementation == "plain" else model
-        self.trainer = build_trainer(called, self.config.model, self.config.loss, self.config.training, MASK).to(device)
-        self.module = (
-            DistributedDataParallel(self.trainer, gradient_as_bucket_view=True)
-            if dist.is_initialized()
-            else self.trainer
-        )
+        self.config.model.vocab_size = shape.vocab  # as it is, not rounded up
+        objective = build_objective(self.config, DataShape(shape.vocab, shape.latent_dim, MASK))
+        if isinstance(objective.model, PlainMMDiT):
+            objective.model.every_head = True  # the baseline is what LGDLM computes
+        self.objective = objective.to(device)
+        self.optimizer = Optimizer(objective.model, self.config, device)
+        self.module: nn.Module = self.objective
+        if dist.is_initialized():
+            self.module = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         generator = torch.Generator().manual_seed(0)
         mask = torch.arange(shape.seq_len) < torch.tensor(shape.lengths())[:, None]
         tokens = torch.randint(4, shape.vocab, mask.shape, generator=generator) * mask
@@ -89,19 +88,15 @@ class Case:
 
     def step(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of one training step, and its loss."""
-        seconds = dict.fromkeys(PARTS, 0.0)
-        self.trainer.zero_grad()
-        stages = self.trainer.stages(0)
-        for stage in range(stages):
-            reducing = (
-                self.module.no_sync()
-                if isinstance(self.module, DistributedDataParallel) and stage < stages - 1
-                else nullcontext()
-            )
-            with reducing:
+        seconds = dict.fromkeys(STEP_PARTS, 0.0)
+        self.objective.zero_grad()
+        stages = self.objective.stages(0)
+        base = None
+        for stage in stages:
+            with reduction_of_gradients(self.module, is_last=stage == stages[-1]):
                 start = self._now()
                 with autocast(self.config.training.dtype, self.device):
-                    loss, metrics = self.module(self.batch, 0, stage=stage)
+                    loss, metrics, base = self.module(self.batch, 0, stage, base)
                 middle = self._now()
                 loss.backward()
                 seconds["forward"] += middle - start
@@ -119,7 +114,7 @@ class Case:
     @property
     def flops(self) -> float:
         of_pass = pass_flops(self.config.model, np.array(self.shape.lengths()), self.shape.vocab, self.shape.latent_dim)
-        return sum(count * of_pass[name] for name, count in passes(self.trainer, 0).items())
+        return sum(count * of_pass[name] for name, count in self.objective.passes(0).items())
 
 
 def compare(
@@ -129,7 +124,30 @@ def compare(
     repeats: int,
     peak_flops: float | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each setting by name: seconds, tokens a second, operations, and the speed-up over the first (median of the pairs)."""
+    """Figures of each setting by name: seconds, tokens a second, operations, memory, and the speed-up over the first.
+
+    The speed-up is the median of the pairs of steps taken in turn. peak_flops: what the device can do in a second.
+    """
+    figures = _step_in_turn(settings, shape, device, repeats, peak_flops)
+    # Memory is measured one setting at a time, each in a process of its own, which must find the device empty: the
+    # models that were timed are freed first (they contain cycles, which only the collector frees), and so is the memory
+    # that PyTorch keeps for reuse on a GPU.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for name, values in settings.items():
+        figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
+    return figures
+
+
+def _step_in_turn(
+    settings: dict[str, dict[str, Any]],
+    shape: Shape,
+    device: torch.device,
+    repeats: int,
+    peak_flops: float | None,
+) -> dict[str, dict[str, Any]]:
+    """The figures of `compare` but for memory. All models are alive until it returns."""
     cases = {name: Case(values, shape, device) for name, values in settings.items()}
     first = {name: case.step() for name, case in cases.items()}
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
@@ -155,11 +173,8 @@ def compare(
             "speedup": statistics.median(ratios),
             "speedup_min": min(ratios),
             "speedup_max": max(ratios),
-            "parts": {part: statistics.median(step[part] for step in steps[name]) for part in PARTS},
+            "parts": {part: statistics.median(step[part] for step in steps[name]) for part in STEP_PARTS},
         }
-    del cases, case
-    for name, values in settings.items():
-        figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
     return figures
 
 
@@ -174,10 +189,8 @@ def _peak_memory(values: dict[str, Any], shape: Shape, device: str, threads: int
     case = Case(values, shape, torch.device(device))
     for _ in range(2):
         case.step()
-    on_gpu = case.device.type == "cuda"
-    # not getrusage's ru_maxrss, which a child takes over from its parent
-    return (
-        torch.cuda.max_memory_allocated() / 2**30
-        if on_gpu
-        else int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    )
+    if case.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage's ru_maxrss: a child takes that over from its parent.
+    resident = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    return int(resident) / 2**20

@@ -1,4 +1,7 @@
-"""A step on paper: what it asks of a device, counted on tensors without contents, for devices and sizes that are not at hand."""
+"""A step on paper: what it asks of a device, for devices and sizes that are not at hand.
+
+The step runs on PyTorch's fake tensors, which have shapes and types but no contents, while every operation is counted.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,27 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from job.benchmarking.measure import Case, Shape
 from job.runtime.precision import autocast
 
-FREE = (
-    "view",
-    "reshape",
-    "expand",
-    "permute",
-    "transpose",
-    "t.default",
-    "slice",
-    "select",
-    "split",
-    "unbind",
-    "squeeze",
-    "alias",
-    "detach",
-    "as_strided",
-    "empty",
-    "prim.",
-    "unflatten",
-    "chunk",
-)  # operations that start no kernel
+# Operations of aten that start no kernel: they make another view of a tensor, or memory without contents. Whole names,
+# because parts of names match too much: "slice" is in slice_backward, which fills and copies.
+SHAPES = {"view", "view_as", "reshape", "unflatten", "expand", "expand_as", "_reshape_alias", "_unsafe_view"}
+DIMENSIONS = {"t", "transpose", "permute", "squeeze", "unsqueeze"}
+PIECES = {"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "as_strided"}
+NAMES_ONLY = {"alias", "detach", "lift_fresh"}
+WITHOUT_CONTENTS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+FREE = SHAPES | DIMENSIONS | PIECES | NAMES_ONLY | WITHOUT_CONTENTS
 
-ATTENTION: dict[Any, Any] = {  # torch's counter knows the kernels of GPUs only
+# torch's counter of operations knows the attention kernels of GPUs only.
+ATTENTION: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
         sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
+
+
+def starts_kernel(operation: Any) -> bool:
+    """Whether an operation makes the device work. Those outside aten (prim, profiler) only ask or note something."""
+    return operation.namespace == "aten" and operation.overloadpacket.__name__ not in FREE
 
 
 class _Counter(TorchDispatchMode):
@@ -56,7 +53,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if not any(name in str(func) for name in FREE):
+        if starts_kernel(func):
             self.kernels += 1
             inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             self.moved += sum(x.numel() * x.element_size() for x in inputs + results)
@@ -80,20 +77,16 @@ class _Counter(TorchDispatchMode):
 
 
 def count(values: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """Kernels, floating-point operations, bytes moved and the most memory alive (weights, gradients and Adam's moments too) of an eager step.
+    """Kernels, floating-point operations, bytes moved, and the most memory alive in an eager step.
 
-    Memory is not to be trusted with training.activation_checkpointing: what is computed anew is freed late in this way of counting.
+    Weights, gradients and Adam's moments count as memory too. It is not to be trusted with
+    training.activation_checkpointing: what is computed anew is freed late in this way of counting.
     """
-    with (
-        FakeTensorMode(),
-        patch.object(nn.Module, "to", lambda module, _: module),
-    ):  # such tensors cannot be moved, and need not be
+    # A module of fake tensors cannot be moved to a device, and need not be.
+    with FakeTensorMode(), patch.object(nn.Module, "to", lambda module, _: module):
         case = Case(values, shape, torch.device("cpu"))
         counter, flops = _Counter(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        for tensor in (
-            *case.trainer.state_dict().values(),
-            *(x for state in case.optimizer.tensors().values() for x in tree_leaves(state)),
-        ):
+        for tensor in tree_leaves([case.objective.state_dict(), case.optimizer.tensors()]):
             if isinstance(tensor, Tensor):
                 counter.hold(tensor)
         with flops, counter:
@@ -108,9 +101,10 @@ def count(values: dict[str, Any], shape: Shape) -> dict[str, Any]:
 
 def step(case: Case) -> None:
     """One training step that reads no number back."""
-    case.trainer.zero_grad()
-    for stage in range(case.trainer.stages(0)):
+    case.objective.zero_grad()
+    base = None
+    for stage in case.objective.stages(0):
         with autocast(case.config.training.dtype, case.device):
-            loss, _metrics = case.trainer(case.batch, 0, None, stage)
+            loss, _, base = case.objective(case.batch, 0, stage, base)
         loss.backward()
     case.optimizer.step(0)

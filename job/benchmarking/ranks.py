@@ -16,7 +16,7 @@ from job.benchmarking.measure import Case, Shape
 
 
 def step_seconds(values: dict[str, Any], shape: Shape, device: str, ranks: int, repeats: int) -> float:
-    """Median seconds of a step on so many ranks: gloo and an equal share of the cores each on a CPU, NCCL and a GPU each otherwise."""
+    """Median seconds of a step on so many ranks: on a CPU with gloo and an equal share of cores, else a GPU each."""
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(_rank, (values, shape, device, ranks, repeats, directory), nprocs=ranks)
         return statistics.median(float(seconds) for seconds in (Path(directory) / "seconds").read_text().split())

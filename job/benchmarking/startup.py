@@ -1,4 +1,7 @@
-"""From the command to the first step, and how long steps then wait for data: whole runs of job.train, with files cached or not."""
+"""From the command to the first step, and how long steps then wait for data.
+
+Measured on whole runs of job.train, with its files in the page cache or not.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from job.data.loader import Loader
+from job.data.loader import BatchFormat, BatchSplit, Loader
 from job.data.sampler import Sampler
 from job.data.shards import ShardDataset
 from job.errors import UserError
@@ -30,42 +33,30 @@ def drop_page_cache() -> bool:
     return True
 
 
-def run(data: Path, overrides: list[str], steps: int) -> dict[str, float]:
-    """Seconds from the start of `python -m job.train --config-name demo` on `data` to the end of its first step, and of the steps after it
-    the mean time, the part spent waiting for data, and tokens a second. UserError if the run fails."""
+def run(data: Path, overrides: list[str], steps: int, compiler_cache: str) -> dict[str, float]:
+    """Seconds from the start of `python -m job.train --config-name demo` on `data` to the end of its first step.
+
+    Of the `steps` after it: mean seconds, the part spent waiting for data, and tokens a second. UserError if the run
+    fails or takes longer than DEADLINE_SECONDS.
+    """
     with tempfile.TemporaryDirectory() as directory:
         command = [
-            sys.executable,
-            "-m",
-            "job.train",
-            "--config-name",
-            "demo",
-            f"data.dir={data.absolute()}",
-            f"logging.save_dir={directory}",
-            "logging.log_freq=1",
-            "logging.eval_freq=0",
-            "logging.save_freq=0",
-            "monitoring.enabled=false",
+            *(sys.executable, "-m", "job.train", "--config-name", "demo"),
+            *(f"data.dir={data.absolute()}", f"logging.save_dir={directory}", "monitoring.enabled=false"),
+            *("logging.log_freq=1", "logging.eval_freq=0", "logging.save_freq=0"),
             *overrides,
         ]
-        log = Path(directory) / "demo" / "training_log.jsonl"
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": compiler_cache}
+        output = Path(directory) / "output"
         started = time.perf_counter()
-        first = 0.0
-        lines: list[str] = []
         with (
-            (Path(directory) / "output").open("w+") as output,
-            subprocess.Popen(command, stdout=output, stderr=output) as process,
+            output.open("w") as file,
+            subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process,
         ):
-            while len(lines) <= steps and time.perf_counter() - started < DEADLINE_SECONDS:
-                if process.poll() is not None:
-                    output.seek(0)
-                    raise UserError(
-                        f"job.train ended with {process.returncode}: {output.read().strip().splitlines()[-1]}"
-                    )
-                lines = log.read_text().splitlines() if log.exists() else []
-                first = first or (time.perf_counter() - started if lines else 0.0)
-                time.sleep(0.02)
-            process.kill()
+            try:
+                first, lines = _follow(process, Path(directory) / "demo" / "training_log.jsonl", steps, started, output)
+            finally:
+                process.kill()
     values: list[dict[str, Any]] = [json.loads(line) for line in lines[1 : steps + 1]]
     total = sum(value["step_seconds"] for value in values)
     return {
@@ -76,38 +67,47 @@ def run(data: Path, overrides: list[str], steps: int) -> dict[str, float]:
     }
 
 
+def _follow(
+    process: subprocess.Popen[bytes], log: Path, steps: int, started: float, output: Path
+) -> tuple[float, list[str]]:
+    """Seconds from `started` until the log's first line, and the log's lines once it has more than `steps`."""
+    first = 0.0
+    while time.perf_counter() - started < DEADLINE_SECONDS:
+        if process.poll() is not None:
+            said = output.read_text().strip().splitlines() or ["nothing said"]
+            raise UserError(f"job.train ended with {process.returncode}: {said[-1]}")
+        lines = log.read_text().splitlines() if log.exists() else []
+        if lines and not first:
+            first = time.perf_counter() - started
+        if len(lines) > steps:
+            return first, lines
+        time.sleep(0.02)
+    raise UserError(f"job.train made no {steps + 1} steps in {DEADLINE_SECONDS:.0f} s")
+
+
 def loader_rate(data: Path, batch_size: int = 32, steps: int = 200) -> float:
     """Tokens a second that the loader makes of `data` in one process, without training beside it."""
     dataset = ShardDataset(data, "train")
-    loader = Loader(
-        dataset,
-        Sampler(dataset, len(dataset), batch_size, seed=0),
-        rank=0,
-        world_size=1,
-        batch_size=batch_size,
-        accumulation=1,
-        max_seq_len=dataset.info.max_length,
-        pad_to_max=False,
-        standardize=True,
-        num_workers=0,
-        pin_memory=False,
-    )
+    sampler = Sampler(dataset, len(dataset), batch_size, seed=0)
+    loader = Loader(dataset, sampler, BatchFormat(dataset.info.max_length), BatchSplit(0, 1, batch_size))
     started = time.perf_counter()
     tokens = sum(int(batch["attention_mask"].sum()) for batches in loader.steps(0, steps) for batch in batches)
     return tokens / (time.perf_counter() - started)
 
 
 def compare(data: Path, steps: int) -> dict[str, dict[str, float]]:
-    """Figures of `run` with an empty page cache, a warm one, and compiled (a first time, and again with the compiler's cache)."""
+    """Figures of `run` by how it starts.
+
+    With an empty page cache, with a warm one, and compiled: a first time, and again with the compiler's cache.
+    """
     figures = {}
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         if drop_page_cache():
-            figures["cold"] = run(data, [], steps)
+            figures["cold"] = run(data, [], steps, cache)
         else:
             print("cold: left out, only root may empty the page cache")
-            run(data, [], 1)
-        figures["warm"] = run(data, [], steps)
+            run(data, [], 1, cache)
+        figures["warm"] = run(data, [], steps, cache)
         for name in ("compiled, first time", "compiled, again"):
-            figures[name] = run(data, ["training.compile_model=true"], steps)
+            figures[name] = run(data, ["training.compile_model=true"], steps, cache)
     return figures

@@ -1,1 +1,1 @@
-"""Shards of tokenized texts with one latent each: preparing them, reading them, and the order in which training sees them."""
+"""Shards of tokenized texts with one latent each: preparing them, reading them, and their order in training."""

@@ -1,7 +1,8 @@
-"""The order of training samples: a pure function of (seed, step), for any number of ranks, with nothing to store or replay.
+"""The order of training samples: a pure function of (seed, step), for any number of ranks.
 
-The stream of samples is epoch after epoch; position p holds `permutation_epoch(p % N)` with epoch = p // N. A permutation is a keyed
-Feistel network with cycle walking, so that looking up a batch costs the batch, whatever N is.
+So there is no state to store and nothing to replay on a resume. The stream of samples is epoch after epoch; position p
+holds `permutation_epoch(p % N)` with epoch = p // N. A permutation is a keyed Feistel network with cycle walking (Black
+& Rogaway 2002), so that looking up a batch costs the batch, whatever N is; a shuffled list would cost N every epoch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from job.config import TrainingConfig
 from job.errors import UserError
 
 ROUNDS = 8
@@ -31,7 +33,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Images of `positions` (each in [0, size)) under the permutation of [0, size) that belongs to (seed, epoch); int64."""
+    """Images, int64, of `positions` (each in [0, size)) under the permutation of [0, size) of (seed, epoch)."""
     keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), "<u8")
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -44,6 +46,19 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
         values[walking] = (left << half) | right
         walking = walking[values[walking] >= np.uint64(size)]
     return values.astype(np.int64)
+
+
+def batch_sizes(training: TrainingConfig, world_size: int) -> tuple[int, int]:
+    """Samples per optimizer step over all ranks, and forward passes per step. UserError when they do not divide."""
+    per_pass = training.train_batch_size * world_size
+    if training.global_batch_size is None:
+        return per_pass * training.gradient_accumulation_steps, training.gradient_accumulation_steps
+    if training.global_batch_size % per_pass:
+        raise UserError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of training.train_batch_size="
+            f"{training.train_batch_size} x {world_size} processes; change one of them"
+        )
+    return training.global_batch_size, training.global_batch_size // per_pass
 
 
 class Sampler:
@@ -74,7 +89,10 @@ class Sampler:
         return np.concatenate(pieces)
 
     def _bucketed(self, window: int) -> np.ndarray:
-        """The batches of a window [WINDOW_BATCHES, global_batch_size]: its stretch of the stream sorted by length, batches shuffled."""
+        """The batches of a window, [WINDOW_BATCHES, global_batch_size].
+
+        Its stretch of the stream is sorted by length and cut into batches, and these are shuffled.
+        """
         size = WINDOW_BATCHES * self.global_batch_size
         indices = self._stream(window * size, (window + 1) * size)
         by_length = indices[np.argsort(self.dataset.lengths(indices), kind="stable")].reshape(WINDOW_BATCHES, -1)

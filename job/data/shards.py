@@ -83,19 +83,24 @@ def read_info(directory: Path) -> DatasetInfo:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged or not a dataset description ({error!r}); prepare the data again") from error
     raise UserError(
-        f"{path}: format_version {values['format_version']}, this version reads {FORMAT_VERSION}; prepare the data again"
+        f"{path}: format_version {values['format_version']}, this version reads {FORMAT_VERSION}; "
+        "prepare the data again"
     )
 
 
 def check_files(directory: Path, info: DatasetInfo, verify_hashes: bool) -> None:
-    """Refuse a dataset with a file that is missing, of another size, or, where asked and for the tokenizer always, of another hash."""
+    """Refuse a dataset with a file that is missing, of another size, or of another hash.
+
+    Hashes are checked where asked, and of the tokenizer always.
+    """
     for name, entry in info.files.items():
         path = directory / name
         if not path.is_file():
             raise UserError(f"{path}: missing; copy the dataset again or prepare it again")
         if path.stat().st_size != entry["bytes"]:
             raise UserError(
-                f"{path}: corrupt, {path.stat().st_size} bytes instead of {entry['bytes']}; copy the dataset again or prepare it again"
+                f"{path}: corrupt, {path.stat().st_size} bytes instead of {entry['bytes']}; "
+                "copy the dataset again or prepare it again"
             )
         if (verify_hashes or name == info.tokenizer) and file_entry(path)["sha256"] != entry["sha256"]:
             what = "the tokenizer was changed after the data was prepared" if name == info.tokenizer else "corrupt"

@@ -1,4 +1,9 @@
-"""The embedded corpus: sentences from the documentation strings and comments of the running Python's own standard library."""
+"""The embedded corpus: sentences from the documentation of the running Python's own standard library.
+
+It is there wherever Python is, so a demo needs no download. Its documentation strings and comments are full of code,
+tables and markup, and a model of a few minutes learns what is frequent: most of this file tells prose from the rest.
+The files are parsed, never imported: importing them would run them (`antigravity` opens a browser).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 REFERENCE = "topics.py"  # of pydoc_data: what help("while") prints
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-MARKUP = (
+MARKUP = (  # patterns and what they are replaced by, in this order
     (re.compile(r":[a-z:]+:`~?!?([^`<]*)(?:<[^`]*>)?`"), r"\1"),  # :class:`~x.Y`
     (re.compile(r"``?([^`']+?)(?:``?|''?)"), r"\1"),  # ``x``, `x', ``x''
     (re.compile(r"(?<![\w*])\*{1,2}(\w[\w ]*)\*{1,2}(?![\w*])"), r"\1"),  # *x*, **x**
@@ -24,20 +29,31 @@ MARKUP = (
 COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 COMMENT_MARK = re.compile(r"^[ \t]*#+ ?", re.MULTILINE)
 BULLET = re.compile(r"\s*(?:[-*+o•]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
+# The name that an explanation begins with: `:param x:`, `@return:`, `name -- ...`, `a, *b: ...`
 FIELD = re.compile(
-    r"\s*(?:[:@](?:param|type|returns?|rtype|raises?|arg)\b[^:]*:|\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*\s*(?:--|:|-)(?=\s))\s*"
+    r"\s*(?:"
+    r"[:@](?:param|type|returns?|rtype|raises?|arg)\b[^:]*:"
+    r"|\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*\s*(?:--|:|-)(?=\s)"
+    r")\s*"
 )
+# Prompts and directives, calls that are a whole line, statements, rulers and underlines.
 CODE_LINE = re.compile(
-    r"\s*(?:>>>|\.\.\.|\.\. |[$%#>|+=~_]|[\w.]+\(.*\)\s*(?:->.*)?$|(?:import|from|def|class|return) .*[^.\w]$)|.*[-=*~_^#]{4}"
+    r"\s*(?:>>>|\.\.\.|\.\. |[$%#>|+=~_]"
+    r"|[\w.]+\(.*\)\s*(?:->.*)?$"
+    r"|(?:import|from|def|class|return) .*[^.\w]$)"
+    r"|.*[-=*~_^#]{4}"
 )
+# Within a sentence: braces, assignments and comparisons, calls, notes to programmers.
 CODE = re.compile(r"[{}\\|<>]|\s=\s|==|\S\(\)\.|\b(?:XXX|TODO|FIXME)\b")
+# After a full stop, unless it is that of an abbreviation, and before something that can begin a sentence.
 SENTENCE_END = re.compile(
     r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bcf\.)(?<!\bvs\.)(?<!\bNo\.)[\"')]*\s+(?=[\"'(]?[A-Za-z])"
 )
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
+# A sentence without any of them is a title, a list of names, or another language.
 FUNCTION_WORDS = re.compile(
-    r"\b(?:an?|and|are|as|at|be|been|by|can|for|from|has|if|in|into|is|its?|may|not|of|on|or|otherwise|returns?|should|so|than|that|"
-    r"the|then|this|to|used?|was|when|where|which|will|with)\b",
+    r"\b(?:an?|and|are|as|at|be|been|by|can|for|from|has|if|in|into|is|its?|may|not|of|on|or|otherwise|returns?|should"
+    r"|so|than|that|the|then|this|to|used?|was|when|where|which|will|with)\b",
     re.IGNORECASE,
 )
 
@@ -54,9 +70,9 @@ def docstrings(source: bytes) -> Iterator[str]:
         node = statements.pop()
         if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
             yield text
-        statements += [
-            child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler))
-        ]
+        # Expressions are most of a tree and hold no documentation, so they are not walked.
+        children = ast.iter_child_nodes(node)
+        statements += [child for child in children if isinstance(child, (ast.stmt, ast.excepthandler))]
 
 
 def comments(source: bytes) -> Iterator[str]:
@@ -68,19 +84,20 @@ def comments(source: bytes) -> Iterator[str]:
 def documentation(path: Path) -> Iterator[str]:
     """All that a file of the library says in words."""
     source = path.read_bytes()
-    if path.name == REFERENCE:
-        yield from (
-            node.value
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        )
+    if path.name == REFERENCE:  # a dictionary of long texts
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
     else:
         yield from docstrings(source)
         yield from comments(source)
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Running text of a documentation string: samples of code, tables and markup are dropped, bullets begin a paragraph."""
+    """Running text of a documentation string, its lines joined.
+
+    Samples of code and tables are dropped; a bullet or the name of an argument begins a paragraph and is dropped too.
+    """
     lines: list[str] = []
     quoted = False  # inside a literal block, which `::` opens and a line without indentation closes
     for line in [*cleandoc(text).splitlines(), ""]:
@@ -90,13 +107,15 @@ def paragraphs(text: str) -> Iterator[str]:
             yield " ".join(lines)
             lines = []
             continue
-        item = BULLET.match(line)
-        rest = line[item.end() :] if item else line
+        bullet = BULLET.match(line)
+        rest = line[bullet.end() :] if bullet else line
         name = FIELD.match(rest)
-        if item or (name and (not lines or rest[name.end() :][:1].isupper())):
+        explanation = rest[name.end() :] if name else rest
+        # `word: ` in the middle of a paragraph is a name only if a sentence begins behind it.
+        if bullet or (name and (not lines or explanation[:1].isupper())):
             yield " ".join(lines)
             lines = []
-            rest = rest[name.end() :] if name else rest
+            rest = explanation
         lines.append(rest.strip())
         quoted = line.rstrip().endswith("::")
     yield " ".join(lines)
@@ -113,7 +132,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def is_english(sentence: str) -> bool:
-    """Whether a string is one whole sentence of plain English: a sensible length, mostly letters, common words in it."""
+    """Whether a string is one whole sentence of plain English: a sensible length, mostly letters, common words."""
     words = WORD.findall(sentence)
     letters = sum(character.isalpha() or character == " " for character in sentence)
     common = FUNCTION_WORDS.search(sentence) or sum(word.islower() for word in words) >= 3

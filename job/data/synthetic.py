@@ -15,7 +15,8 @@ STATISTICS_SAMPLES = 256
 
 class SyntheticDataset:
     """Each sample draws its tokens from a few words of its own; its latent is a fixed random projection of their mean,
-    so that the latent tells which words are likely and the words tell the latent. Every sample is a function of (seed, split, index).
+    so that the latent tells which words are likely and the words tell the latent. Every sample is a function of (seed,
+    split, index).
     """
 
     def __init__(

@@ -13,20 +13,29 @@ from job.data.shards import DatasetInfo
 from job.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
+NAMING_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # beside it, optional: its special tokens' names
 MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>", "<|endoftext|>")
 MIN_VOCAB_SIZE = 260  # every byte, mask, padding and something to learn
 
 
 class TextTokenizer:
-    """A tokenizer whose rows are neither padded nor cut, and whose special tokens cannot be written in a text."""
+    """A tokenizer whose rows are neither padded nor cut, and whose special tokens cannot be written in a text.
+
+    Padding and truncation that a tokenizer.json asks for are switched off: batches pad by themselves, and a cut row
+    would no longer be the text that its latent was made of.
+    """
 
     def __init__(self, tokenizer: Tokenizer, mask_token_id: int, pad_token_id: int) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True  # "[MASK]" in a text is seven characters
-        self.tokenizer, self.mask_token_id, self.pad_token_id = tokenizer, mask_token_id, pad_token_id
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        # Otherwise a text that mentions "[MASK]" gets the mask token itself, and the model takes a word of the text for
+        # a position to fill in.
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+        self.mask_token_id = mask_token_id
+        self.pad_token_id = pad_token_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps, so not the number of tokens
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64 [L]."""
@@ -44,7 +53,7 @@ class TextTokenizer:
 def _named_tokens(directory: Path) -> dict[str, str]:
     """`mask_token` and `pad_token` as the files beside a tokenizer.json name them."""
     names: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+    for file in NAMING_FILES:
         path = directory / file
         values = json.loads(path.read_text()) if path.is_file() else {}
         for name in ("mask_token", "pad_token"):
@@ -55,8 +64,8 @@ def _named_tokens(directory: Path) -> dict[str, str]:
     return names
 
 
-def _special(tokenizer: Tokenizer, source: str, what: str, candidates: Sequence[str | None]) -> int:
-    """Id of the first candidate in the vocabulary."""
+def _special_id(tokenizer: Tokenizer, source: str, what: str, candidates: Sequence[str | None]) -> int:
+    """Id of the first candidate in the vocabulary. UserError when it has none of them."""
     for candidate in candidates:
         if candidate is not None and (number := tokenizer.token_to_id(candidate)) is not None:
             return int(number)
@@ -78,23 +87,28 @@ def _find(source: str, local_files_only: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        for extra in ("special_tokens_map.json", "tokenizer_config.json"):
+        for extra in NAMING_FILES:
             try:
                 hf_hub_download(source, extra, local_files_only=local_files_only)
-            except Exception:
-                continue  # optional beside the tokenizer
+            except Exception:  # the library's own kinds, and those of its transport
+                continue
         return Path(hf_hub_download(source, TOKENIZER_FILE, local_files_only=local_files_only))
     except Exception as error:
         where = "the local cache" if local_files_only else "the hub"
         raise UserError(
-            f"tokenizer {source}: no such file or directory, and {where} does not have it ({str(error).splitlines()[0]})"
+            f"tokenizer {source}: no such file or directory, "
+            f"and {where} does not have it ({str(error).splitlines()[0]})"
         ) from error
 
 
 def load(
     source: str, *, local_files_only: bool = False, mask_token: str | None = None, pad_token: str | None = None
 ) -> TextTokenizer:
-    """Tokenizer from a file, a directory with tokenizer.json, or a hub name. UserError if it is damaged or lacks a mask or pad token."""
+    """Tokenizer from a file, a directory with tokenizer.json, or a hub name.
+
+    UserError if it is damaged, or if its vocabulary has no mask or padding token of the name given, found beside it, or
+    known.
+    """
     path = _find(source, local_files_only)
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -105,13 +119,12 @@ def load(
     named = _named_tokens(path.parent)
     masks = [mask_token] if mask_token else [named.get("mask_token"), *MASK_NAMES]
     pads = [pad_token] if pad_token else [named.get("pad_token"), *PAD_NAMES]
-    return TextTokenizer(
-        tokenizer, _special(tokenizer, source, "mask", masks), _special(tokenizer, source, "pad", pads)
-    )
+    mask_token_id = _special_id(tokenizer, source, "mask", masks)
+    return TextTokenizer(tokenizer, mask_token_id, _special_id(tokenizer, source, "pad", pads))
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Byte-level BPE: any text comes back from its tokens as it was."""
+    """Byte-level BPE: any text comes back from its tokens as it was, since every byte is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -122,9 +135,8 @@ def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return TextTokenizer(
-        tokenizer, _special(tokenizer, "train", "mask", MASK_NAMES), _special(tokenizer, "train", "pad", PAD_NAMES)
-    )
+    mask_token_id = _special_id(tokenizer, "train", "mask", MASK_NAMES)
+    return TextTokenizer(tokenizer, mask_token_id, _special_id(tokenizer, "train", "pad", PAD_NAMES))
 
 
 def saved(path: Path, mask_token_id: int, pad_token_id: int) -> TextTokenizer:
@@ -134,4 +146,6 @@ def saved(path: Path, mask_token_id: int, pad_token_id: int) -> TextTokenizer:
 
 def of_dataset(directory: Path, info: DatasetInfo) -> TextTokenizer | None:
     """The tokenizer of a prepared directory; None if its tokens came without one."""
-    return saved(directory / info.tokenizer, info.mask_token_id, info.pad_token_id) if info.tokenizer else None
+    if info.tokenizer is None:
+        return None
+    return saved(directory / info.tokenizer, info.mask_token_id, info.pad_token_id)

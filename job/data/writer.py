@@ -17,7 +17,10 @@ from job.files import file_entry, write_json, write_whole
 
 @dataclasses.dataclass
 class ShardRecord:
-    """What dataset.json needs to know of a shard, so that nobody has to read it again."""
+    """What dataset.json needs to know of a shard, so that its files need not be read again.
+
+    Counts and sums, which add up over shards: processes write shards in any order, and one adds up their records.
+    """
 
     split: str
     rows: int
@@ -38,19 +41,16 @@ def write_shard(
 ) -> ShardRecord:
     """Write the rows of one shard: tokens int [L] each, latents [rows, D]."""
     lengths = np.array([len(row) for row in tokens], np.int64)
-    flat = np.concatenate([np.zeros(0, np.int64), *tokens])
+    flat = np.concatenate([np.zeros(0, np.int64), *tokens])  # the empty array first: a shard may have no rows
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     latents = latents.astype(np.float32)
-    arrays = (
-        flat.astype(np.min_scalar_type(vocab_size - 1)),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        latents,
-    )
+    smallest = np.min_scalar_type(vocab_size - 1)
     files = {}
-    for part, array in zip(PARTS, arrays, strict=True):
+    for part, array in zip(PARTS, (flat.astype(smallest), offsets, latents), strict=True):
         path = directory / shard_file(split, number, part)
         write_whole(path, partial(_save, array))
         files[path.name] = file_entry(path)
-    exact = latents.astype(np.float64)
+    exact = latents.astype(np.float64)  # float32 sums of squares lose the variance of latents with a large mean
     return ShardRecord(
         split=split,
         rows=len(tokens),
@@ -60,6 +60,17 @@ def write_shard(
         latent_square_sum=(exact**2).sum(0).tolist(),
         files=files,
     )
+
+
+def _latent_statistics(records: Sequence[ShardRecord]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [D] of the latents; the deviation is 1 in a dimension that is constant."""
+    rows = sum(record.rows for record in records)
+    mean = np.sum([record.latent_sum for record in records], axis=0) / rows
+    variance = np.sum([record.latent_square_sum for record in records], axis=0) / rows - mean**2
+    # Rounding leaves a tiny variance, of either sign, in a constant dimension; divided by its root, rounding errors
+    # would become latents of unit size.
+    constant = variance <= 1e-12 * np.maximum(mean**2, 1e-12)
+    return mean, np.where(constant, 1.0, np.sqrt(np.maximum(variance, 0)))
 
 
 def write_info(
@@ -74,21 +85,22 @@ def write_info(
     options: dict[str, Any],
     generated_by: str,
 ) -> DatasetInfo:
-    """Write dataset.json, which turns the shards of `records` (in order within each split) into a dataset. UserError if a split is empty."""
-    of_split: dict[str, list[ShardRecord]] = {
-        split: [record for record in records if record.split == split] for split in SPLITS
-    }
-    counts: dict[str, int] = {split: sum(record.rows for record in of_split[split]) for split in SPLITS}
-    for split in SPLITS:
-        if not counts[split]:
+    """Write dataset.json, which turns the shards of `records` (in order within each split) into a dataset.
+
+    UserError if a split is empty.
+    """
+    of_split: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
+    for record in records:
+        of_split[record.split].append(record)
+    counts = {split: sum(record.rows for record in of_split[split]) for split in of_split}
+    for split, count in counts.items():
+        if not count:
             raise UserError(
-                f"{directory}: no sample is left for the {split} split; give more texts or change the validation fraction or the maximum length"
+                f"{directory}: no sample is left for the {split} split; "
+                "give more texts or change the validation fraction or the maximum length"
             )
     train = of_split["train"]
-    mean = np.sum([record.latent_sum for record in train], axis=0) / counts["train"]
-    variance = np.sum([record.latent_square_sum for record in train], axis=0) / counts["train"] - mean**2
-    # Rounding leaves a tiny variance, of either sign, in a dimension that is constant.
-    std = np.where(variance > 1e-12 * np.maximum(mean**2, 1e-12), np.sqrt(np.maximum(variance, 0)), 1.0)
+    mean, std = _latent_statistics(train)
     files = {name: entry for record in records for name, entry in record.files.items()}
     if tokenizer:
         files[tokenizer] = file_entry(directory / tokenizer)

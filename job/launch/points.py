@@ -10,7 +10,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from job.config import Config, targets_dir, validate
+from job.config import Config, targets_dir
+from job.config_checks import validate
 from job.errors import UserError
 
 # Overrides that say how the sweep is launched, not how a run trains: with them, a run would launch jobs itself.

@@ -7,7 +7,6 @@ LATENT_DIR/<stem>.npy                        float [D], [1, D] or [k, D], of whi
 from __future__ import annotations
 
 import hashlib
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,15 +16,27 @@ from pathlib import Path
 import numpy as np
 
 from job.data import tokenizer as tokenizers
-from job.data.preparation import Progress, say
+from job.data.console import CountedWork, say
 from job.data.shards import SPLITS
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UsageError, UserError
-from job.files import write_whole
+from job.files import refuse_existing, whole_directory, write_text
 
 TOKENS_SUFFIX = "_tokens"
 SHARD_SIZE = 100_000
 NAMED_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How the two directories are read. Ids and vocabulary that are None come from the tokenizer."""
+
+    tokenizer: Path | None = None
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    vocab_size: int | None = None
+    validation_fraction: float = 0.05
+    skip_bad: bool = False
 
 
 class BadSample(Exception):
@@ -39,11 +50,11 @@ class Problems:
     count: int = 0
     named: list[str] = field(default_factory=list)
 
-    def add(self, path: Path, reason: str) -> None:
+    def add(self, path: Path, problem: str) -> None:
         """Note a file."""
         self.count += 1
         if len(self.named) < NAMED_PROBLEMS:
-            self.named.append(f"{path}: {reason}")
+            self.named.append(f"{path}: {problem}")
 
     def report(self) -> None:
         """Name the files on standard error."""
@@ -74,7 +85,7 @@ def find_pairs(token_dir: Path, latent_dir: Path, problems: Problems) -> list[tu
     return [(tokens[stem], latents[stem]) for stem in sorted(tokens.keys() & latents.keys())]
 
 
-def reason(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """First sentence of an error: numpy's go on to recommend loading the file unsafely."""
     return str(error).split(". ")[0]
 
@@ -85,7 +96,7 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             ids, mask = arrays["input_ids"].reshape(-1), arrays["attention_mask"].reshape(-1)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadSample(f"corrupt ({reason(error)})") from error
+        raise BadSample(f"corrupt ({first_sentence(error)})") from error
     if ids.shape != mask.shape or ids.dtype.kind not in "iu":
         raise BadSample(f"corrupt (input_ids {ids.dtype} {ids.shape}, attention_mask {mask.shape})")
     ids = ids[mask != 0].astype(np.int64)
@@ -101,7 +112,7 @@ def read_latent(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BadSample(f"corrupt ({reason(error)})") from error
+        raise BadSample(f"corrupt ({first_sentence(error)})") from error
     if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
         raise BadSample(f"corrupt ({array.dtype} {array.shape})")
     latent = np.atleast_2d(array)[0].astype(np.float32)
@@ -115,29 +126,34 @@ def read_samples(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and latent of every usable pair; all latents have the dimension of the first."""
     latent_dim = None
-    progress = Progress("samples", len(pairs))
-    for token_path, latent_path in pairs:
-        progress.add(1)
-        path = token_path
-        try:
-            tokens = read_tokens(token_path, vocab_size)
-            path = latent_path
-            latent = read_latent(latent_path)
-            latent_dim = latent_dim or len(latent)
-            if len(latent) != latent_dim:
-                raise BadSample(f"{len(latent)} dimensions, the first latent has {latent_dim}")
-        except BadSample as error:
-            problems.add(path, str(error))
-        else:
-            yield tokens, latent
-    progress.bar.close()
+    with CountedWork("samples", len(pairs)) as work:
+        for token_path, latent_path in pairs:
+            work.add(1)
+            path = token_path
+            try:
+                tokens = read_tokens(token_path, vocab_size)
+                path = latent_path
+                latent = read_latent(latent_path)
+                latent_dim = latent_dim or len(latent)
+                if len(latent) != latent_dim:
+                    raise BadSample(f"{len(latent)} dimensions, the first latent has {latent_dim}")
+            except BadSample as error:
+                problems.add(path, str(error))
+            else:
+                yield tokens, latent
 
 
 class ShardWriter:
-    """Collects samples and writes a shard of a split whenever it is full. The split is a function of the tokens alone."""
+    """Collects samples and writes a shard of a split whenever it is full.
+
+    A sample's split is a function of its tokens alone, so that equal texts never stand on both sides of it, and a
+    sample keeps its side when others are added.
+    """
 
     def __init__(self, directory: Path, vocab_size: int, validation_fraction: float) -> None:
-        self.directory, self.vocab_size, self.boundary = directory, vocab_size, int(validation_fraction * 2**64)
+        self.directory = directory
+        self.vocab_size = vocab_size
+        self.boundary = int(validation_fraction * 2**64)
         self.waiting: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
         self.records: list[ShardRecord] = []
 
@@ -151,25 +167,23 @@ class ShardWriter:
 
     def flush(self, split: str) -> None:
         """Write what waits."""
-        if rows := self.waiting[split]:
-            number = sum(record.split == split for record in self.records)
-            latents = np.stack([latent for _, latent in rows])
-            self.records.append(
-                write_shard(self.directory, split, number, [tokens for tokens, _ in rows], latents, self.vocab_size)
-            )
-            self.waiting[split] = []
+        rows = self.waiting[split]
+        if not rows:
+            return
+        number = sum(record.split == split for record in self.records)
+        tokens = [tokens for tokens, _ in rows]
+        latents = np.stack([latent for _, latent in rows])
+        self.records.append(write_shard(self.directory, split, number, tokens, latents, self.vocab_size))
+        self.waiting[split] = []
 
 
-def _special_tokens(
-    tokenizer: tokenizers.TextTokenizer | None,
-    mask_token_id: int | None,
-    pad_token_id: int | None,
-    vocab_size: int | None,
-) -> tuple[int, int, int]:
-    """Mask id, pad id and vocabulary: as given, else the tokenizer's."""
-    mask = tokenizer.mask_token_id if mask_token_id is None and tokenizer else mask_token_id
-    pad = tokenizer.pad_token_id if pad_token_id is None and tokenizer else pad_token_id
-    size = tokenizer.vocab_size if vocab_size is None and tokenizer else vocab_size
+def special_tokens(tokenizer: tokenizers.TextTokenizer | None, options: DataOptions) -> tuple[int, int, int]:
+    """Mask id, padding id and size of the vocabulary: as given, else the tokenizer's."""
+    mask, pad, size = options.mask_token_id, options.pad_token_id, options.vocab_size
+    if tokenizer:
+        mask = tokenizer.mask_token_id if mask is None else mask
+        pad = tokenizer.pad_token_id if pad is None else pad
+        size = tokenizer.vocab_size if size is None else size
     if mask is None or pad is None or size is None:
         raise UsageError("without --tokenizer, give --mask-token-id, --pad-token-id and --vocab-size")
     if not (0 <= mask < size and 0 <= pad < size):
@@ -177,60 +191,44 @@ def _special_tokens(
     return mask, pad, size
 
 
-def convert(
-    token_dir: Path,
-    latent_dir: Path,
-    out: Path,
-    *,
-    tokenizer: Path | None,
-    mask_token_id: int | None = None,
-    pad_token_id: int | None = None,
-    vocab_size: int | None = None,
-    validation_fraction: float = 0.05,
-    skip_bad: bool = False,
-) -> str:
+def convert(token_dir: Path, latent_dir: Path, out: Path, options: DataOptions) -> str:
     """Write a dataset from LGDLM's two directories; `out` appears whole or not at all. Returns a summary.
 
-    Unpaired and corrupt files are named on standard error and raise UserError, unless `skip_bad`.
+    Unpaired and corrupt files are named on standard error and raise UserError, unless options.skip_bad.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another name or delete it")
-    loaded = tokenizers.load(str(tokenizer)) if tokenizer else None
-    mask, pad, size = _special_tokens(loaded, mask_token_id, pad_token_id, vocab_size)
+    refuse_existing(out)  # before thousands of files are read
+    tokenizer = tokenizers.load(str(options.tokenizer)) if options.tokenizer else None
+    mask_token_id, pad_token_id, vocab_size = special_tokens(tokenizer, options)
     problems = Problems()
     pairs = find_pairs(token_dir, latent_dir, problems)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        writer = ShardWriter(partial, size, validation_fraction)
-        for tokens, latent in read_samples(pairs, size, problems):
-            if skip_bad or not problems.count:
+    with whole_directory(out) as partial:
+        writer = ShardWriter(partial, vocab_size, options.validation_fraction)
+        # After the first bad file nothing is kept, but the rest is still read: one run names all bad files.
+        for tokens, latent in read_samples(pairs, vocab_size, problems):
+            if options.skip_bad or not problems.count:
                 writer.add(tokens, latent)
         problems.report()
-        if problems.count and not skip_bad:
+        if problems.count and not options.skip_bad:
             raise UserError(
-                f"{token_dir}: {problems.count} unpaired or corrupt files; mend or remove them, or leave them out with --skip-bad"
+                f"{token_dir}: {problems.count} unpaired or corrupt files; "
+                "mend or remove them, or leave them out with --skip-bad"
             )
         for split in SPLITS:
             writer.flush(split)
-        if loaded:
-            write_whole(partial / tokenizers.TOKENIZER_FILE, lambda file: file.write(loaded.to_json().encode()))
+        if tokenizer:
+            write_text(partial / tokenizers.TOKENIZER_FILE, tokenizer.to_json())
         info = write_info(
             partial,
             writer.records,
-            vocab_size=size,
-            mask_token_id=mask,
-            pad_token_id=pad,
-            tokenizer=tokenizers.TOKENIZER_FILE if loaded else None,
+            vocab_size=vocab_size,
+            mask_token_id=mask_token_id,
+            pad_token_id=pad_token_id,
+            tokenizer=tokenizers.TOKENIZER_FILE if tokenizer else None,
             encoder={"name": "lgdlm"},
-            options={"validation_fraction": validation_fraction, "skipped": problems.count},
+            options={"validation_fraction": options.validation_fraction, "skipped": problems.count},
             generated_by="python -m job.convert data",
         )
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return (
-        f"{out}: {info.counts['train']} training and {info.counts['validation']} validation samples, {problems.count} bad files left out, "
-        f"at most {info.max_length} tokens, {info.latent_dim} latent dimensions"
+        f"{out}: {info.counts['train']} training and {info.counts['validation']} validation samples, "
+        f"{problems.count} bad files left out, at most {info.max_length} tokens, {info.latent_dim} latent dimensions"
     )

@@ -1,13 +1,17 @@
-"""The fast path through a MultimodalMMDiT: the same weights and the same numbers as its `forward`, with less work.
+"""The fast implementation: the same weights and the same numbers as the stock blocks, with less work.
 
-Padding is dropped (packed.py), residual streams are fused (streams.py), rows that differ only in inputs and timesteps go through
-together, a head sees only the rows that want it, and the last block computes only what a head reads.
+- Padding is dropped: texts lie end to end (packed.py).
+- Residual streams are read and written in few passes over memory (streams.py).
+- Groups of rows that differ only in inputs and timesteps go through the blocks as one batch.
+- A head sees only the rows that want it, and the last block computes only what a head reads.
+- The cross-entropy never holds the logits of more than a few hundred tokens (cross_entropy.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,25 +19,199 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from job.model.groups import Padding, Rows
+from job.config import ModelConfig
+from job.model.cross_entropy import linear_cross_entropy
+from job.model.groups import Encoded, Group, Padding, TextLoss
+from job.model.multimodal import MultimodalMMDiT
 from job.model.packed import Layout, Spans
 from job.model.streams import Mixing, read, write
 
+TEXT, LATENT = 0, 1  # the backbone's numbers of the modalities
+RECOMPILE_LIMIT = 64
 Streams = tuple[Tensor, Tensor]  # of text [T, s, H] and latents [R, s, H], float32
 
 
-def _norm(norm: Any, x: Tensor, cond: Tensor, spans: Spans) -> Tensor:
-    """Adaptive layer norm of x [N, H] with conditions [C, cond_dim] that are through their SiLU."""
-    gamma, beta = norm.to_cond[-1](cond).chunk(2, dim=-1)
-    return spans.norm(x, gamma, beta, norm.ln.eps)
+class FastMMDiT(MultimodalMMDiT):
+    """MultimodalMMDiT with packed rows.
+
+    Its form of a text are the text head's inputs [T, H] for the computed tokens.
+    """
+
+    # Where a step falls into two halves that no gradient joins, the first half's activations are gone before the
+    # second's are made.
+    staged = True
+
+    def __init__(self, config: ModelConfig, vocab_size: int, latent_dim: int) -> None:
+        super().__init__(config, vocab_size, latent_dim)
+        self.compiled = False  # torch.compile the blocks, in training: an evaluation is over before it pays
+        self.checkpointing = False  # keep no activations inside blocks, compute them again in backward
+        for block in self.mmdit.blocks:  # type: ignore[union-attr]
+            # A method of the block, so that FSDP can gather the block's weights for the call and let go of them after.
+            block.encode = MethodType(encode_block, block)
+
+    def encode(self, groups: Sequence[Group], padding: Padding) -> Encoded:
+        layout = Layout(groups, padding)
+        cond = self._conditions(groups)
+        streams: Streams = (self._text_input(groups, layout), self._latent_input(groups))
+        blocks: Any = self.mmdit.blocks
+        for block in blocks:
+            last = block is blocks[-1]
+            arguments = (*streams, cond, layout, last, self.compiled and self.training)
+            if self.checkpointing and torch.is_grad_enabled():
+                streams = checkpoint(block.encode, *arguments, use_reentrant=False)
+            else:
+                streams = block.encode(*arguments)
+        norms: Any = self.mmdit.norms
+        text, latent = (norm(stream.sum(1)) for norm, stream in zip(norms, streams, strict=True))
+        return Encoded(text, self.latent_head(latent))
+
+    def logits(self, text: Tensor, padding: Padding) -> Tensor:
+        return padding.unpack(self.text_head(text))
+
+    def text_loss(
+        self,
+        text: Tensor,
+        targets: Tensor,
+        padding: Padding,
+        *,
+        counted: Tensor | None = None,
+        pick: bool = False,
+        uniform: Tensor | None = None,
+    ) -> TextLoss:
+        packed_targets = padding.pack(targets)
+        if counted is not None:
+            place = padding.pack(counted).nonzero()[:, 0]
+            text, packed_targets = text[place], packed_targets[place]
+        packed_uniform = None if uniform is None else padding.pack(uniform)
+        total, tokens = linear_cross_entropy(text, self.text_head, packed_targets, pick, packed_uniform)
+        return TextLoss(total, padding.unpack(tokens) if pick else None)
+
+    def _text_input(self, groups: Sequence[Group], layout: Layout) -> Tensor:
+        """Streams [T, s, H] of all groups' texts."""
+        tokens = torch.cat([layout.padding.pack(group.tokens) for group in groups])
+        positions = F.embedding(layout.positions, self.text_encoder.position_embed[0])
+        return self._streams(self.text_encoder.token_embed(tokens) + positions)
+
+    def _latent_input(self, groups: Sequence[Group]) -> Tensor:
+        """Streams [R, s, H] of all groups' latents."""
+        return self._streams(self.latent_encoder(torch.cat([group.latents for group in groups]))[:, 0])
+
+    def _streams(self, x: Tensor) -> Tensor:
+        return x.float()[:, None].repeat(1, self.num_residual_streams, 1)
+
+    def _conditions(self, groups: Sequence[Group]) -> Tensor:
+        """Conditions [C, cond_dim] through their SiLU: one for each pair of timesteps that a group names."""
+        times = [torch.broadcast_tensors(group.text_t, group.latent_t) for group in groups]
+        text_t, latent_t = (torch.cat(part) for part in zip(*times, strict=True))
+        return F.silu(self.conditioning(text_t, latent_t))
+
+
+def encode_block(
+    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, is_compiled: bool
+) -> Streams:
+    """Both streams through one block, [T, s, H] and [R, s, H].
+
+    In the last block only the tokens that a head reads come out.
+    """
+    enter, leave = (compiled(_enter), compiled(_leave)) if is_compiled else (_enter, _leave)
+    # Every token gives keys and values, but in the last block only tokens that the text head reads ask. The latents all
+    # do: they are few, and a selection would be one more shape to compile for.
+    asking = layout.read_text if last else slice(0, len(text))
+    text_qkv, text_mixing = enter(block, TEXT, text, cond, layout.text, asking)
+    latent_qkv, latent_mixing = enter(block, LATENT, latent, cond, layout.latent, slice(0, len(latent)))
+    text_out, latent_out = layout.attend(text_qkv, latent_qkv, last)
+    text_spans, latent_spans = layout.text, layout.latent
+    if last:
+        text, text_mixing, text_spans = layout.select(layout.read_text, text, text_mixing, text_spans)
+        latent, latent_mixing, latent_spans = layout.select(layout.read_latent, latent, latent_mixing, latent_spans)
+    if len(text):
+        text = leave(block, TEXT, text, text_mixing, text_out, cond, text_spans)
+    if len(latent):
+        latent = leave(block, LATENT, latent, latent_mixing, latent_out, cond, latent_spans)
+    return text, latent
+
+
+def compile_one(function: Any, backend: str = "inductor") -> Any:
+    """A function compiled as graphs that serve all lengths and all blocks."""
+    # Backward passes run outside autocast. The compiler would trace them inside, where the gradients that are written
+    # out here meet bf16 in place of float32 (pytorch #179804).
+    torch._functorch.config.backward_pass_autocast = "off"
+    # A graph for each modality, each set of heads, and whether a batch has one row: the modes of training come to more
+    # than the 8 graphs that are allowed, and with fullgraph one more ends the run.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+
+compiled = cache(compile_one)
+
+
+def _enter(
+    block: Any, modality: int, streams: Tensor, cond: Tensor, spans: Spans, asking: slice
+) -> tuple[tuple[Tensor, ...], Mixing | None]:
+    """From streams [N, s, H] into attention: queries [Q, h, d] of the `asking` tokens, keys and values [N, h, d].
+
+    Comes with the weights by which the block's answer is written back.
+    """
+    attention = block.joint_attn
+    x, mixing = read(block.attn_residual_fns[modality], streams)
+    x = _adaptive_norm(block.attn_layernorms[modality], x, cond, spans)
+    weight = attention.to_qkv[modality].weight
+    if asking == slice(0, len(x)):
+        parts: Any = F.linear(x, weight).chunk(3, dim=-1)
+    else:
+        width = len(weight) // 3
+        parts = F.linear(x[asking], weight[:width]), *F.linear(x, weight[width:]).chunk(2, dim=-1)
+    n_heads = attention.split_heads.axes_lengths["h"]
+    q, k, v = (part.unflatten(-1, (n_heads, -1)) for part in parts)
+    if attention.qk_rmsnorm:
+        q = _head_norm(q, attention.q_rmsnorms[modality]).to(v.dtype)
+        k = _head_norm(k, attention.k_rmsnorms[modality]).to(v.dtype)
+    return (q, k, v), mixing
+
+
+def _leave(
+    block: Any,
+    modality: int,
+    streams: Tensor,
+    mixing: Mixing | None,
+    attended: Tensor,
+    cond: Tensor,
+    spans: Spans,
+) -> Tensor:
+    """Streams [N, s, H] after attention's outputs [N, h * d] and the feed-forward."""
+    # The block gives gains of both branches for both modalities at once.
+    branches = block.to_post_branch_gammas[-1](cond).chunk(2, dim=-1)
+    attention_gain, ff_gain = (gains.split(block.dim_modalities, dim=-1)[modality] for gains in branches)
+    attended = block.joint_attn.to_out[modality](attended)
+    streams = write(streams, mixing, spans.scale(attended, attention_gain))
+    x, mixing = read(block.ff_residual_fns[modality], streams)
+    y = block.feedforwards[modality](_adaptive_norm(block.ff_layernorms[modality], x, cond, spans))
+    return write(streams, mixing, spans.scale(y, ff_gain))
+
+
+def _adaptive_norm(norm: Any, x: Tensor, cond: Tensor, spans: Spans) -> Tensor:
+    """Layer norm of x [N, H] whose gain and bias follow from conditions [C, cond_dim] (Peebles & Xie 2023, DiT)."""
+    gain, bias = norm.to_cond[-1](cond).chunk(
+        2, dim=-1
+    )  # the stock layer's SiLU before it was applied once for all blocks
+    return spans.norm(x, gain, bias, norm.ln.eps)
+
+
+def _head_norm(x: Tensor, norm: Any) -> Tensor:
+    """RMS norm of the heads of x [N, h, d] with the stock layer's gains, float32."""
+    return _HeadNorm.apply(x, norm.gamma[:, 0] * norm.scale)
 
 
 class _HeadNorm(torch.autograd.Function):
-    """RMS norm of the heads of x [N, h, d] in float32, x / |x| * gain [h, d], and its gradient, in fewer passes than autograd's."""
+    """x / |x| * gain over the heads of x [N, h, d], in float32.
+
+    Written out with its gradient, since autograd's takes about twice the passes over memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-12).reciprocal_()
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = length.clamp_(min=1e-12).reciprocal_()
         unit = x * inverse
         ctx.save_for_backward(unit, inverse, gain)
         return unit * gain
@@ -42,87 +220,5 @@ class _HeadNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         unit, inverse, gain = ctx.saved_tensors
         product = unit * gradient
-        along = torch.einsum("nhd,hd->nh", product, gain)[..., None]
+        along = torch.einsum("nhd,hd->nh", product, gain)[..., None]  # the part along x, which the norm takes away
         return (gradient * gain).addcmul_(unit, along, value=-1).mul_(inverse), product.sum(0)
-
-
-def _enter(
-    block: Any, modality: int, streams: Tensor, cond: Tensor, spans: Spans, asking: slice
-) -> tuple[tuple[Tensor, ...], Mixing | None]:
-    """Queries [.., h, d] of the `asking` tokens, keys and values [N, h, d] of streams [N, s, H], and the weights of the way back."""
-    attention = block.joint_attn
-    x, weights = read(block.attn_residual_fns[modality], streams)
-    x, weight = _norm(block.attn_layernorms[modality], x, cond, spans), attention.to_qkv[modality].weight
-    if asking == slice(0, len(x)):
-        parts: Any = F.linear(x, weight).chunk(3, dim=-1)
-    else:
-        width = len(weight) // 3
-        parts = F.linear(x[asking], weight[:width]), *F.linear(x, weight[width:]).chunk(2, dim=-1)
-    q, k, v = (part.unflatten(-1, (attention.split_heads.axes_lengths["h"], -1)) for part in parts)
-    if attention.qk_rmsnorm:
-        q, k = (
-            _HeadNorm.apply(x, norms[modality].gamma[:, 0] * norms[modality].scale).to(v.dtype)
-            for x, norms in ((q, attention.q_rmsnorms), (k, attention.k_rmsnorms))
-        )
-    return (q, k, v), weights
-
-
-def _leave(
-    block: Any, modality: int, streams: Tensor, weights: Mixing | None, attended: Tensor, cond: Tensor, spans: Spans
-) -> Tensor:
-    """Streams [N, s, H] after attention's outputs [N, h * d] and the feed-forward."""
-    attention_gammas, ff_gammas = block.to_post_branch_gammas[-1](cond).chunk(2, dim=-1)
-    attention_gamma, ff_gamma = (
-        gammas.split(block.dim_modalities, dim=-1)[modality] for gammas in (attention_gammas, ff_gammas)
-    )
-    streams = write(streams, weights, spans.scale(block.joint_attn.to_out[modality](attended), attention_gamma))
-    x, weights = read(block.ff_residual_fns[modality], streams)
-    y = block.feedforwards[modality](_norm(block.ff_layernorms[modality], x, cond, spans))
-    return write(streams, weights, spans.scale(y, ff_gamma))
-
-
-@cache
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True, fullgraph=True)
-
-
-def encode_block(
-    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, compiled: bool
-) -> Streams:
-    """Both streams through one block."""
-    enter, leave = (_compiled(_enter), _compiled(_leave)) if compiled else (_enter, _leave)
-    text_qkv, text_weights = enter(block, 0, text, cond, layout.text, layout.read_text if last else slice(0, len(text)))
-    latent_qkv, latent_weights = enter(block, 1, latent, cond, layout.latent, slice(0, len(latent)))
-    text_out, latent_out = layout.attend(text_qkv, latent_qkv, last)
-    text_spans, latent_spans = layout.text, layout.latent
-    if last:
-        text, text_weights, text_spans = layout.select(layout.read_text, text, text_weights, text_spans)
-        latent, latent_weights, latent_spans = layout.select(layout.read_latent, latent, latent_weights, latent_spans)
-    if len(text):
-        text = leave(block, 0, text, text_weights, text_out, cond, text_spans)
-    if len(latent):
-        latent = leave(block, 1, latent, latent_weights, latent_out, cond, latent_spans)
-    return text, latent
-
-
-def encode(model: Any, groups: Sequence[Rows], padding: Padding) -> tuple[Tensor, Tensor]:
-    """Inputs [T, H] of the text head and predictions [R, D] of the latent head, of the groups that ask for them, in their order.
-
-    T runs over the tokens of all these groups that `padding` leaves. Groups that ask for the same head lie side by side.
-    """
-    layout = Layout(groups, padding)
-    tokens = torch.cat([padding.pack(group.tokens) for group in groups])
-    text = model.text_encoder.token_embed(tokens) + F.embedding(layout.positions, model.text_encoder.position_embed[0])
-    latent = model.latent_encoder(torch.cat([group.latents for group in groups]))[:, 0]
-    times = [torch.broadcast_tensors(group.text_t, group.latent_t) for group in groups]
-    cond = F.silu(
-        model.conditioning(torch.cat([text_t for text_t, _ in times]), torch.cat([latent_t for _, latent_t in times]))
-    )
-    streams = (x.float()[:, None].repeat(1, model.num_residual_streams, 1) for x in (text, latent))
-    text, latent = streams
-    for index, block in enumerate(model.mmdit.blocks):
-        arguments = (text, latent, cond, layout, index == len(model.mmdit.blocks) - 1, model.compiled)
-        keep = not (model.checkpointing and torch.is_grad_enabled())
-        text, latent = block.encode(*arguments) if keep else checkpoint(block.encode, *arguments, use_reentrant=False)
-    text, latent = (norm(x.sum(1)) for norm, x in zip(model.mmdit.norms, (text, latent), strict=True))
-    return text, model.latent_head(latent)

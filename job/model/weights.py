@@ -13,40 +13,44 @@ from torch import Tensor, nn
 
 from job.errors import UserError
 
-HEAD_DIM = 64  # of mmdit's attention unless it is told otherwise; the weights tell only heads * head_dim
+HEAD_DIM = 64  # of mmdit's attention unless it is told otherwise
 NAMED = 3  # differing keys named in an error
 
 
 def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The `model.*` settings that shapes tell. Without query and key norms heads are taken to be HEAD_DIM wide.
+    """The `model.*` settings that the shapes of a MultimodalMMDiT's weights tell.
 
-    Raises UserError when a key of MultimodalMMDiT is missing.
+    Shapes tell heads * head_dim only. Where there are query and key norms, these tell both; without, heads are taken to
+    be HEAD_DIM wide. Raises UserError when a key is missing.
     """
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in weights:
-            raise UserError(
-                f"not the weights of a MultimodalMMDiT: {key} is missing (found {len(weights)} others, such as {next(iter(weights), 'none')})"
-            )
-        return tuple(weights[key].shape)
-
-    vocab_size, hidden_size = shape("text_encoder.token_embed.weight")
-    block = "mmdit.blocks.0."
-    width = shape(f"{block}joint_attn.to_out.0.weight")[1]
-    norm, streams = f"{block}joint_attn.q_rmsnorms.0.gamma", f"{block}attn_residual_fns.0.static_beta"
-    n_heads, _, head_dim = shape(norm) if norm in weights else (width // HEAD_DIM, 1, HEAD_DIM)
+    vocab_size, hidden_size = _shape(weights, "text_encoder.token_embed.weight")
+    block = "mmdit.blocks.0"
+    norm, streams = f"{block}.joint_attn.q_rmsnorms.0.gamma", f"{block}.attn_residual_fns.0.static_beta"
+    if norm in weights:
+        n_heads, _, head_dim = _shape(weights, norm)
+    else:
+        n_heads, head_dim = _shape(weights, f"{block}.joint_attn.to_out.0.weight")[1] // HEAD_DIM, HEAD_DIM
     return {
         "hidden_size": hidden_size,
         "n_blocks": len({key.split(".")[2] for key in weights if key.startswith("mmdit.blocks.")}),
         "n_heads": n_heads,
         "head_dim": head_dim,
-        "cond_dim": shape("conditioning.combine.2.weight")[0],
-        "max_seq_len": shape("text_encoder.position_embed")[1],
-        "num_residual_streams": shape(streams)[0] if streams in weights else 1,
+        "cond_dim": _shape(weights, "conditioning.combine.2.weight")[0],
+        "max_seq_len": _shape(weights, "text_encoder.position_embed")[1],
+        "num_residual_streams": _shape(weights, streams)[0] if streams in weights else 1,
         "qk_rmsnorm": norm in weights,
-        "latent_dim": shape("latent_head.3.weight")[0],
+        "latent_dim": _shape(weights, "latent_head.3.weight")[0],
         "vocab_size": vocab_size,
     }
+
+
+def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    if key not in weights:
+        example = next(iter(weights), "none")
+        raise UserError(
+            f"not the weights of a MultimodalMMDiT: {key} is missing (found {len(weights)} others, such as {example})"
+        )
+    return tuple(weights[key].shape)
 
 
 def overrides(settings: Mapping[str, Any]) -> str:
@@ -62,7 +66,10 @@ def serialize(weights: Mapping[str, Tensor], **metadata: str) -> bytes:
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (CPU) of a weight file and the model settings they mean. UserError when it is missing, damaged or something else."""
+    """Tensors (CPU) of a weight file and the model settings they mean.
+
+    Raises UserError when the file is missing, damaged or something else.
+    """
     path = path / "model.safetensors" if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:
@@ -80,7 +87,10 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def apply_weights(model: nn.Module, path: Path) -> None:
-    """Copy a weight file into a model. UserError, with nothing copied, names the settings or else the keys that differ."""
+    """Copy a weight file into a model.
+
+    Raises UserError, with nothing copied, that names the settings or else the keys that differ.
+    """
     weights, there = load_weights(path)
     own = model.state_dict()
     here = describe(own)
@@ -88,14 +98,21 @@ def apply_weights(model: nn.Module, path: Path) -> None:
     if different:
         differences = ", ".join(f"{name} is {value} there and {here[name]} here" for name, value in different.items())
         raise UserError(f"{path} does not fit this model: {differences}; use {overrides(different)}")
-    problems = [f"{name} is missing there" for name in own if name not in weights]
-    problems += [f"{name} is unknown here" for name in weights if name not in own]
-    problems += [
-        f"{name} is {list(weights[name].shape)} there and {list(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
+    problems = _differing_keys(own, weights)
     if problems:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise UserError(f"{path} does not fit this model: {'; '.join(problems[:NAMED])}{more}")
     model.load_state_dict(weights)
+
+
+def _differing_keys(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """What keeps `other` weights from being loaded into a model with its `own`, a few words a key."""
+    problems = [f"{name} is missing there" for name in own if name not in other]
+    problems += [f"{name} is unknown here" for name in other if name not in own]
+    for name in own:
+        if name not in other:
+            continue
+        there, here = list(other[name].shape), list(own[name].shape)
+        if there != here:
+            problems.append(f"{name} is {there} there and {here} here")
+    return problems

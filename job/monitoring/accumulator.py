@@ -2,67 +2,74 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-# Every scalar an objective can report, in the order of the log's columns.
-LOSS_METRICS = (
-    "loss",
-    "base_l2t_text_loss",
-    "base_t2l_latent_loss",
-    "cycle_text_loss",
-    "cycle_latent_loss",
-    "text_loss",
-    "latent_loss",
-)
-STEP_METRICS = (*LOSS_METRICS, "t_lat_mean", "latent_pred_norm", "x0_pred_norm", "grad_norm")
+from job.metric_names import STEP_METRICS
+
+Total = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
 
 
 class Accumulator:
     """Sums and counts of STEP_METRICS since the last read, and the values of the last step whose update was skipped.
 
-    Values that are not finite are left out of the means: the step they belong to is counted as non-finite instead.
+    Reading a number from a GPU (`.item()`) waits until the GPU has finished all that was queued before, and then the
+    GPU waits for the host to queue more. So metrics stay tensors on the device, are added up there, and come to the
+    host once per log interval.
+
+    Values that are not finite are left out of the means: their step is counted as non-finite instead, and one of them
+    would make the whole interval's mean useless.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, len(STEP_METRICS), dtype=torch.float64, device=device)
-        self.current = torch.zeros(
-            2, len(STEP_METRICS), dtype=torch.float64, device=device
-        )  # this step, over its micro-batches
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.bad_values = torch.zeros(2, len(STEP_METRICS), dtype=torch.float64, device=device)
+        def sums_and_counts() -> Tensor:
+            """Row 0: sums of STEP_METRICS. Row 1: of how many values, since not every step computes every term."""
+            return torch.zeros(2, len(STEP_METRICS), dtype=torch.float64, device=device)
+
+        self.sums = sums_and_counts()  # of the interval
+        self.current = sums_and_counts()  # of the step that is being computed, over its micro-batches
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # the last one that was skipped
+        self.bad_values = sums_and_counts()  # of that step
         self.weights: dict[str, float] = {}  # python numbers, as applied at the last step
+        self._columns: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Metrics of one micro-batch: scalars on the device are averaged, python numbers are kept as they are."""
         self.weights.update({name: value for name, value in metrics.items() if not isinstance(value, Tensor)})
         tensors = {name: value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
         values = torch.stack(list(tensors.values())).double()
-        self.current.index_add_(1, self._index(tuple(tensors)), torch.stack([values, torch.ones_like(values)]))
+        self.current.index_add_(1, self._columns_of(tuple(tensors)), torch.stack([values, torch.ones_like(values)]))
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019  (one accumulator a run; a new tensor each step would be a copy to the device)
-    def _index(self, names: tuple[str, ...]) -> Tensor:
-        return torch.tensor([STEP_METRICS.index(name) for name in names], device=self.current.device)
+    def _columns_of(self, names: tuple[str, ...]) -> Tensor:
+        """Where these metrics stand in STEP_METRICS.
+
+        Kept, since making the tensor copies it to the device; a run has few sets of names.
+        """
+        if names not in self._columns:
+            columns = [STEP_METRICS.index(name) for name in names]
+            self._columns[names] = torch.tensor(columns, device=self.current.device)
+        return self._columns[names]
 
     def end_step(self, step: int, grad_norm: Tensor) -> None:
         """Close 0-based `step` with its gradient norm (not finite: the update was skipped)."""
         self.add({"grad_norm": grad_norm})
+        # Chosen by torch.where, not by an if: whether the norm is finite is known only on the device.
         bad = ~torch.isfinite(grad_norm)
         self.bad_step = torch.where(bad, step, self.bad_step)
         self.bad_values = torch.where(bad, self.current, self.bad_values)
         self.sums += torch.where(torch.isfinite(self.current[0]), self.current, 0)
         self.current.zero_()
 
-    def read(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over the interval and all ranks (`total` sums a tensor over ranks), and a new interval."""
+    def read(self, total: Total) -> dict[str, float]:
+        """Means over the interval and all ranks, and a new interval. Waits for the device."""
         sums, counts = total(self.sums.clone()).tolist()
         self.sums.zero_()
-        return {name: s / c for name, s, c in zip(STEP_METRICS, sums, counts, strict=True) if c} | self.weights
+        means = {name: s / count for name, s, count in zip(STEP_METRICS, sums, counts, strict=True) if count}
+        return means | self.weights
 
-    def bad_terms(self, total: Callable[[Tensor], Tensor]) -> list[str]:
+    def bad_terms(self, total: Total) -> list[str]:
         """Names of the metrics that were not finite, on any rank, at the last skipped step."""
         found = total((~torch.isfinite(self.bad_values[0])).double()).tolist()
         return [name for name, count in zip(STEP_METRICS, found, strict=True) if count]

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+
+from job.config import Config, to_dict
+from job.files import write_json, write_text
 
 PACKAGES = ("torch", "mmdit", "hyper-connections", "x-transformers", "hydra-core", "numpy", "tokenizers")
 
@@ -51,3 +55,9 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "world_size": world_size,
     }
+
+
+def write_description(config: Config, run_dir: Path, device: torch.device, world_size: int) -> None:
+    """Write config.yaml and environment.json of a run directory."""
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(to_dict(config)))
+    write_json(run_dir / "environment.json", environment(device, world_size), indent=2)

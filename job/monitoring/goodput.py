@@ -1,4 +1,10 @@
-"""What a run has done and where its time went, over all its starts: goodput.json in the run directory."""
+"""What a run has done and where its time went, over all its starts: goodput.json in the run directory.
+
+Goodput is the share of a run's time that brought it forward. A run that is killed goes on from its last checkpoint
+and does the steps since then again. Done again, they come out the same, bit for bit, so they cost time and bring
+nothing: they are `replayed`. What tells them apart is `furthest`, the most steps that were ever done in any start of
+the run; only steps beyond it are `productive`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from job.files import write_json
+from job.metric_names import PHASES, Series
 from job.monitoring.flops import Done
-from job.monitoring.metrics import PHASES, Series
 
 
 @dataclass
 class Goodput:
-    """Totals of a run. `furthest` is the most steps that were ever done: what is done again below it is replayed."""
+    """Totals of a run over all its starts. Steps, tokens, samples and operations include replayed ones."""
 
     starts: int = 0
     furthest: int = 0
@@ -27,7 +33,7 @@ class Goodput:
 
     @classmethod
     def of(cls, path: Path) -> Goodput:
-        """The totals in a file; new ones where there is none or a disk damaged it: they are for people, no run depends on them."""
+        """The totals in a file; new ones where there is none or it is damaged, since no run depends on them."""
         try:
             return cls(**json.loads(path.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -36,25 +42,26 @@ class Goodput:
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
 
-    def steps_done(self, start: int, done: int, work: Done) -> None:
-        """Steps `start` to `done` were done; call before `time_spent`, which moves `furthest` on."""
-        self.steps += done - start
-        self.replayed_steps += max(0, min(done, self.furthest) - start)
-        self.tokens, self.samples, self.flops = (
-            self.tokens + work.tokens,
-            self.samples + work.samples,
-            self.flops + work.flops,
-        )
+    def add_interval(self, start: int, done: int, work: Done, seconds: Mapping[str, float]) -> None:
+        """Steps `start` to `done` were done, with so much work and so many seconds of the loop's phases.
 
-    def time_spent(self, start: int, done: int, seconds: Mapping[str, float]) -> None:
-        """Seconds of the loop's phases while steps `start` to `done` were done."""
-        replayed = max(0, min(done, self.furthest) - start) / max(1, done - start)
-        self.seconds["productive"] += (1 - replayed) * seconds["step"]
-        self.seconds["replayed"] += replayed * seconds["step"]
+        An interval may begin with replayed steps and end with new ones. The time of its steps is shared out by their
+        number, since single steps are not timed here.
+        """
+        replayed = max(0, min(done, self.furthest) - start)
+        self.furthest = max(self.furthest, done)
+        self.steps += done - start
+        self.replayed_steps += replayed
+        self.tokens += work.tokens
+        self.samples += work.samples
+        self.flops += work.flops
+
+        replayed_share = replayed / max(1, done - start)
+        self.seconds["productive"] += (1 - replayed_share) * seconds["step"]
+        self.seconds["replayed"] += replayed_share * seconds["step"]
         self.seconds["waiting_for_data"] += seconds["data_wait"]
         self.seconds["checkpointing"] += seconds["checkpoint"]
         self.seconds["evaluating"] += seconds["evaluate"]
-        self.furthest = max(self.furthest, done)
 
     def series(self) -> dict[Series, float]:
         """The counters for Prometheus."""

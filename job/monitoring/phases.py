@@ -10,11 +10,18 @@ from pathlib import Path
 
 import torch
 
-MOST_EVENTS = 256  # timed parts an interval on a GPU; the steps beyond are taken to be like them
+# Timed parts per log interval on a GPU. Every part takes two events of the driver, which live until the interval is
+# read; without a limit a long interval would hold thousands. The steps beyond are taken to be like those before.
+MOST_EVENTS = 256
 
 
 class Phases:
-    """Seconds spent in named phases of the loop, in all and since the last read."""
+    """Seconds spent in named phases of the loop, in all and since the last read.
+
+    A phase is timed on the host. On a GPU the host runs ahead: it queues a step's work and waits only when it reads a
+    result, once per log interval. A single step's time may therefore be too short, but the sum over an interval is
+    right, since reading is in it.
+    """
 
     def __init__(self) -> None:
         self.total: Counter[str] = Counter()
@@ -37,7 +44,12 @@ class Phases:
 
 
 class Parts:
-    """Seconds per step that the device spends in named parts of it, read without waiting for the device."""
+    """Seconds per step that the device spends in named parts of it, read without waiting for the device.
+
+    On a GPU the host's clock would time the queueing, not the work. So an event is queued before and after each part,
+    and the GPU itself notes when it comes to them; the times are read when the interval ends and the GPU has passed
+    them anyway.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -61,11 +73,16 @@ class Parts:
             yield
 
     def end_step(self) -> None:
-        """Count a step, unless events had run out before its end."""
-        self._steps += not self._on_gpu or len(self._events) < MOST_EVENTS
+        """Count a step, unless the events ran out before its end: then some of its parts are missing from the sums."""
+        if not self._on_gpu or len(self._events) < MOST_EVENTS:
+            self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Mean seconds per step of each part since the last read, as `<part>_seconds`. On a GPU, call it when the steps' results are on the host."""
+        """Mean seconds per step of each part since the last read, as `<part>_seconds`.
+
+        On a GPU, call it when the results of the steps are on the host: an event that the GPU has not come to yet is
+        left out.
+        """
         for name, begin, end in self._events:
             if end.query():
                 self._seconds[name] += begin.elapsed_time(end) / 1000
@@ -76,7 +93,8 @@ class Parts:
 
 
 def process_start() -> float:
-    """When this process was started, in seconds since 1970."""
-    ticks_since_boot = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    """When this process was started, in seconds since 1970: earlier than any line of Python could note it."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2]  # the name may hold spaces and brackets
+    ticks_since_boot = float(after_name.split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks_since_boot / 100  # USER_HZ is 100 wherever Linux runs
     return time.time() - age

@@ -1,31 +1,46 @@
 """The file that tells Prometheus' file discovery where the ranks of a job listen.
 
-One directory serves all runs: Prometheus takes a `*` in a file's name, but not in the directories above it.
+One directory serves all runs: Prometheus takes a `*` in the name of such a file, but not in the directories above it.
 """
 
 from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from job.files import write_json
 
 REFRESH_SECONDS = 60.0
-STALE_SECONDS = 15 * 60.0  # a live job has renewed its file many times
+STALE_SECONDS = 15 * 60.0  # a job that lives has renewed its file many times
+
+
+@dataclass(frozen=True)
+class RankAddress:
+    """Where a rank listens."""
+
+    host: str
+    port: int
+    node: str
 
 
 class Targets:
-    """The file of one job, for as long as the job lives."""
+    """The file of one job, for as long as the job lives.
 
-    def __init__(self, directory: Path, run: str, job_id: str, endpoints: list[tuple[str, int, str]]) -> None:
-        """`endpoints` are (address, port, node) by rank. OSError when the directory cannot be written."""
+    A killed job cannot remove its file, and Prometheus would go on to miss a rank that nobody will start again. So
+    every job cleans when it starts: files of the same run, which has one job at a time, and files of any run that
+    were not renewed for a while.
+    """
+
+    def __init__(self, directory: Path, run: str, job_id: str, ranks: list[RankAddress]) -> None:
+        """`ranks` are in order. OSError when the directory cannot be written."""
         self._groups = [
             {
-                "targets": [f"[{address}]:{port}" if ":" in address else f"{address}:{port}"],
-                "labels": {"run": run, "job_id": job_id, "rank": str(rank), "node": node},
+                "targets": [f"{_in_url(address.host)}:{address.port}"],
+                "labels": {"run": run, "job_id": job_id, "rank": str(rank), "node": address.node},
             }
-            for rank, (address, port, node) in enumerate(endpoints)
+            for rank, address in enumerate(ranks)
         ]
         prefix = f"cyclevae-{re.sub(r'[^A-Za-z0-9_.-]+', '_', run)}@"
         remove_leftovers(directory, prefix)
@@ -34,7 +49,7 @@ class Targets:
         self.refresh()
 
     def refresh(self) -> None:
-        """Renew the file every minute, so that it is not taken for a leftover."""
+        """Renew the file every minute, so that no other job takes it for a leftover."""
         if not self._written or time.monotonic() - self._written >= REFRESH_SECONDS:
             write_json(self.path, self._groups, indent=1)
             self._written = time.monotonic()
@@ -43,8 +58,13 @@ class Targets:
         self.path.unlink(missing_ok=True)
 
 
+def _in_url(host: str) -> str:
+    """A host as it stands before a port: addresses of IPv6 hold colons themselves."""
+    return f"[{host}]" if ":" in host else host
+
+
 def remove_leftovers(directory: Path, own: str) -> None:
-    """Remove what killed jobs left: files that begin with `own` (a run has one job at a time), and files not renewed for STALE_SECONDS."""
+    """Remove what killed jobs left: files whose name begins with `own`, and files not renewed for STALE_SECONDS."""
     for path in directory.glob("cyclevae-*.json"):
         try:
             if path.name.startswith(own) or time.time() - path.stat().st_mtime > STALE_SECONDS:

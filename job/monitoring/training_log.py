@@ -19,11 +19,14 @@ class JsonLines:
         self._unwritten: list[str] = []
 
     def continue_from(self, step: int) -> None:
-        """Drop what a killed run wrote after the checkpoint of `step` that this run goes on from, and a half-written last line."""
+        """Drop what a killed run wrote after `step`, where this run goes on from a checkpoint, and half a last line.
+
+        This run does the steps after `step` again and logs them again. Had the old lines stayed, these steps would be
+        in the file twice, and whoever draws it would see the curve jump back.
+        """
         if self.path.exists():
-            write_text(
-                self.path, "".join(json.dumps(line) + "\n" for line in json_lines(self.path) if line["step"] <= step)
-            )
+            kept = [json.dumps(line) + "\n" for line in json_lines(self.path) if line["step"] <= step]
+            write_text(self.path, "".join(kept))
 
     def write(self, values: dict[str, float]) -> None:
         """Append an object. What a full disk refuses is kept and written with a later one: a log must not end a run."""
@@ -36,4 +39,4 @@ class JsonLines:
         except OSError as error:
             print(f"warning: {self.path} cannot be written ({error}); kept in memory for now", file=sys.stderr)
             with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
+                os.truncate(self.path, size)  # a part of a line may be in the file; all of it is written again later

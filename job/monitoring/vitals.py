@@ -1,17 +1,17 @@
-"""Whether a rank is alive and at work."""
+"""Whether a rank is alive and at work: what /healthz and /readyz answer, and what the alert of a stalled run reads."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from job.monitoring.metrics import Series
+from job.metric_names import Series
 
-USUAL_STEPS = 20  # without progress for so many of its usual steps a rank counts as stalled
+USUAL_STEPS = 20  # without progress for as long as so many of its usual steps take, a rank counts as stalled
 
 
 class Vitals:
-    """Signs of life of this rank; `silence` gives the seconds since its main loop last came forward."""
+    """Signs of life of this rank; `silence` gives the seconds since its main loop last made progress."""
 
     def __init__(self, silence: Callable[[], float], at_least: float, started: float) -> None:
         self._silence, self._at_least, self._started = silence, at_least, started
@@ -28,11 +28,15 @@ class Vitals:
 
     @property
     def stall_limit(self) -> float:
-        """Seconds without progress that are too many."""
+        """Seconds without progress that are too many: relative to the usual step, which differs a thousandfold."""
         return max(self._at_least, USUAL_STEPS * (self._usual_step or 0.0))
 
     def healthy(self) -> tuple[bool, str]:
-        """False when the loop has stood still for too long. Until the first step has ended, nobody knows how long is too long."""
+        """False when the loop has stood still for too long.
+
+        Before the first step has ended the answer is True: that step may compile the model for minutes, and a restart
+        would only begin the compilation anew.
+        """
         if self._last_step is None:
             return True, "starting"
         silence, limit = self._silence(), self.stall_limit
@@ -43,11 +47,11 @@ class Vitals:
         return self.training, "training" if self.training else "not training"
 
     def series(self) -> dict[Series, float]:
-        values = {
-            "start_timestamp_seconds": self._started,
-            "last_progress_timestamp_seconds": time.time() - self._silence(),
-            "stall_limit_seconds": self.stall_limit,
+        values: dict[Series, float] = {
+            ("cyclevae_start_timestamp_seconds", ()): self._started,
+            ("cyclevae_last_progress_timestamp_seconds", ()): time.time() - self._silence(),
+            ("cyclevae_stall_limit_seconds", ()): self.stall_limit,
         }
         if self._last_step is not None:
-            values["last_step_timestamp_seconds"] = self._last_step
-        return {(f"cyclevae_{name}", ()): value for name, value in values.items()}
+            values["cyclevae_last_step_timestamp_seconds", ()] = self._last_step
+        return values

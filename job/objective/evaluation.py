@@ -1,13 +1,12 @@
 """How well both directions work on held-out samples: fixed noise, per token, padding excluded.
 
-Every figure is computed from rows, one per sample, that are gathered and put in order first. So neither the batch size nor the
-number of ranks changes what is measured.
+Every figure is computed from rows, one per sample, that are gathered over ranks and put in order first. So neither the
+batch size nor the number of ranks changes what is measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,69 +14,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.errors import UserError
+from job.objective.inputs import Batch, Inputs
 from job.objective.noise import StepNoise
-from job.objective.trainer import Batch, Step, Trainer
+from job.objective.objective import Objective
 
-Rows = dict[str, Tensor]
-Gather = Callable[[Rows], list[Rows]]
-NOISY_T = (0.25, 0.5, 0.9)  # besides t = 1, the start of generation
+Samples = dict[str, Tensor]  # columns by name, one row a sample; "position" [n] is its place in the evaluation set
+Gather = Callable[[Samples], list[Samples]]
+NOISY_T = (0.25, 0.5, 0.9)  # latent timesteps that are measured besides t = 1, where generation starts
 CHUNK_ELEMENTS = 1 << 26  # of vocabulary distributions made float32 at a time
-IGNORED_LATENT_GAIN = 0.05  # nats per token
-IGNORED_TEXT_GAIN = 0.02  # of the error with shuffled texts
 
 
-def one_rank(rows: Rows) -> list[Rows]:
+def one_rank(rows: Samples) -> list[Samples]:
     """The gathered rows of a single process."""
     return [rows]
 
 
 @torch.no_grad()
 def evaluate(
-    trainer: Trainer,
+    objective: Objective,
     batches: Iterable[Batch],
     seed: int,
     gather: Gather = one_rank,
     between: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Metrics by name (see `ROWS`) of this rank's evaluation batches; `position` is the place in the evaluation set.
+    """Metrics by name of this rank's evaluation batches, whose `position` is the place in the evaluation set.
 
-    `gather` returns every rank's rows (a dict of CPU tensors [n, ...]; empty for a rank without batches), and all ranks return the
+    `gather` returns every rank's rows (CPU tensors [n, ...]; none for a rank without batches), and all ranks return the
     same metrics. `between` is called before each batch, equally often on every rank, and may raise to stop.
     Raises UserError for fewer than two samples, since nothing could be shuffled then.
     """
     batches = list(batches)
-    samples = _in_order(gather(_concatenate([_samples(trainer, batch) for batch in batches])))
-    if samples["position"].numel() < 2:
-        raise UserError(
-            f"evaluation needs at least 2 samples, found {samples['position'].numel()}; prepare a larger validation split"
-        )
-    rounds = max(int(count["batches"]) for count in gather({"batches": torch.tensor(len(batches))}))
+    samples = _in_order(gather(_concatenate([_lent(objective, batch) for batch in batches])))
+    count = samples["position"].numel()
+    if count < 2:
+        raise UserError(f"evaluation needs at least 2 samples, found {count}; prepare a larger validation split")
+    # A rank may have a batch less than others, but must come to `between` as often: all ranks agree on a stop there.
+    rounds = max(int(other["batches"]) for other in gather({"batches": torch.tensor(len(batches))}))
     rows = []
-    was_training = trainer.training
-    trainer.eval()
+    was_training = objective.training
+    objective.eval()
     try:
         for number in range(rounds):
             between()
             if number < len(batches):
-                rows.append(_measure(trainer, batches[number], samples, seed))
+                rows.append(_measure(objective, batches[number], samples, seed))
     finally:
-        trainer.train(was_training)
+        objective.train(was_training)
     return _summary(_in_order(gather(_concatenate(rows))), samples)
 
 
-def _concatenate(rows: list[Rows]) -> Rows:
+def _concatenate(rows: list[Samples]) -> Samples:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _in_order(ranks: list[Rows]) -> Rows:
+def _in_order(ranks: list[Samples]) -> Samples:
+    """All ranks' rows by position, which takes the number of ranks out of every sum."""
     rows = _concatenate([rank for rank in ranks if rank])
-    order = rows["position"].argsort() if rows else torch.empty(0)
-    return {name: values[order] for name, values in rows.items()} or {"position": order}
+    if not rows:
+        return {"position": torch.empty(0)}
+    order = rows["position"].argsort()
+    return {name: values[order] for name, values in rows.items()}
 
 
-def _samples(trainer: Trainer, batch: Batch) -> Rows:
-    """What a sample lends to others when latents and texts are shuffled, padded to one length."""
-    missing = trainer.max_seq_len - batch["input_ids"].shape[1]
+def _lent(objective: Objective, batch: Batch) -> Samples:
+    """What samples lend to others when latents and texts are shuffled, padded to one length."""
+    missing = objective.max_seq_len - batch["input_ids"].shape[1]
     rows = {
         "position": batch["position"],
         "tokens": F.pad(batch["input_ids"], (0, missing)),
@@ -87,48 +88,52 @@ def _samples(trainer: Trainer, batch: Batch) -> Rows:
     return {name: values.cpu() for name, values in rows.items()}
 
 
-def _measure(trainer: Trainer, batch: Batch, samples: Rows, seed: int) -> Rows:
+def _measure(objective: Objective, batch: Batch, samples: Samples, seed: int) -> Samples:
     """Rows of one batch: sums over the real tokens of each text, and the predicted latents."""
-    device = next(trainer.parameters()).device
+    device = next(objective.parameters()).device
     position = batch["position"].cpu()  # draws are made on the CPU, the same for every device
     count = samples["position"].numel()
-    tokens, mask, z = (batch[name].to(device) for name in ("input_ids", "attention_mask", "latent"))
     noise = StepNoise(seed, 0, position, count)
-    s = Step(tokens, mask.bool(), z.float(), samples["mask"].sum(1).to(device), noise)
+    tokens, mask, z = (batch[name].to(device) for name in ("input_ids", "attention_mask", "latent"))
+    own = Inputs(tokens, mask.bool(), z.float(), samples["mask"].sum(1).to(device), noise)
     eps = noise.normal("evaluation", z.shape[1]).to(device)
 
-    def predict_x0(step: Step, tokens: Tensor, value: float) -> Tensor:
-        t = s.timesteps(value)
-        z_t, _ = trainer.schedule.add_noise(z, t, eps)
-        return trainer.schedule.predict_x0(z_t, t, trainer.t2l(step, tokens, z_t, t))
-
-    other = (position + count // 2) % count  # every sample gets another one's latent and text
+    # A gain is measured against another sample's latent or text, half the evaluation set away.
+    other = (position + count // 2) % count
     other_mask = samples["mask"][other]
     longest = int(other_mask.sum(1).max())
-    other_step = dataclasses.replace(
-        s, tokens=samples["tokens"][other, :longest].to(device), mask=other_mask[:, :longest].to(device)
+    other_text = dataclasses.replace(
+        own,
+        tokens=samples["tokens"][other, :longest].to(device),
+        mask=other_mask[:, :longest].to(device),
     )
 
-    logits = trainer.l2t(s, s.latent)
-    pseudo = logits.argmax(-1)
-    x0 = predict_x0(s, tokens, 1.0)
+    def predicted(texts: Inputs, tokens: Tensor, t: float) -> Tensor:
+        """Clean latents [B, D] predicted from tokens [B, S] and the own latents with noise of timestep t."""
+        timesteps = own.timesteps(t)
+        z_t, _ = objective.schedule.add_noise(z, timesteps, eps)
+        return objective.schedule.predict_x0(z_t, timesteps, objective.t2l(texts, tokens, z_t, timesteps))
+
+    logits = objective.l2t(own, own.latent)
+    x0 = predicted(own, tokens, 1.0)
     rows = {
-        "l2t": _text_scores(logits, s),
-        "l2t_shuffled": _text_scores(trainer.l2t(s, samples["latent"][other].to(device)), s),
-        "t2l2t": _text_scores(trainer.l2t(s, x0), s),
+        "l2t": _text_scores(logits, own),
+        "l2t_shuffled": _text_scores(objective.l2t(own, samples["latent"][other].to(device)), own),
+        "t2l2t": _text_scores(objective.l2t(own, x0), own),
         "x0": x0,
-        "x0_shuffled": predict_x0(other_step, other_step.tokens, 1.0),
-        "x0_cycle": predict_x0(s, pseudo, 1.0),
-        **{f"x0@{t}": predict_x0(s, tokens, t) for t in NOISY_T},
+        "x0_shuffled": predicted(other_text, other_text.tokens, 1.0),
+        "x0_cycle": predicted(own, logits.argmax(-1), 1.0),
+        **{f"x0@{t}": predicted(own, tokens, t) for t in NOISY_T},
     }
     return {"position": position, **{name: values.cpu() for name, values in rows.items()}}
 
 
-def _text_scores(logits: Tensor, s: Step) -> Tensor:
+def _text_scores(logits: Tensor, texts: Inputs) -> Tensor:
     """For each text the sums of cross-entropy, correct tokens and entropy over its real tokens: [B, 3] float64."""
     scores = []
     rows = max(1, CHUNK_ELEMENTS // logits[0].numel())
-    for part, tokens, mask in zip(logits.split(rows), s.tokens.split(rows), s.mask.split(rows), strict=True):
+    parts = zip(logits.split(rows), texts.tokens.split(rows), texts.mask.split(rows), strict=True)
+    for part, tokens, mask in parts:
         log_p = part.float().log_softmax(-1)
         cross_entropy = -log_p.gather(-1, tokens[..., None]).squeeze(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
@@ -138,15 +143,17 @@ def _text_scores(logits: Tensor, s: Step) -> Tensor:
 
 
 def participation_ratio(x: Tensor) -> float:
-    """Number of directions over which the variance of rows [N, D] is spread: trace(C)^2 / trace(C^2) of their covariance C, in [1, D];
-    0 without any variance."""
+    """Number of directions over which the variance of rows [N, D] is spread, in [1, D]; 0 without any variance.
+
+    It is trace(C)^2 / trace(C^2) of the rows' covariance C (Gao et al. 2017).
+    """
     centred = x.double() - x.double().mean(0)
     covariance = centred.T @ centred
     trace = float(covariance.trace())
     return trace**2 / float((covariance**2).sum()) if trace else 0.0
 
 
-def _summary(rows: Rows, samples: Rows) -> dict[str, float]:
+def _summary(rows: Samples, samples: Samples) -> dict[str, float]:
     """The metrics from all rows in order."""
     z = samples["latent"].double()
     real_tokens = samples["tokens"][samples["mask"]]
@@ -180,65 +187,10 @@ def _summary(rows: Rows, samples: Rows) -> dict[str, float]:
         }
     similarity = F.normalize(x0["x0_cycle"], dim=-1) @ F.normalize(z, dim=-1).T
     nearest = (similarity == similarity.max(1, keepdim=True).values).double()
-    metrics["l2t2l/retrieval_at_1"] = float(
-        (nearest.diagonal() / nearest.sum(1)).mean()
-    )  # a tie counts as the chance of drawing the right one
+    found = nearest.diagonal() / nearest.sum(1)  # a tie counts as the chance of drawing the right one
+    metrics["l2t2l/retrieval_at_1"] = float(found.mean())
     metrics["latent/active_dims"] = participation_ratio(x0["x0"])
     metrics["latent/active_dims_data"] = participation_ratio(z)
     metrics["pseudo/entropy"] = per_token("l2t", 2)
     metrics["text/most_frequent_token_acc"] = float(real_tokens.bincount().max()) / tokens
     return metrics | {"samples": float(z.shape[0]), "tokens": float(tokens)}
-
-
-ROWS = {
-    "l2t/ce": "cross-entropy of the text decoded from its latent, nats per token",
-    "l2t/token_acc": "share of its tokens decoded right",
-    "l2t/latent_gain": "what the right latent saves the decoder against another's, nats per token",
-    "t2l/x0_cos": "cosine of the latent predicted from the text to the true one, at t=1",
-    "t2l/x0_mse": "its mean squared error",
-    "t2l/x0_norm_ratio": "its length against the true one's",
-    "t2l/text_gain": "what the right text saves in mean squared error against another's",
-    "t2l2t/ce": "cross-entropy of the text decoded from its predicted latent",
-    "t2l2t/token_acc": "share of its tokens decoded right",
-    "text/most_frequent_token_acc": "the same share for always guessing the most frequent token",
-    "l2t2l/cos": "cosine of the latent predicted from the decoded text to the true one",
-    "l2t2l/retrieval_at_1": "how often the true latent is the nearest of all to it",
-    "latent/active_dims": "directions over which predicted latents vary (participation ratio)",
-    "latent/active_dims_data": "the same for the true ones",
-    "pseudo/entropy": "entropy of the decoder's distribution, nats per token",
-}
-
-
-def verdicts(metrics: dict[str, float]) -> list[str]:
-    """What the figures mean, in words."""
-    latent_gain, text_gain = metrics["l2t/latent_gain"], metrics["t2l/text_gain"]
-    if not (math.isfinite(latent_gain) and math.isfinite(text_gain)):
-        return [f"the model is broken: latent_gain is {latent_gain}, text_gain {text_gain}"]
-    shuffled_mse = text_gain + metrics["t2l/x0_mse"]
-    accuracy, baseline = metrics["t2l2t/token_acc"], metrics["text/most_frequent_token_acc"]
-    decoder = (
-        f"ignores the latent: any other serves as well (latent_gain {latent_gain:.3f})"
-        if latent_gain < IGNORED_LATENT_GAIN
-        else "uses the latent"
-    )
-    encoder = (
-        f"ignores the text: any other serves as well (text_gain {text_gain:.3f})"
-        if text_gain < IGNORED_TEXT_GAIN * shuffled_mse
-        else "uses the text"
-    )
-    guess = "always guessing the most frequent token"
-    cycle = (
-        f"is no better than {guess}"
-        if accuracy <= baseline
-        else f"gets {accuracy:.1%} of the tokens right, {guess} {baseline:.1%}"
-    )
-    return [f"the decoder {decoder}", f"the encoder {encoder}", f"text -> latent -> text {cycle}"]
-
-
-def table(metrics: dict[str, float]) -> str:
-    """The metrics as aligned lines with a few words each, and the verdicts."""
-    lines = [f"{metrics['samples']:.0f} held-out texts, {metrics['tokens']:.0f} tokens"]
-    for name, words in ROWS.items():
-        noisy = [f"{t}: {metrics[f'{name}@{t}']:.3f}" for t in NOISY_T if f"{name}@{t}" in metrics]
-        lines.append(f"  {name:<29} {metrics[name]:>9.4g}  {words}" + (f" (at t={', '.join(noisy)})" if noisy else ""))
-    return "\n".join([*lines, *(f"=> {verdict}" for verdict in verdicts(metrics))])

@@ -1,4 +1,5 @@
-"""Randomness as a function of (seed, step): the draws of a step are made for the global batch, each rank takes its rows.
+"""Randomness as a function of (seed, step): the draws of a step are made for the global batch, each rank takes its
+rows.
 
 So a checkpoint needs no generator state, and another number of ranks with the same global batch sees the same noise.
 """

@@ -1,7 +1,8 @@
 """The latent noise schedule: z_t = alpha(t) z + sigma(t) eps, and what the latent head predicts. All of it float32.
 
-alpha_bar is the cumulative product of (1 - beta) over `timesteps` betas (Ho et al. 2020, DDPM, eq. 4); the cosine schedule is
-Nichol & Dhariwal 2021, eq. 17; v = alpha eps - sigma z is Salimans & Ho 2022, section 4. Timesteps t lie in [0, 1].
+alpha_bar is the cumulative product of (1 - beta) over `timesteps` betas (Ho et al. 2020, DDPM, eq. 4); the cosine
+schedule is Nichol & Dhariwal 2021, eq. 17; v = alpha eps - sigma z is Salimans & Ho 2022, section 4. Timesteps t lie in
+[0, 1].
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class LatentSchedule(nn.Module):
         return tables[0], tables[1]
 
     def add_noise(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents z_t [B, D] and the head's target [B, D] from clean latents z, timesteps t [B] and eps [B, D]."""
+        """Noisy latents and the head's target, [B, D] each, from clean latents z, timesteps t [B], eps [B, D]."""
         alpha, sigma = self.alpha_sigma(t)
         z, noise = z.float(), noise.float()
         z_t = alpha * z + sigma * noise

@@ -7,11 +7,16 @@ from torch import Tensor
 
 
 class DelayedRead:
-    """The newest value of a scalar tensor that has arrived on the host: on a GPU a step or two old, on a CPU the present one."""
+    """The newest value of a scalar tensor that has arrived on the host.
+
+    On a CPU it is the present value. On a GPU it is a step or two old: `float(tensor)` would wait until the device has
+    done all that is queued, and the device would then wait for the host to queue the next step. So a copy is queued
+    like any kernel, and its value is taken in a later call, once the event behind it has passed.
+    """
 
     def __init__(self) -> None:
         self._arrived = 0.0
-        self._copy: tuple[Tensor, torch.cuda.Event] | None = None
+        self._copy: tuple[Tensor, torch.cuda.Event] | None = None  # under way: host memory, and when it is filled
 
     def __call__(self, scalar: Tensor) -> float:
         if scalar.device.type == "cpu":

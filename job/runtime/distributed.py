@@ -1,4 +1,11 @@
-"""The processes of a run: how they find each other, agree, and notice that one of them is missing."""
+"""The processes of a run: how they join, agree, and notice that one of them is lost.
+
+Collectives of the training step go over the default process group (NCCL on GPUs, gloo on CPUs). Decisions of the loop
+go over a gloo group of their own, `control`: they concern numbers on the host, and over NCCL each would queue behind
+the step's kernels and make the host wait for the GPU. Checkpoints have a third, `saves`, because a save runs in a
+thread beside the loop: two threads on one group would mix up whose turn it is. It also has a longer timeout, since one
+rank may write an hour longer than another while training goes on.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,17 +28,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from job.errors import ExitCode, JobError, RetryError, UserError
+from job.errors import ExitCode, LostRankError, UserError
 from job.runtime.heartbeat import Heartbeats
-from job.runtime.place import place
+from job.runtime.launcher_variables import (
+    Placement,
+    placement,
+    scheduler_job_id,
+    share_address,
+    started_by_torchrun,
+)
 
-START_SECONDS = (
-    300.0  # ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is
-)
-LINGER_SECONDS = 4.0  # rank 0 may keep the store (under srun it does) in which the others look up whom they lost
-SAVE_SECONDS = (
-    3600.0  # how long one rank may write longer than another; a rank that died meanwhile closes its connection
-)
+# Ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is.
+START_SECONDS = 300.0
+# How long one rank may write longer than another; a rank that died meanwhile closes its connection.
+SAVE_SECONDS = 3600.0
+# Rank 0 may keep the store (under srun it does) in which the others look up whom they lost: it leaves last.
+LINGER_SECONDS = 4.0
+# Telling the others why this rank ends must not keep it from ending: the store's host may be gone.
+GIVE_UP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,85 @@ class Process:
         return self.rank == 0
 
 
-_groups: dict[str, dist.ProcessGroup] = {}
-_heartbeats: Heartbeats | None = None
+@dataclass(frozen=True)
+class Connections:
+    """What ties this process to the other ranks, beside the default process group."""
+
+    control: dist.ProcessGroup
+    saves: dist.ProcessGroup
+    heartbeats: Heartbeats
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why the ranks cannot go on together."""
+
+    reason: str  # one line that names the rank
+    exit_code: ExitCode  # what every rank ends with
+    is_here: bool = False  # this rank itself is the one that hangs
+
+
+# Of the process, like torch's default group: None until `start`, after `shutdown`, and in a run of one process.
+_connections: Connections | None = None
+
+
+# Joining and leaving
+
+
+def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Process:
+    """Join the run: process groups and signs of life. The only process of a run joins nothing.
+
+    timeout_seconds bounds every later wait for another rank. Raises UserError for too few GPUs, LostRankError when
+    the other ranks do not come.
+    """
+    global _connections
+    here = placement(os.environ)
+    if started_by_torchrun(os.environ):
+        _stop_with_parent()
+    process = Process(
+        rank=here.rank,
+        local_rank=here.local_rank,
+        world_size=here.world_size,
+        device=_device(device, here.local_rank),
+        node=socket.gethostname(),
+        job_id=scheduler_job_id(os.environ),
+    )
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+    if here.address is not None:
+        try:
+            _connections = _connect(process, here, timeout_seconds)
+        except RuntimeError as error:
+            raise LostRankError(
+                f"rank {here.rank} of {here.world_size} could not join the run "
+                f"at {here.address}:{here.port}: {_first_line(error)}"
+            ) from error
+    return process
+
+
+def _connect(process: Process, here: Placement, timeout_seconds: float) -> Connections:
+    """Meet the other ranks. Raises RuntimeError when they do not come."""
+    share_address(here)
+    on_cpu = process.device.type == "cpu"
+    waiting = timedelta(seconds=max(START_SECONDS, timeout_seconds))
+    store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
+    store = dist.PrefixStore(f"job/{here.run_id}", store)
+    # NCCL has a watchdog of its own, which aborts the process without saying which rank is missing. Ours names the
+    # rank, so NCCL's is given twice the time: it acts only where ours could not, such as in a stuck driver call.
+    patience = timeout_seconds if on_cpu else 2 * timeout_seconds
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=store,
+        rank=here.rank,
+        world_size=here.world_size,
+        timeout=timedelta(seconds=patience),
+        device_id=None if on_cpu else process.device,
+    )
+    return Connections(
+        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)),
+        saves=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds))),
+        heartbeats=Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node),
+    )
 
 
 def _device(device: str, local_rank: int) -> torch.device:
@@ -59,174 +151,32 @@ def _device(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            "training.device=cuda, but PyTorch sees no GPU here; check the driver and CUDA_VISIBLE_DEVICES, or set training.device=cpu"
+            "training.device=cuda, but PyTorch sees no GPU here; check the driver and CUDA_VISIBLE_DEVICES, "
+            "or set training.device=cpu"
         )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; start one process per GPU, "
-            "with all GPUs of the node visible to each (for instance srun --gpus-per-node, not --gpus-per-task)"
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; "
+            "start one process per GPU, with all GPUs of the node visible to each (for instance srun --gpus-per-node, "
+            "not --gpus-per-task)"
         )
     return torch.device("cuda", local_rank)
 
 
 def _stop_with_parent() -> None:
-    """Let the kernel send SIGTERM when torchrun dies: a worker left behind would go on writing into the run's directory."""
+    """Let the kernel send SIGTERM when torchrun dies: a worker left behind would go on writing to the run directory."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Process:
-    """Join the run: process group (NCCL on GPUs, gloo on CPUs), groups for decisions on the host, signs of life.
-
-    timeout_seconds bounds every later wait for another rank. Raises UserError for too few GPUs, RetryError when
-    the other ranks do not come.
-    """
-    global _heartbeats
-    here = place(os.environ)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _stop_with_parent()
-    process = Process(
-        here.rank,
-        here.local_rank,
-        here.world_size,
-        _device(device, here.local_rank),
-        socket.gethostname(),
-        os.environ.get("SLURM_JOB_ID", "local"),
-    )
-    if process.device.type == "cuda":
-        torch.cuda.set_device(process.device)
-    if here.address is None:
-        return process
-    os.environ.update(MASTER_ADDR=here.address, MASTER_PORT=str(here.port))
-    waiting = timedelta(seconds=max(START_SECONDS, timeout_seconds))
-    # NCCL's own watchdog aborts without naming anyone: it comes second, if ours could not act.
-    patience = timedelta(seconds=timeout_seconds if process.device.type == "cpu" else 2 * timeout_seconds)
-    try:
-        store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
-        store = dist.PrefixStore(f"job/{here.run_id}", store)
-        dist.init_process_group(
-            "gloo" if process.device.type == "cpu" else "nccl",
-            store=store,
-            rank=here.rank,
-            world_size=here.world_size,
-            timeout=patience,
-            device_id=process.device if process.device.type == "cuda" else None,
-        )
-        _groups["control"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        _groups["saves"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds)))
-        _heartbeats = Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node)
-    except RuntimeError as error:
-        raise RetryError(
-            f"rank {here.rank} of {here.world_size} could not join the run at {here.address}:{here.port}: {_first_line(error)}"
-        ) from error
-    return process
-
-
-def is_distributed() -> bool:
-    """Whether there are other ranks."""
-    return bool(_groups)
-
-
-def agree_max(value: int) -> int:
-    """Largest `value` of all ranks; one small all-reduce on the host. Raises RetryError naming a missing rank."""
-    if not _groups:
-        return value
-    with peers_needed():
-        tensor = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_groups["control"])
-        return int(tensor)
-
-
-def gather(value: Any, group: Literal["control", "saves"] = "control") -> list[Any]:
-    """Every rank's (picklable) value, by rank. A group must not be used by two threads at once."""
-    if not _groups:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist_group = _groups[group]
-    if group == "control":
-        with peers_needed():
-            dist.all_gather_object(values, value, group=dist_group)
-    else:
-        dist.all_gather_object(values, value, group=dist_group)
-    return values
-
-
-def barrier() -> None:
-    """Wait for all ranks, no longer than the timeout. Raises RetryError naming a missing rank."""
-    agree_max(0)
-
-
-def progress(step: int, phase: str) -> None:
-    """Note in this rank's sign of life where the main loop is (the watchdog does it)."""
-    if _heartbeats is not None:
-        _heartbeats.progress(step, phase)
-
-
-def give_up(failure: str, exit_code: int) -> None:
-    """Leave word of why this rank ends: the others then end with the same message and exit code. Best effort."""
-    if _heartbeats is not None:
-        try:
-            _heartbeats.give_up(failure, exit_code)
-        except RuntimeError as error:
-            print(f"could not tell the other ranks: {_first_line(error)}", file=sys.stderr, flush=True)
-
-
-def missing(or_slowest: bool = False) -> tuple[str | None, ExitCode]:
-    """One line on the ranks that gave up, or died or froze, and the exit code they leave behind; takes about two seconds.
-
-    Without such a rank None, or, if wished, the one that is furthest behind.
-    """
-    if _heartbeats is None:
-        return None, ExitCode.RETRY
-    others, lost = [], ""
-    try:
-        others = _heartbeats.others()
-    except RuntimeError as error:
-        lost = f"the node of rank 0, which keeps the rendezvous store, does not answer ({_first_line(error)})"
-    if _heartbeats.failure is not None:
-        return f"{_heartbeats.failure} gave up: {_heartbeats.failure.failure}", ExitCode(_heartbeats.failure.exit_code)
-    if lost:
-        return lost, ExitCode.RETRY
-    silent = [
-        f"{sign} died or is frozen (last heard of in step {sign.step}, {sign.phase})"
-        for sign, renewed in others
-        if not renewed
-    ]
-    if silent or not or_slowest:
-        return "; ".join(silent) or None, ExitCode.RETRY
-    slow = min([sign for sign, _ in others] + [_heartbeats.sign], key=lambda sign: (sign.changes, -sign.age))
-    return f"{slow} is furthest behind: for {slow.age:.0f} s in step {slow.step}, {slow.phase}", ExitCode.RETRY
-
-
-@contextmanager
-def peers_needed() -> Iterator[None]:
-    """Around whatever waits for other ranks: the loss of one becomes RetryError naming it; after a timeout every thread's stack comes first."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (
-            isinstance(error, dist.DistError) or re.search(r"gloo|Application timeout caused pair closure", str(error))
-        ):
-            raise
-        if "by peer" not in str(
-            error
-        ):  # a closed connection says all; after a timeout the question is what everyone was doing
-            faulthandler.dump_traceback(all_threads=True)
-        reason, code = missing(or_slowest=True)
-        failure = JobError if code == ExitCode.FAILED else RetryError
-        raise failure(f"lost another rank: {reason} [{_first_line(error)}]") from error
-
-
 def shutdown() -> None:
     """Leave the run in good order, all ranks together."""
-    global _heartbeats
-    if not _groups:
+    global _connections
+    if _connections is None:
         return
     barrier()
-    if _heartbeats is not None:
-        _heartbeats.stop()
-        _heartbeats = None
-    _groups.clear()
+    _connections.heartbeats.stop()
+    _connections = None
     dist.destroy_process_group()
 
 
@@ -234,9 +184,137 @@ def leave(exit_code: int) -> NoReturn:
     """End at once with `exit_code`: after a failure, destructors of process groups would wait for the lost ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if _heartbeats is not None and _heartbeats.sign.rank == 0:
+    if _connections is not None and _connections.heartbeats.sign.rank == 0:
         time.sleep(LINGER_SECONDS)
     os._exit(exit_code)
+
+
+# Agreeing
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return _connections is not None
+
+
+def agree_max(value: int) -> int:
+    """Largest `value` of all ranks; one small all-reduce on the host. Raises LostRankError naming a missing rank."""
+    if _connections is None:
+        return value
+    with peers_needed():
+        tensor = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_connections.control)
+        return int(tensor)
+
+
+def gather(value: Any, group: Literal["control", "saves"] = "control") -> list[Any]:
+    """Every rank's (picklable) value, by rank. A group must not be used by two threads at once.
+
+    Raises LostRankError over `control`. Over `saves` it raises RuntimeError: that is the thread of a save, which only
+    fails the save; the loop notices the loss by itself.
+    """
+    if _connections is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    if group == "saves":
+        dist.all_gather_object(values, value, group=_connections.saves)
+    else:
+        with peers_needed():
+            dist.all_gather_object(values, value, group=_connections.control)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks, no longer than the timeout. Raises LostRankError naming a missing rank."""
+    agree_max(0)
+
+
+# Noticing losses
+
+
+def progress(step: int, phase: str) -> None:
+    """Note in this rank's sign of life where the main loop is (the watchdog does it)."""
+    if _connections is not None:
+        _connections.heartbeats.progress(step, phase)
+
+
+def give_up(failure: str, exit_code: int) -> None:
+    """Leave word of why this rank ends: the others then end with the same message and exit code. Best effort."""
+    if _connections is None:
+        return
+    heartbeats = _connections.heartbeats
+
+    def tell() -> None:
+        try:
+            heartbeats.give_up(failure, exit_code)
+        except RuntimeError as error:
+            print(f"could not tell the other ranks: {_first_line(error)}", file=sys.stderr, flush=True)
+
+    # In a thread, because the store of a node that lost its power does not refuse, it just never answers.
+    thread = threading.Thread(target=tell, name="give-up", daemon=True)
+    thread.start()
+    thread.join(GIVE_UP_SECONDS)
+
+
+def missing(or_slowest: bool = False) -> Loss | None:
+    """The ranks that gave up, died or froze; None when every rank still gives signs of life. Takes about two seconds.
+
+    With `or_slowest` it is then the rank that is furthest behind. None in a run of one process.
+    """
+    if _connections is None:
+        return None
+    heartbeats = _connections.heartbeats
+    others, store_lost = [], ""
+    try:
+        others = heartbeats.others()
+    except RuntimeError as error:
+        store_lost = f"the node of rank 0, which keeps the rendezvous store, does not answer ({_first_line(error)})"
+    # A rank that could say why it ends is the cause, and those that no longer give signs may have ended because of it.
+    gave_up = heartbeats.failure
+    if gave_up is not None:
+        code = ExitCode.FAILED if gave_up.exit_code == ExitCode.FAILED else ExitCode.RETRY
+        return Loss(f"{gave_up} gave up: {gave_up.failure}", code)
+    if store_lost:
+        return Loss(store_lost, ExitCode.RETRY)
+    silent = [
+        f"{sign} died or is frozen (last heard of in step {sign.step}, {sign.phase})"
+        for sign, renewed in others
+        if not renewed
+    ]
+    if silent:
+        return Loss("; ".join(silent), ExitCode.RETRY)
+    if not or_slowest:
+        return None
+    # All ranks go through the same steps and phases. When one hangs, the others come to wait for it a phase or more
+    # later, so it is the one with the fewest changes of phase; of equals, the one that has stood there longest.
+    own = heartbeats.sign
+    slowest = min([sign for sign, _ in others] + [own], key=lambda sign: (sign.changes, -sign.age))
+    where = f"for {slowest.age:.0f} s in step {slowest.step}, {slowest.phase}"
+    return Loss(f"{slowest} is furthest behind: {where}", ExitCode.RETRY, is_here=slowest is own)
+
+
+@contextmanager
+def peers_needed() -> Iterator[None]:
+    """Around whatever waits for other ranks: the loss of one becomes LostRankError naming it.
+
+    After a timeout every thread's stack is printed first. Errors that are not about other ranks pass through.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_about_peers(error):
+            raise
+        # "Connection closed by peer" says all. After a timeout the question is what everyone was doing.
+        if "by peer" not in str(error):
+            faulthandler.dump_traceback(all_threads=True)
+        loss = missing(or_slowest=True) or Loss("no connection to the other ranks", ExitCode.RETRY)
+        raise LostRankError(f"lost another rank: {loss.reason} [{_first_line(error)}]", loss.exit_code) from error
+
+
+def _is_about_peers(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank. gloo raises plain RuntimeErrors, told by their text."""
+    gloo = re.search(r"gloo|Application timeout caused pair closure", str(error))
+    return isinstance(error, dist.DistError) or gloo is not None
 
 
 def _first_line(error: BaseException) -> str:

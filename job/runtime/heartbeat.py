@@ -1,4 +1,10 @@
-"""Signs of life of every rank in the rendezvous store, so that a rank that died or hangs can be called by its name."""
+"""Signs of life of every rank in the rendezvous store, so that a rank that died or hangs can be named.
+
+A collective that fails says at best which connection closed, not which rank is the cause: all ranks wait in a ring, and
+one that hangs stops its neighbours first. So every rank publishes once a second, from a thread of its own, where its
+main loop is. Whoever gives up waiting reads all signs twice, two seconds apart: a rank whose count stands still is dead
+or frozen (SIGKILL, SIGSTOP, a lost node); one whose count grows while its step does not has a stuck main loop.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +25,11 @@ class Sign:
 
     rank: int
     node: str
-    count: int = 0  # grows with every sign: a count that stands still is a process that is dead or frozen
+    count: int = 0  # grows with every sign
     step: int = 0
     phase: str = "start"
     changes: int = 0  # of step or phase: all ranks go the same way, so the rank that hangs has the fewest
-    age: float = 0.0  # seconds since the rank last made progress, by its own clock
+    age: float = 0.0  # seconds since the main loop last made progress, by the rank's own clock
     failure: str = ""  # why the rank gave up, when it could still say so
     exit_code: int = 0
 
@@ -39,8 +45,9 @@ class Heartbeats:
         self.failure: Sign | None = None  # of the first rank that gave up
         self._world_size = world_size
         self._progress = time.monotonic()
-        # Separate connections: a store answers one request at a time, and a wait of one user would silence the others.
-        self._write, self._read = store.clone(), store.clone()  # type: ignore[attr-defined]  # missing in PyTorch's stubs
+        # Separate connections: a store's client handles one request at a time, and a reader who waits for a sign that
+        # never comes would keep this rank from publishing its own, so that it would look dead too.
+        self._write, self._read = store.clone(), store.clone()  # type: ignore[attr-defined]  # missing in the stubs
         self._read.set_timeout(timedelta(seconds=5 * INTERVAL))
         self._lock, self._end = threading.Lock(), threading.Event()
         self._publish()
@@ -48,12 +55,15 @@ class Heartbeats:
         self._thread.start()
 
     def progress(self, step: int, phase: str) -> None:
-        """Note that the main loop came to `phase` of `step`."""
+        """Note that the main loop came to `phase` of `step`. It only changes memory: the thread publishes it."""
         self.sign.changes += (step, phase) != (self.sign.step, self.sign.phase)
         self.sign.step, self.sign.phase, self._progress = step, phase, time.monotonic()
 
     def give_up(self, failure: str, exit_code: int) -> None:
-        """Tell the others why this rank ends, so that they report the cause and not its consequence."""
+        """Tell the others why this rank ends, so that they report the cause and not its consequence.
+
+        Only the first rank to give up is kept: later ones gave up because of it. Raises RuntimeError without the store.
+        """
         self.sign.failure, self.sign.exit_code = failure, exit_code
         self._publish()
         self._write.compare_set("failure", "", json.dumps(asdict(self.sign)))
@@ -78,17 +88,17 @@ class Heartbeats:
     def _signs(self) -> dict[int, Sign]:
         signs = {}
         for rank in range(self._world_size):
-            known = self._read.check([str(rank)])
-            signs[rank] = (
-                Sign(**json.loads(self._read.get(str(rank)))) if known else Sign(rank, "never reported", count=-1)
-            )
+            if self._read.check([str(rank)]):
+                signs[rank] = Sign(**json.loads(self._read.get(str(rank))))
+            else:
+                signs[rank] = Sign(rank, "never reported", count=-1)
         return signs
 
     def _run(self) -> None:
         while not self._end.wait(INTERVAL):
             try:
                 self._publish()
-                # Looked up all the time, not when the loss is noticed: the store may be lost along with the rank.
+                # Looked up every second and not when a loss is noticed: the store may be lost along with the rank.
                 if self.failure is None and self._write.check(["failure"]):
                     self.failure = Sign(**json.loads(self._write.get("failure")))
             except RuntimeError:  # the store's host is gone: whoever waits for it next says so

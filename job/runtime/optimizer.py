@@ -1,6 +1,9 @@
-"""The optimizer step: learning rate, clipping, AdamW, the moving average, and the step that is skipped when it is not finite.
+"""The optimizer step: learning rate, clipping, AdamW, the moving average, and skipping what is not finite.
 
-Nothing here waits for the device: whether a gradient was finite stays a tensor that the fused AdamW reads itself.
+A gradient with a NaN or an infinity must not reach the weights or the moments, which would never recover. But asking
+whether the norm is finite, with an `if` on the host, would wait for the device in every step. So the answer stays a
+tensor on the device: the fused AdamW reads it there and skips its update (`found_inf`, made for GradScaler), the moving
+average is multiplied by it, and the counts are sums of it. The loop reads the counts a step or two later (DelayedRead).
 """
 
 from __future__ import annotations
@@ -18,22 +21,27 @@ from job.runtime.sharding import Shards, like
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, training: TrainingConfig) -> float:
-    """Learning rate of 0-based step: linear warm-up, then constant, or linear or cosine to 0 at num_train_steps; 0 beyond it."""
+    """Learning rate of 0-based step: linear warm-up, then constant, or falling to 0 at num_train_steps and 0 beyond it.
+
+    It falls in a line or in half a cosine (training.lr_schedule).
+    """
     if step < training.warmup_steps:
         return optimizer.lr * (step + 1) / training.warmup_steps
     if training.lr_schedule == "constant":
         return optimizer.lr
     progress = min(1.0, (step - training.warmup_steps) / max(1, training.num_train_steps - training.warmup_steps))
-    return optimizer.lr * (1 - progress if training.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+    if training.lr_schedule == "linear":
+        return optimizer.lr * (1 - progress)
+    return optimizer.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices of linear layers, not to norms, biases, embeddings and stream weights."""
+    """Whether weight decay applies: to matrices of linear layers, not to norms, biases, embeddings, stream weights."""
     return parameter.dim() == 2 and "_embed" not in name and "residual_fns" not in name
 
 
 class Optimizer:
-    """AdamW over a module's parameters, with clipping, skipped non-finite steps and an optional average of the weights."""
+    """AdamW over a module's parameters, with clipping, skipping of non-finite steps, and an average of the weights."""
 
     def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
         self.config = config
@@ -49,7 +57,9 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.use_fused, foreach=not c.use_fused
         )
-        for p in self.parameters:  # from the start, so that a checkpoint always holds every parameter's moments
+        # AdamW makes its state in the first step, for parameters that have a gradient. Made here, every checkpoint
+        # holds the moments of every parameter, and one is loaded into a new optimizer without a step before it.
+        for p in self.parameters:
             self.adamw.state[p] = {
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
@@ -63,9 +73,10 @@ class Optimizer:
         self.bad_parameter = torch.full((), -1, dtype=torch.int64, device=device)  # of the last skipped step
 
     def step(self, step: int) -> Tensor:
-        """Apply the accumulated gradients as 0-based `step`; returns their norm before clipping (scalar, on the device).
+        """Apply the accumulated gradients as 0-based `step`; returns their norm before clipping (scalar on the device).
 
-        A gradient that is not finite, on any rank (the reduction spreads it), leaves weights, moments and average untouched.
+        A gradient that is not finite leaves weights, moments and average untouched, and on every rank alike: the
+        reduction has spread it to all.
         """
         lr = learning_rate(step, self.config.optimizer, self.config.training)
         for group in self.adamw.param_groups:
@@ -79,7 +90,7 @@ class Optimizer:
         if limit:
             torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         if self.config.optimizer.use_fused:
-            self.adamw.found_inf = bad.float()  # type: ignore[attr-defined]  # what GradScaler sets; fused kernels skip the update on it
+            self.adamw.found_inf = bad.float()  # type: ignore[attr-defined]  # 1: the kernel skips its update
             self.adamw.step()
         elif not bool(bad):  # the unfused form has to ask the device
             self.adamw.step()
@@ -94,11 +105,12 @@ class Optimizer:
     def _count(self, bad: Tensor, norms: Tensor, indices: list[int]) -> None:
         self.nonfinite_steps += bad
         self.nonfinite_in_a_row.add_(1).mul_(bad)
-        if indices != self._indices:  # the device's copy is made when the set of parameters changes, not every step
+        # Which parameter was the first is known only to the device, so its index is looked up there. The table of
+        # indices is copied when the set of parameters with a gradient changes, not in every step; and it is `take`
+        # because `table[tensor]` with a tensor of no dimension waits for the device to make a Python number of it.
+        if indices != self._indices:
             self._indices, self._device_indices = indices, torch.tensor(indices, device=bad.device)
-        first = self._device_indices.take(
-            (~torch.isfinite(norms)).int().argmax()
-        )  # indexing by a tensor of no dimension would wait for the device
+        first = self._device_indices.take((~torch.isfinite(norms)).int().argmax())
         self.bad_parameter = torch.where(bad, first, self.bad_parameter)
 
     @contextmanager
@@ -117,13 +129,10 @@ class Optimizer:
     def tensors(self) -> dict[str, Any]:
         """All state to save, by parameter name: moments, step counts, average and counters."""
         moments, average = {}, {}
-        for i, (name, local, parameter) in enumerate(
-            zip(self.names, self.parameters, self.shards.parameters, strict=True)
-        ):
-            moments[name] = {
-                key: value if key == "step" else like(value, parameter)
-                for key, value in self.adamw.state[local].items()
-            }
+        named = zip(self.names, self.parameters, self.shards.parameters, strict=True)
+        for i, (name, local, parameter) in enumerate(named):
+            state = self.adamw.state[local]
+            moments[name] = {key: state[key] if key == "step" else like(state[key], parameter) for key in state}
             if self.average is not None:
                 average[name] = like(self.average[i], parameter)
         counters = {

@@ -1,4 +1,4 @@
-"""Where a run computes, and in what precision."""
+"""The precision that a run computes in."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """What matrix products are computed in under `autocast`."""
+    """The type that matrix products are computed in under `autocast`."""
     return torch.bfloat16 if autocast(dtype, device)._enabled else torch.float32

@@ -1,11 +1,14 @@
-"""What a run goes on from: whether its checkpoint still means the same run."""
+"""Whether a checkpoint belongs to the run that wants to go on from it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from job.config import FREE_ON_RESUME, Config, get, keys, to_dict
 from job.errors import UserError
+from job.runtime.checkpoint import Checkpoint, open_checkpoint
+from job.runtime.checkpointer import Checkpointer
 
 
 def record(step: int, config: Config, data_fingerprint: str, global_batch_size: int) -> dict[str, Any]:
@@ -14,14 +17,17 @@ def record(step: int, config: Config, data_fingerprint: str, global_batch_size: 
 
 
 def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: str, global_batch_size: int) -> None:
-    """Refuse to go on from a checkpoint whose configuration, data or global batch differ in what gives the run its meaning.
+    """Refuse a checkpoint whose configuration, data or global batch would change what the run computes.
 
-    Raises UserError naming the differing keys and how to allow them.
+    A run that went on with, say, another learning rate or dataset would be neither the old run nor the new one, and
+    nothing in its logs would show where it changed. Keys that change nothing of the numbers (FREE_ON_RESUME: where logs
+    go, how often it saves) are free. Raises UserError naming the differing keys and how to allow them.
     """
     different = {}
+    present = to_dict(config)
     for key in keys():
         section, name = key.split(".")
-        before, now = saved["config"].get(section, {}).get(name), to_dict(config)[section][name]
+        before, now = saved["config"].get(section, {}).get(name), present[section][name]
         if key not in FREE_ON_RESUME and before != now:
             different[key] = f"{before} -> {get(config, key)}"
     if saved["data"] != data_fingerprint:
@@ -35,3 +41,20 @@ def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: 
             f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
             f"or allow the change with training.allow_changed=[{','.join(refused)}]"
         )
+
+
+def find_checkpoint(config: Config, checkpointer: Checkpointer) -> Checkpoint | None:
+    """Where to go on from: the run's own newest valid checkpoint, else the one that training.resume names, else
+    nothing.
+
+    Raises UserError when training.resume=never would write over checkpoints.
+    """
+    own = checkpointer.newest_valid()
+    if config.training.resume == "never" and own is not None:
+        raise UserError(
+            f"{checkpointer.directory} holds checkpoints that training.resume=never would write over; "
+            "give the run another logging.run_name, or move the directory away"
+        )
+    if own is None and config.training.resume not in ("auto", "never"):
+        return open_checkpoint(Path(config.training.resume))
+    return own

@@ -1,6 +1,8 @@
 """Stop signals: a signal sets a flag, and the loop acts on it at a step boundary where all ranks have agreed.
 
-Imports nothing heavy, so that `install` can be the first thing a program does.
+A rank that stopped by itself would leave the others waiting in a collective; so the flag is one more small all-reduce
+at the end of every step (`agreed`), and all ranks save the same step. Imports nothing heavy, so that `install` can be
+the first thing a program does: importing torch takes seconds in which a signal would kill the process.
 """
 
 from __future__ import annotations
@@ -13,18 +15,19 @@ import time
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# Those of a person or a scheduler who means it. SIGUSR1 and SIGUSR2 are advance notices, which schedulers repeat.
 SECOND_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_STOP_SECONDS = (
-    1.0  # Ctrl-C and scancel reach a worker twice: from the terminal or slurmstepd, and once more through torchrun
-)
+# Ctrl-C and scancel reach a worker twice: from the terminal or slurmstepd, and once more through torchrun.
+SAME_STOP_SECONDS = 1.0
 TIME_BUDGET = 1000  # above every signal number
 
 
 def on_signals(callback: Callable[[int], None]) -> None:
     """Call `callback(number)` from a thread for every stop signal, at once; to be called from the main thread.
 
-    The interpreter runs signal handlers between two instructions of the main thread, which may be stuck in a collective for minutes;
-    the byte that it writes into a socket when the signal arrives wakes a thread.
+    A handler of Python would not do: the interpreter runs it between two instructions of the main thread, which may be
+    inside a collective or a stuck read for minutes. But at the moment the signal arrives, C code writes its number into
+    the wakeup file descriptor. Here that is a socket, on whose other end a thread waits.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -35,19 +38,23 @@ def on_signals(callback: Callable[[int], None]) -> None:
                 if number in STOP_SIGNALS:
                     callback(number)
 
+    def handler(*_: object) -> None:
+        """Does nothing, but Python writes to the wakeup descriptor only for signals that have a handler in Python."""
+        writer.fileno()  # refers to the socket, which would be closed once nothing did
+
     threading.Thread(target=watch, name="stop-signals", daemon=True).start()
     for number in STOP_SIGNALS:
-        signal.signal(
-            number, lambda *_: writer.fileno()
-        )  # a handler of Python, or nothing is written; it also keeps the socket open
+        signal.signal(number, handler)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a loader worker's signals are not ours
+    # A forked loader worker inherits the descriptor: a signal to it would otherwise look like one to this process.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 class StopSignals:
     """Flag set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; a second SIGTERM or SIGINT ends the process at once.
 
-    The process that ends at once leaves 128 + signal number; a checkpoint half written by it is never taken for a whole one.
+    The second one is for a run that does not come to its next step boundary, or whose save takes too long. It ends with
+    128 + signal number and saves nothing; a checkpoint that was being written is never taken for a complete one.
     """
 
     def __init__(self) -> None:
@@ -71,9 +78,10 @@ class StopSignals:
         return time.monotonic() - self._first[1] if self._first else None
 
     def agreed(self, agree_max: Callable[[int], int], max_minutes: float | None = None) -> str | None:
-        """Why all ranks stop now: a signal to any of them, or the time budget (counted from the start of the process); else None.
+        """Why all ranks stop now: a signal to any of them, or the time budget; else None.
 
-        Every rank calls it at the same step boundary; agree_max is distributed.agree_max.
+        Every rank calls it at the same step boundary; agree_max is distributed.agree_max. The budget of max_minutes
+        counts from the start of the process.
         """
         code = self._first[0] if self._first else 0
         if max_minutes is not None and time.monotonic() - self._started >= 60 * max_minutes:
@@ -92,12 +100,17 @@ class StopSignals:
         if self._first is None:
             self._first = (number, now)
         elif number in SECOND_SIGNALS and not self._done and now - self._first[1] > SAME_STOP_SECONDS:
+            # os.write and os._exit: the main thread may hold the locks of sys.stderr and of the interpreter's exit.
             os.write(2, f"second signal ({signal.Signals(number).name}): ending at once, without saving\n".encode())
             os._exit(128 + number)
 
 
 def ignore_in_worker(_worker: int = 0) -> None:
-    """For loader workers (worker_init_fn): the trainer decides when they end, also when a signal reaches the whole process group."""
+    """For loader workers (worker_init_fn): the trainer decides when they end.
+
+    Ctrl-C and scancel reach the whole process group. A worker that ended of it would fail the step that is to be
+    finished before the save.
+    """
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,10 @@
-"""torchrun with the exit codes of job.errors.ExitCode: `python -m job.runtime.torchrun --nproc-per-node 2 -m job.train ...`.
+"""torchrun with the exit codes of job.errors.ExitCode.
 
-torchrun itself ends with 1 whatever its workers' exit codes were, dies of SIGUSR1 and SIGUSR2 leaving the workers behind,
-and on SIGTERM and SIGINT kills workers that need more than 30 seconds to save. Here signals are passed on to the
-workers, which end the run by themselves, and the worker's exit code becomes this program's.
+Use: `python -m job.runtime.torchrun --nproc-per-node 2 -m job.train ...`.
+
+torchrun itself ends with 1 whatever its workers' exit codes were, dies of SIGUSR1 and SIGUSR2 leaving the workers
+behind, and on SIGTERM and SIGINT kills workers that need more than 30 seconds to save. Here signals are passed on to
+the workers, which end the run by themselves, and the worker's exit code becomes this program's.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import signal
 import sys
 from pathlib import Path
 
+from job.runtime.launcher_variables import keep_signals_from_torchrun
 from job.runtime.stop import on_signals
+
+STOPPED = 128 + signal.SIGTERM
 
 
 def _children() -> list[int]:
@@ -24,7 +29,7 @@ def _pass_on(number: int) -> None:
     workers = _children()
     if not workers:
         os.write(2, f"{signal.Signals(number).name} before the workers were started: nothing to save\n".encode())
-        os._exit(128 + signal.SIGTERM)
+        os._exit(STOPPED)
     for pid in workers:
         try:
             os.kill(pid, number)
@@ -33,17 +38,19 @@ def _pass_on(number: int) -> None:
 
 
 def exit_code(worker_codes: list[int]) -> int:
-    """The run's exit code from those of its failed workers (negative: killed by that signal): a cause that no retry mends
-    comes first, then one that a retry may mend, then a stop."""
+    """The run's exit code from those of its failed workers (negative: killed by that signal).
+
+    A cause that no retry mends (below 128) comes first, then one that a retry may mend, then a stop: the run of a rank
+    with bad data must not be retried because the others ended with a code that says so.
+    """
     codes = [128 - code if code < 0 else code for code in worker_codes]
-    stopped = 128 + signal.SIGTERM
-    return min(codes, key=lambda code: (code >= 128, code == stopped, code))
+    return min(codes, key=lambda code: (code >= 128, code == STOPPED, code))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run torchrun; returns the exit code."""
-    on_signals(_pass_on)
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on above
+    on_signals(_pass_on)  # before the imports below, which take seconds
+    keep_signals_from_torchrun()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
@@ -53,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_args(arguments)
     if options.max_restarts:
         print(
-            f"--max-restarts={options.max_restarts}: torchrun would restart a run that was told to stop; leave it at 0, "
-            "restarts belong to the scheduler (README, exit codes)",
+            f"--max-restarts={options.max_restarts}: torchrun would restart a run that was told to stop; leave it at "
+            '0, restarts belong to the scheduler (README, "Stopping, failing, going on")',
             file=sys.stderr,
         )
         return ExitCode.USAGE

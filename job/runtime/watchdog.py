@@ -1,4 +1,8 @@
-"""A thread that ends a process whose main loop has made no progress for too long, saying where and because of whom."""
+"""A thread that ends a process whose main loop makes no progress for too long, saying where and because of whom.
+
+A collective that waits for a lost rank, a read from a dead file system and a stuck driver call all look alike: the main
+thread is inside C code, where no exception and no signal handler of Python reaches it. Only another thread can act.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,16 @@ import time
 
 from job.errors import ExitCode
 from job.runtime import distributed
+from job.runtime.failures import record_failure
 
 
 class Watchdog:
-    """Fed by `beat`; without a beat for timeout_seconds: every thread's stack, one line, exit with ExitCode.RETRY."""
+    """Watches within a `with` block, fed by `beat`.
+
+    Without a beat for timeout_seconds: every thread's stack, one line on the rank that is to blame, exit with
+    ExitCode.RETRY (or the code of the rank that gave up). It must not outlive the run it watches: in a sweep the same
+    process goes on with the next run, whose beats go to that run's own watchdog.
+    """
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -20,45 +30,48 @@ class Watchdog:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    def start(self) -> Watchdog:
-        """Start watching; the first beat counts from here."""
+    def __enter__(self) -> Watchdog:
         self.last_beat = time.monotonic()
         self._thread.start()
         return self
 
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(timeout=1.0)  # no longer: it may be in the middle of asking for the other ranks
+
     def beat(self, step: int | None = None, phase: str | None = None) -> None:
         """The main loop has come to `phase` of `step` (or makes progress in the one it is in)."""
-        self.step, self.phase, self.last_beat = (
-            self.step if step is None else step,
-            phase or self.phase,
-            time.monotonic(),
-        )
+        if step is not None:
+            self.step = step
+        if phase is not None:
+            self.phase = phase
+        self.last_beat = time.monotonic()
         distributed.progress(self.step, self.phase)
 
     @property
     def seconds_since_beat(self) -> float:
-        """Seconds since the last sign of progress."""
+        """Seconds since the main loop last made progress."""
         return time.monotonic() - self.last_beat
-
-    def stop(self) -> None:
-        """Stop watching."""
-        self._end.set()
 
     def _run(self) -> None:
         while not self._end.wait(min(1.0, self.timeout_seconds / 10)):
             if self.seconds_since_beat > self.timeout_seconds:
-                self._bark()
+                self._end_process()
 
-    def _bark(self) -> None:
+    def _end_process(self) -> None:
+        """Say why and end; return when the main loop went on while the other ranks were asked for."""
         silence = self.seconds_since_beat
         faulthandler.dump_traceback(all_threads=True)
-        reason, code = distributed.missing(or_slowest=True)
-        if self._end.is_set() or self.seconds_since_beat < silence:  # it went on while we looked
+        loss = distributed.missing(or_slowest=True)
+        if self._end.is_set() or self.seconds_since_beat < silence:
             return
-        others = f"; {reason}" if reason else ""
-        print(
-            f"no progress for {silence:.0f} s in step {self.step}, {self.phase} (training.sick_rank_timeout_seconds={self.timeout_seconds:g}){others}",
-            file=sys.stderr,
-            flush=True,
+        message = (
+            f"no progress for {silence:.0f} s in step {self.step}, {self.phase} "
+            f"(training.sick_rank_timeout_seconds={self.timeout_seconds:g})"
         )
-        distributed.leave(code if code == ExitCode.FAILED else ExitCode.RETRY)
+        if loss is not None:
+            message += f"; {loss.reason}"
+        print(message, file=sys.stderr, flush=True)
+        code = ExitCode.RETRY if loss is None else loss.exit_code
+        record_failure(message, code, consequence=loss is not None and not loss.is_here)
+        distributed.leave(code)

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import json
+import shlex
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from job.benchmark import exponent, main, setting
+from job.benchmark import main, setting
+from job.benchmarking import measure
 from job.benchmarking.measure import Shape
-from job.benchmarking.paper import count
+from job.benchmarking.paper import count, starts_kernel
+from job.benchmarking.report import exponent
+from job.command import guarded
 from job.config import ModelConfig
 from job.monitoring.flops import pass_flops
 
-SMALL = [
-    "--set",
-    "model.hidden_size=32",
-    "model.n_blocks=2",
-    "model.cond_dim=32",
-    "--batch",
-    "2",
-    "--seq-len",
-    "16",
-    "--vocab",
-    "64",
-    "--latent-dim",
-    "8",
-    "--repeats",
-    "2",
-    "--device",
-    "cpu",
-]
+SMALL = shlex.split("""
+    --set model.hidden_size=32 model.n_blocks=2 model.cond_dim=32
+    --batch 2 --seq-len 16 --vocab 64 --latent-dim 8 --repeats 2 --device cpu
+""")
 
 
 def test_plain_and_fast_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,24 +56,55 @@ def test_cost_along_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> N
     assert "2 ranks: model.implementation=fast" in capsys.readouterr().out
 
 
+def test_the_models_that_were_timed_are_freed_before_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[object]] = []
+
+    class Noted(measure.Case):
+        def __init__(self, values: dict[str, Any], shape: Shape, device: torch.device) -> None:
+            super().__init__(values, shape, device)
+            alive.extend(map(weakref.ref, (self, self.objective, self.optimizer, *self.objective.parameters())))
+
+    def peak_memory(*_: object) -> float:
+        assert len(alive) > 6
+        assert not [reference for reference in alive if reference() is not None]
+        return 1.0
+
+    monkeypatch.setattr(measure, "Case", Noted)
+    monkeypatch.setattr(measure, "peak_memory", peak_memory)
+    main(SMALL)
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert guarded(lambda: main([*SMALL, "--device", "cuda"])) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: --device cuda: PyTorch sees no GPU here")
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_views_start_no_kernel_and_what_resembles_their_names_does() -> None:
+    aten = torch.ops.aten
+    for free in (aten.t.default, aten.view.default, aten.slice.Tensor, aten.empty_like.default, torch.ops.prim.device):
+        assert not starts_kernel(getattr(free, "default", free)), free
+    for kernel in (
+        aten.cat.default,
+        aten.sqrt.default,
+        aten.repeat.default,
+        aten.bitwise_not.default,
+        aten.slice_backward.default,
+        aten.select_backward.default,
+    ):
+        assert starts_kernel(kernel), kernel
+
+
 def test_paper_counts_the_operations_that_a_step_needs() -> None:
     shape = Shape(2, 128, 2048, 16, 1.0)
+    size = ["model.hidden_size=64", "model.n_blocks=2", "model.cond_dim=64", "model.num_residual_streams=1"]
     plain, fast = (
-        count(
-            setting(
-                [
-                    "model.hidden_size=64",
-                    "model.n_blocks=2",
-                    "model.cond_dim=64",
-                    "model.num_residual_streams=1",
-                    f"model.implementation={kind}",
-                ],
-                "",
-                shape,
-            ),
-            shape,
-        )
-        for kind in ("plain", "fast")
+        count(setting([*size, f"model.implementation={kind}"], "", shape), shape) for kind in ("plain", "fast")
     )
     needed = pass_flops(ModelConfig(hidden_size=64, n_blocks=2, cond_dim=64), np.array([128, 128]), 2048, 16)
     assert fast["flops"] == pytest.approx(2 * needed["t2l"] + 2 * needed["l2t"], rel=0.1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config import Config
-from job.data.loader import Batch, Loader, evaluation_batches, latent_scale, open_datasets
+from job.data.loader import Batch, BatchFormat, BatchSplit, Loader, evaluation_batches, latent_scale, open_datasets
 from job.data.sampler import Sampler
 from job.data.shards import ShardDataset
 from job.data.synthetic import SyntheticDataset
@@ -34,18 +34,13 @@ def loader(
     bucketing: bool = False,
 ) -> Loader:
     sampler = Sampler(dataset, len(dataset), world_size * batch_size * accumulation, 7, length_bucketing=bucketing)
+    batch_format = BatchFormat(48, pad_to_max, standardize)
     return Loader(
         dataset,
         sampler,
-        rank=rank,
-        world_size=world_size,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        max_seq_len=48,
-        pad_to_max=pad_to_max,
-        standardize=standardize,
+        batch_format,
+        BatchSplit(rank, world_size, batch_size, accumulation),
         num_workers=workers,
-        pin_memory=False,
     )
 
 
@@ -122,19 +117,7 @@ def test_loading_leaves_the_global_random_state_alone() -> None:
 def test_wrong_global_batch_is_refused() -> None:
     sampler = Sampler(DATASET, len(DATASET), 24, 0)
     with pytest.raises(UserError, match="train_batch_size"):
-        Loader(
-            DATASET,
-            sampler,
-            rank=0,
-            world_size=2,
-            batch_size=8,
-            accumulation=2,
-            max_seq_len=48,
-            pad_to_max=False,
-            standardize=True,
-            num_workers=0,
-            pin_memory=False,
-        )
+        Loader(DATASET, sampler, BatchFormat(48), BatchSplit(0, world_size=2, batch_size=8, accumulation=2))
 
 
 class Corrupt(SyntheticDataset):
@@ -165,18 +148,12 @@ def test_a_dead_worker_is_one_line_worth_a_retry() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_takes_the_first_samples_once(world_size: int) -> None:
+    as_it_is = BatchFormat(48, standardize=False)
     batches = [
         batch
         for rank in range(world_size)
         for batch in evaluation_batches(
-            DATASET,
-            num_samples=21,
-            batch_size=4,
-            rank=rank,
-            world_size=world_size,
-            max_seq_len=48,
-            pad_to_max=False,
-            standardize=False,
+            DATASET, as_it_is, num_samples=21, batch_size=4, rank=rank, world_size=world_size
         )
     ]
     assert sorted(int(index) for batch in batches for index in batch["index"]) == list(range(21))

@@ -1,12 +1,15 @@
-"""Builds the real image on a machine that can pull none: its base is a Debian made by debootstrap, PyTorch the one that pip finds here.
+"""Builds the real image on a machine that can pull none.
 
-    python tests/image/build.py                     # localhost/cyclevae:test, in a storage of its own; seconds when nothing has changed
+Its base is a Debian made by debootstrap, its PyTorch the one that pip finds here.
+
+    python tests/image/build.py                     # localhost/cyclevae:test, in a storage of its own
     python tests/image/build.py --archive FILE.tar  # and writes it as `docker load` and `podman load` read it
-    python tests/image/build.py --load              # and loads it into the docker daemon of DOCKER_HOST as cyclevae:test
+    python tests/image/build.py --load              # and loads it into the docker daemon of DOCKER_HOST
     python tests/image/build.py --clean             # removes base, storage and cached layers
 
-From Python (with this directory on sys.path): `build.image()`, `build.archive(path)`, `build.load(docker_host)`. As root; `make image-tools`
-installs the programs. The first build of a day takes minutes and is kept in ~/.cache/cyclevae/image.
+From Python (with this directory on sys.path): `build.image()`, `build.archive(path)`, `build.load(docker_host)`. As
+root; `make image-tools` installs the programs. The first build of a day takes minutes and is kept in
+~/.cache/cyclevae/image; with nothing changed the next takes seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cyclevae" / "image"
 PROGRAMS = ("buildah", "podman", "runc", "debootstrap")
-BASE = f"localhost/base:{datetime.date.today()}"  # every day anew, as Debian's updates come in: cached and new layers are to have the same packages
+# Made anew every day, as Debian's updates come in: cached and new layers are to have the same packages.
+BASE = f"localhost/base:{datetime.date.today()}"
 IMAGE = "localhost/cyclevae:test"
 CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
 STORAGE = """[storage]
@@ -35,7 +39,8 @@ driver = "overlay"
 graphroot = "{cache}/storage"
 runroot = "{cache}/run"
 """
-# Host network, cgroupfs and small limits, because this may itself be a container; files instead of shared memory, because other podmans may use that.
+# Host network, cgroupfs and small limits, because this may itself be a container. Locks in files instead of shared
+# memory, because other podmans may use that.
 CONTAINERS = """[containers]
 default_ulimits = ["nofile=1024:4096", "nproc=8192:8192"]
 netns = "host"
@@ -114,7 +119,10 @@ def base() -> None:
 
 
 def image(*options: str, source: Path = ROOT, tag: str = IMAGE, **variables: str) -> str:
-    """Build the image of a source tree with docker/build; returns the build's output. `options` go to buildah, `variables` are its environment's."""
+    """Build the image of a source tree with docker/build; returns the build's output.
+
+    `options` go to buildah, `variables` into its environment.
+    """
     base()
     torch = next(line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch=="))
     places = {
@@ -153,7 +161,8 @@ def clean() -> None:
     """Remove base, storage and cached layers."""
     if CACHE.exists():
         run("buildah", "rmi", "--all", "--force")
-        run("umount", "--lazy", CACHE / "storage/overlay") if os.path.ismount(CACHE / "storage/overlay") else None
+        if os.path.ismount(CACHE / "storage/overlay"):
+            run("umount", "--lazy", CACHE / "storage/overlay")
         shutil.rmtree(CACHE)
 
 

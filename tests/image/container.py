@@ -58,7 +58,7 @@ class Container:
         return build.run("podman", "exec", self.name, *command)
 
     def stop(self, grace: int) -> None:
-        """SIGTERM to the container's first process, SIGKILL to all after `grace` seconds: what every container platform does."""
+        """SIGTERM to the first process, SIGKILL to all after `grace` seconds: what every container platform does."""
         build.run("podman", "stop", f"--time={grace}", self.name)
 
     def remove(self) -> None:

@@ -33,9 +33,11 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 STEPS = 200
-SMALL = f"""--config-name demo model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 training.num_train_steps={STEPS}
-training.train_batch_size=2 logging.log_freq=1 logging.eval_freq=0 logging.save_freq=0 logging.num_eval_batches=1 training.eval_batch_size=8
-monitoring.port=9400""".split()
+SMALL = f"""
+    --config-name demo model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32
+    training.num_train_steps={STEPS} training.train_batch_size=2 training.eval_batch_size=8
+    logging.log_freq=1 logging.eval_freq=0 logging.save_freq=0 logging.num_eval_batches=1 monitoring.port=9400
+""".split()
 TWO = ("torchrun", "--standalone", "--nproc_per_node=2", "-m", "job.train", *SMALL)
 LGDLM = [
     "torchrun",
@@ -46,6 +48,8 @@ LGDLM = [
     "mmdit_cycle_vae",
     "loss.loss_type=cycle_vae",
 ]
+LGDLM_OTHER_SCRIPT = [word.replace("_stable", "") for word in LGDLM]
+NOT_WRITABLE = ["train", "data=synthetic", "logging.save_dir=/nowhere"]
 SLOW_DISK = """import os, pathlib, time
 fsync, opened = os.fsync, pathlib.Path.open
 def slow(handle):
@@ -53,8 +57,9 @@ def slow(handle):
         time.sleep(4)
     fsync(handle)
 def slowly_opened(path, *arguments, **options):
+    # The run must not end before podman comes to stop it, which waits for builds that hold its storage.
     if path.name == "training_log.jsonl":
-        time.sleep(0.5)  # the run does not end before podman comes to stop it, which waits for builds that hold its storage
+        time.sleep(0.5)
     return opened(path, *arguments, **options)
 os.fsync, pathlib.Path.open = slow, slowly_opened
 """
@@ -96,7 +101,10 @@ def labels(source: Path) -> dict[str, str]:
 def built_again(
     labels: dict[str, str], source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Future[str]]:
-    """The same once more without any cached layer, while other tests run: in another directory, with other times and modes of the sources."""
+    """The same once more without any cached layer, while other tests run.
+
+    In another directory, and with other times and modes of the sources.
+    """
     copied = shutil.copytree(source, tmp_path_factory.mktemp("again") / "copy", copy_function=shutil.copy)
     for path in copied.rglob("*"):
         path.chmod(0o777 if path.is_dir() or os.access(path, os.X_OK) else 0o666)
@@ -206,16 +214,8 @@ def test_a_launch_line_of_lgdlm_runs_unchanged(start: Start) -> None:
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
-        (
-            [word.replace("_stable", "") for word in LGDLM],
-            ExitCode.FAILED,
-            "error: data.dir is not set",
-        ),  # its other script
-        (
-            ["train", "data=synthetic", "logging.save_dir=/nowhere"],
-            ExitCode.FAILED,
-            "error: /nowhere: Read-only file system",
-        ),
+        (LGDLM_OTHER_SCRIPT, ExitCode.FAILED, "error: data.dir is not set"),
+        (NOT_WRITABLE, ExitCode.FAILED, "error: /nowhere: Read-only file system"),
         (["train", "training.num_train_stepz=1"], ExitCode.USAGE, "did you mean training.num_train_steps"),
         (["prepare"], ExitCode.USAGE, "--out"),
         (["trian"], ExitCode.USAGE, "usage: cyclevae COMMAND"),
@@ -293,7 +293,10 @@ def test_a_tampered_dependency_fails_the_build(labels: dict[str, str], source: P
 def test_the_same_again_gives_the_same_files(
     labels: dict[str, str], built_again: Future[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Type, mode, owner and content of every path, of two builds that share nothing but the base image. Cached layers keep the times of when they were made."""
+    """Type, mode, owner and content of every path, of two builds that share nothing but the base image.
+
+    Cached layers keep the times of when they were made.
+    """
     built_again.result()
     one, two = contents(IMAGE), contents("localhost/cyclevae:again")
     assert len(one) > 10_000
@@ -315,13 +318,8 @@ def contents(tag: str) -> dict[str, tuple[Any, ...]]:
                 if not is_link and os.path.isfile(path):
                     with open(path, "rb") as file:
                         content = hashlib.file_digest(file, "sha256").hexdigest()
-                found[path.removeprefix(root)] = (
-                    status.st_mode,
-                    status.st_uid,
-                    status.st_gid,
-                    content,
-                    status.st_size if content else 0,
-                )
+                size = status.st_size if content else 0
+                found[path.removeprefix(root)] = (status.st_mode, status.st_uid, status.st_gid, content, size)
     finally:
         build.run("buildah", "rm", container)
     return found

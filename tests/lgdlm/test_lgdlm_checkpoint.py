@@ -16,7 +16,7 @@ from torch import Tensor
 from job.config import ModelConfig
 from job.errors import UserError
 from job.lgdlm.checkpoint import check_generation, generation, read_checkpoint
-from job.model.multimodal import build_model
+from job.model.build import build_model
 from job.model.weights import apply_weights, describe, load_weights, overrides, serialize
 
 CONFIG = ModelConfig(hidden_size=16, n_blocks=2, n_heads=8, head_dim=64, cond_dim=12, max_seq_len=6, qk_rmsnorm=False)
@@ -190,10 +190,11 @@ def test_same_settings_with_other_keys_name_the_first_keys(tmp_path: Path) -> No
     }
     changed["mmdit.norms.0.g"] = torch.ones(3)
     (tmp_path / "w.safetensors").write_bytes(serialize(changed))
-    with pytest.raises(
-        UserError,
-        match=r"text_head.bias is missing there; text_head.scale is unknown here; mmdit.norms.0.g is \[3\] there and \[16\] here",
-    ):
+    differences = (
+        r"text_head.bias is missing there; text_head.scale is unknown here; "
+        r"mmdit.norms.0.g is \[3\] there and \[16\] here"
+    )
+    with pytest.raises(UserError, match=differences):
         apply_weights(build_model(CONFIG, VOCAB, DIM, seed=2), tmp_path / "w.safetensors")
 
 
@@ -201,9 +202,8 @@ def test_damaged_or_foreign_weight_files_are_refused(tmp_path: Path) -> None:
     content = serialize(weights())
     (tmp_path / "cut.safetensors").write_bytes(content[:-10])
     torch.save(weights(), tmp_path / "torch.pt")
-    (tmp_path / "foreign.safetensors").write_bytes(
-        serialize(weights()).replace(b"text_encoder.token_embed", b"text_encoder.token_embad")
-    )
+    renamed = content.replace(b"text_encoder.token_embed", b"text_encoder.token_embad")
+    (tmp_path / "foreign.safetensors").write_bytes(renamed)
     for name, reason in {
         "cut.safetensors": "truncated",
         "torch.pt": "not a safetensors file",

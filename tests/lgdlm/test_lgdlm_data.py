@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,16 +9,10 @@ import pytest
 from job.data.shards import ShardDataset
 from job.data.tokenizer import train
 from job.errors import UsageError, UserError
-from job.lgdlm.data import convert
+from job.lgdlm.data import DataOptions, convert
 
 SAMPLES, VOCAB, LENGTH, DIM = 40, 50, 12, 6
-IDS: dict[str, Any] = {
-    "tokenizer": None,
-    "mask_token_id": 1,
-    "pad_token_id": 0,
-    "vocab_size": VOCAB,
-    "validation_fraction": 0.25,
-}
+OPTIONS = DataOptions(mask_token_id=1, pad_token_id=0, vocab_size=VOCAB, validation_fraction=0.25)
 
 
 @pytest.fixture
@@ -44,7 +38,7 @@ def directories(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_samples_keep_their_tokens_and_latents(directories: tuple[Path, Path], tmp_path: Path) -> None:
-    summary = convert(*directories, tmp_path / "out", **IDS)
+    summary = convert(*directories, tmp_path / "out", OPTIONS)
     assert "0 bad files" in summary
     seen = []
     for split in ("train", "validation"):
@@ -86,7 +80,7 @@ def test_bad_files_are_named_counted_and_fatal(
 ) -> None:
     expected = spoil(*directories)
     with pytest.raises(UserError, match=r"7 unpaired or corrupt files.*--skip-bad"):
-        convert(*directories, tmp_path / "out", **IDS)
+        convert(*directories, tmp_path / "out", OPTIONS)
     lines = capsys.readouterr().err.splitlines()
     for name, problem in expected.items():
         assert any(name in line and problem in line for line in lines), name
@@ -96,16 +90,17 @@ def test_bad_files_are_named_counted_and_fatal(
 
 def test_bad_files_can_be_left_out(directories: tuple[Path, Path], tmp_path: Path) -> None:
     spoil(*directories)
-    assert "7 bad files left out" in convert(*directories, tmp_path / "out", **IDS, skip_bad=True)
+    assert "7 bad files left out" in convert(*directories, tmp_path / "out", replace(OPTIONS, skip_bad=True))
     assert sum(ShardDataset(tmp_path / "out", "train").info.counts.values()) == SAMPLES - 7
 
 
 def test_ids_come_from_the_tokenizer_or_must_be_given(directories: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--mask-token-id, --pad-token-id and --vocab-size"):
-        convert(*directories, tmp_path / "out", tokenizer=None)
+        convert(*directories, tmp_path / "out", DataOptions())
     (tmp_path / "tokenizer.json").write_text(train(["some words to train on"], 270).to_json())
-    convert(*directories, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", validation_fraction=0.25)
+    options = DataOptions(tokenizer=tmp_path / "tokenizer.json", validation_fraction=0.25)
+    convert(*directories, tmp_path / "out", options)
     info = ShardDataset(tmp_path / "out", "train").info
     assert (info.mask_token_id, info.pad_token_id, info.tokenizer) == (1, 0, "tokenizer.json")
     with pytest.raises(UserError, match="exists already"):
-        convert(*directories, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
+        convert(*directories, tmp_path / "out", options)

@@ -12,7 +12,8 @@ import torch
 from job.config import ModelConfig
 from job.errors import UserError
 from job.model.backbone import NEEDED, check_packages
-from job.model.multimodal import MultimodalMMDiT, TimestepEmbedder, build_model
+from job.model.build import build_model
+from job.model.multimodal import MultimodalMMDiT, TimestepEmbedder
 
 
 def small(seed: int = 0, **changes: Any) -> MultimodalMMDiT:

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
     def poisoned(self: Loader, step: int, number: int) -> Batch:
         batch = micro_batch(self, step, number)
-        if self.rank == 0 and poison.exists():
+        if self.split.rank == 0 and poison.exists():
             batch["latent"] = batch["latent"] * float("nan")
         return batch
 

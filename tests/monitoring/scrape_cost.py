@@ -1,7 +1,8 @@
 """What scrapes cost a training run: `python tests/monitoring/scrape_cost.py [--rate 1] [--pairs 60] [overrides]`.
 
-Two figures: the processor time of one scrape in the process that trains, and the time per token with scrapes against without, from pairs
-of windows that follow each other closely, since the machine's own noise is larger than what is looked for.
+Two figures: the processor time of one scrape in the process that trains, and the time per token with scrapes against
+without, from pairs of windows that follow each other closely, since the machine's own noise is larger than what is
+looked for.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def scrape_seconds(url: str, scrapes: int = 500) -> float:
     from prometheus_client.exposition import generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 
+    from job.metric_names import METRICS
     from job.monitoring.exporter import Metrics
-    from job.monitoring.metrics import METRICS
 
     with urllib.request.urlopen(url) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
@@ -107,11 +108,13 @@ def main() -> None:
             low, middle, high = (statistics.quantiles(ratios, n=4)[i] for i in (0, 1, 2))
             cost, error = scrape_seconds(url), statistics.stdev(ratios) / len(ratios) ** 0.5
             print(
-                f"one scrape: {1000 * cost:.2f} ms of processor time; {options.rate:g} a second: {100 * cost * options.rate:.2f}% of one processor"
+                f"one scrape: {1000 * cost:.2f} ms of processor time; "
+                f"{options.rate:g} a second: {100 * cost * options.rate:.2f}% of one processor"
             )
             print(
-                f"step of {1000 * seconds / len(steps):.0f} ms; time per token with scrapes / without: mean {statistics.mean(ratios):.4f} +- {error:.4f}, "
-                f"median {middle:.4f} (quartiles {low:.4f} to {high:.4f}; {options.pairs} pairs, {scraper.count} scrapes)"
+                f"step of {1000 * seconds / len(steps):.0f} ms; time per token with scrapes / without: "
+                f"mean {statistics.mean(ratios):.4f} +- {error:.4f}, median {middle:.4f} "
+                f"(quartiles {low:.4f} to {high:.4f}; {options.pairs} pairs, {scraper.count} scrapes)"
             )
         finally:
             run.kill()

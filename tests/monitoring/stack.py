@@ -1,4 +1,4 @@
-"""A real Prometheus and a real Alertmanager on loopback, with the project's own configuration, in a directory of their own.
+"""A real Prometheus and a real Alertmanager on loopback, with the project's own configuration.
 
 By hand: `python tests/monitoring/stack.py RUNS` watches the runs below RUNS until Ctrl-C, with rules as they are.
 """
@@ -10,6 +10,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,9 +23,11 @@ from typing import Any
 
 import yaml
 
-from job.monitoring.rules import rule_file
-
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "docker" / "monitoring"))  # for whoever starts this by hand: pytest knows the place
+
+from rules import rule_file  # noqa: E402
+
 ALERTMANAGER, PUSHGATEWAY = ("prometheus-alertmanager", "prometheus-pushgateway")  # Debian's names
 MISSING = [
     name for name in ("prometheus", "promtool", "amtool", ALERTMANAGER, PUSHGATEWAY) if shutil.which(name) is None

@@ -10,7 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from job.monitoring.curves import PANELS, write_curves
+from job.metric_names import EVALUATION, LOSS_TERMS
+from job.monitoring.curves import curve_panels, write_curves
 
 TRAIN = {
     "loss": 1.0,
@@ -37,12 +38,14 @@ def test_lines_are_the_logged_values(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "training_log.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "lo'
     )
-    (tmp_path / "evaluation.jsonl").write_text(json.dumps({"step": 30, "l2t/ce": 3.0}) + "\n")
+    evaluation = {"step": 30, "l2t/ce": 3.0, "l2t2l/cos": 0.5, "t2l/x0_cos@0.25": 0.9, "t2l/x0_cos@0.9": 0.6}
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps(evaluation) + "\n")
     write_curves(tmp_path)
     assert drawn["base_l2t_text_loss"] == [(10, 2), (20, 2), (30, 2)]
     assert drawn["cycle_text_loss"] == [(30, 7)]
     assert drawn["l2t/ce"] == [(30, 3)]
     assert "t2l/x0_cos" not in drawn
+    assert [key for key in drawn if key.startswith("t2l/")] == ["t2l/x0_cos@0.9", "t2l/x0_cos@0.25"]
     assert imread(tmp_path / "curves.png").shape[2] == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "evaluation.jsonl", "training_log.jsonl"]
 
@@ -52,6 +55,13 @@ def test_no_log_gives_an_empty_figure(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
+def test_every_loss_and_metric_of_the_evaluation_is_drawn() -> None:
+    keys = {key for panel in curve_panels() for key in panel.keys}
+    assert {term.key for term in LOSS_TERMS} - keys == {"loss"}  # a sum of terms whose weights change
+    assert {metric.key for metric in EVALUATION} <= keys
+    assert {"lr", "grad_norm", "tokens_per_second", "cycle_text_weight", "cycle_latent_weight"} <= keys
+
+
 def test_panels_show_no_metric_twice() -> None:
-    names = [name for _, _, names in PANELS for name in names]
+    names = [key for panel in curve_panels() for key in panel.keys]
     assert len(names) == len(set(names))

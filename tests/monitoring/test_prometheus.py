@@ -1,7 +1,8 @@
-"""A real run of two ranks under a real Prometheus and Alertmanager: every panel and rule has something to show, and what goes wrong is told.
+"""A real run of two ranks under a real Prometheus and Alertmanager.
 
-The tests share the run and follow each other. Rules' times are 60 times shorter: 5 minutes are 5 seconds.
-None of them waits for a moment that can be missed: what is looked for stays until it was seen, on a machine that is as busy as it likes.
+Every panel and rule has something to show, and what goes wrong is told. The tests share the run and follow each other.
+Rules' times are 60 times shorter: 5 minutes are 5 seconds. None of them waits for a moment that can be missed: what is
+looked for stays until it was seen, on a machine that is as busy as it likes.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from job.files import json_lines
 from job.monitoring.flops import Work
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter
-from job.monitoring.rules import Durations, alerts, recordings
-from job.runtime.checkpoint import SaveStats
+from job.runtime.checkpointer import SaveStats
 from job.runtime.distributed import Process
+from rules import Durations, alerts, recordings
 
 pytestmark = [
     pytest.mark.monitoring,
@@ -44,11 +45,12 @@ pytestmark = [
 SPEED = 60.0
 RUN = "lab/a=1"
 MOST_SERIES = {"0": 130, "1": 50}  # of the run and its first rank; of every further rank
-SETTINGS = """model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
-data.synthetic_samples=64 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps=100000
-training.train_batch_size=2 training.sick_rank_timeout_seconds=900 training.max_nonfinite_steps=100000 logging.log_freq=2 logging.eval_freq=20
-logging.save_freq=20 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4 monitoring.host=127.0.0.1
-monitoring.stalled_after_seconds=3"""
+SETTINGS = """model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16
+model.cond_dim=32 model.max_seq_len=16 data.synthetic_samples=64 data.synthetic_vocab_size=32
+data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps=100000 training.train_batch_size=2
+training.sick_rank_timeout_seconds=900 training.max_nonfinite_steps=100000 logging.log_freq=2
+logging.eval_freq=20 logging.save_freq=20 logging.num_samples=1 logging.num_eval_batches=1
+training.eval_batch_size=4 monitoring.host=127.0.0.1 monitoring.stalled_after_seconds=3"""
 
 
 class Training:

@@ -1,7 +1,7 @@
 """A small model, batch and draws given by a formula, and the figures of the objective on them.
 
-`python tests/objective/objective_cases.py` writes tests/data/objective.json again, by the plain path; a change of the figures is a change
-of the objective.
+`python tests/objective/objective_cases.py` writes tests/data/objective.json again, by the plain implementation; a
+change of the figures is a change of the objective.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import itertools
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from job.config import LossConfig, ModelConfig, TrainingConfig
-from job.model.multimodal import MultimodalMMDiT, build_model
-from job.objective.trainer import Trainer
+from job.config import Config, LossConfig, ModelConfig, TrainingConfig
+from job.model.build import build_model
+from job.model.fast import FastMMDiT
+from job.model.multimodal import MultimodalMMDiT
+from job.objective.objective import Metrics, Objective
 from job.runtime.precision import autocast
 
 FIGURES = Path(__file__).parent.parent / "data" / "objective.json"
@@ -58,6 +61,20 @@ def formula_model(config: ModelConfig) -> MultimodalMMDiT:
     return model
 
 
+def formula_objective(
+    kind: str, model: ModelConfig, loss: LossConfig | None = None, training: TrainingConfig | None = None
+) -> Objective:
+    """The objective over a formula_model of an implementation, "plain" or "fast"."""
+    config = Config(
+        model=replace(model, implementation=kind), loss=loss or LossConfig(), training=training or TrainingConfig()
+    )
+    built = formula_model(config.model)
+    if isinstance(built, FastMMDiT):
+        built.compiled = config.training.compile_model
+        built.checkpointing = config.training.activation_checkpointing
+    return Objective(built, config, MASK)
+
+
 def formula_batch(lengths: tuple[int, ...] = (10, 6, 3), seq_len: int = 10) -> dict[str, Tensor]:
     """Rows of the given lengths, padded with 0 to seq_len."""
     rows = len(lengths)
@@ -81,7 +98,7 @@ class FixedNoise:
 
 
 def case_configs(case: str, lgdlm: bool, **changes: Any) -> tuple[ModelConfig, LossConfig]:
-    """Configurations of a case `parameterization/latent_t_mode/stop|nostop/beta_schedule`, with LGDLM's choices or ours."""
+    """Configurations of a case `parameterization/latent_t_mode/stop|nostop/beta_schedule`, as LGDLM or as we would."""
     parameterization, t_mode, stop, schedule = case.split("/")
     compat = {"qk_rmsnorm": False, "time_scale": 1.0, "interpolate_schedule": False} if lgdlm else {}
     model = model_config(
@@ -99,17 +116,25 @@ def case_configs(case: str, lgdlm: bool, **changes: Any) -> tuple[ModelConfig, L
 
 
 def run(
-    trainer: Trainer, batch: dict[str, Tensor], noise: Any = None, step: int = 0, dtype: str = "fp32"
+    objective: Objective, batch: dict[str, Tensor], noise: Any = None, step: int = 0, dtype: str = "fp32"
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Metrics and gradients of one step; zeros for parameters without one."""
-    trainer.zero_grad()
+    """Metrics and gradients of one step in one stage; zeros for parameters without a gradient."""
+    objective.zero_grad()
     with autocast(dtype, torch.device("cpu")):
-        loss, metrics = trainer(batch, step, noise)
+        loss, metrics, _ = objective(batch, step, noise=noise)
     loss.backward()
-    gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainer.model.named_parameters()
-    }
-    return {key: float(torch.as_tensor(value).detach()) for key, value in metrics.items()}, gradients
+    return numbers(metrics), gradients_of(objective)
+
+
+def numbers(metrics: Metrics) -> dict[str, float]:
+    """Metrics as plain numbers."""
+    return {key: float(torch.as_tensor(value).detach()) for key, value in metrics.items()}
+
+
+def gradients_of(objective: Objective) -> dict[str, Tensor]:
+    """Copies of the model's gradients; zeros where there is none."""
+    named = objective.model.named_parameters()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
 
 def figures() -> dict[str, Any]:
@@ -117,11 +142,8 @@ def figures() -> dict[str, Any]:
     result: dict[str, Any] = {}
     for case, lgdlm in itertools.product(CASES, (True, False)):
         model, loss = case_configs(case, lgdlm)
-        metrics, gradients = run(
-            Trainer(formula_model(model), model, loss, TrainingConfig(), MASK),
-            formula_batch(),
-            FixedNoise(torch.arange(3)),
-        )
+        objective = formula_objective("plain", model, loss)
+        metrics, gradients = run(objective, formula_batch(), FixedNoise(torch.arange(3)))
         result[f"{case}/{'lgdlm' if lgdlm else 'ours'}"] = {
             "metrics": metrics,
             "grad_norm": [float(f"{g.norm():.7g}") for g in gradients.values()],

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from job.config import LossConfig, ModelConfig, TrainingConfig
+from job.config import Config, ModelConfig
 from job.errors import UserError
-from job.model.multimodal import build_model
+from job.model.build import build_model
+from job.model.plain import PlainMMDiT
+from job.monitoring.evaluation_table import table, verdicts
 from job.objective import evaluation
-from job.objective.evaluation import Rows, evaluate, participation_ratio, table, verdicts
-from job.objective.fast import build_trainer
-from job.objective.trainer import Trainer
+from job.objective.evaluation import Samples, evaluate, participation_ratio
+from job.objective.objective import Objective
 
 VOCAB, DIM, LENGTH, COUNT, MASK_ID = 12, 12, 8, 6, 1
 MODEL = ModelConfig(
@@ -47,6 +48,9 @@ def samples() -> dict[str, Tensor]:
 class Oracle(nn.Module):
     """Reads the token off the latent and the latent off the tokens, or ignores what it is given."""
 
+    every_head = False
+    encode, logits = PlainMMDiT.encode, PlainMMDiT.logits
+
     def __init__(self, sees_latent: bool = True, sees_text: bool = True) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(()))
@@ -62,12 +66,12 @@ class Oracle(nn.Module):
         return (logits if self.sees_latent else torch.zeros_like(logits)), prediction
 
 
-def trainer_of(model: nn.Module) -> Trainer:
-    return Trainer(model, MODEL, LossConfig(), TrainingConfig(), MASK_ID)
+def objective_of(model: nn.Module) -> Objective:
+    return Objective(model, Config(model=MODEL), MASK_ID)  # type: ignore[arg-type]
 
 
 def test_oracle_scores_are_the_closed_form_ones() -> None:
-    metrics = evaluate(trainer_of(Oracle()), [samples()], seed=0)
+    metrics = evaluate(objective_of(Oracle()), [samples()], seed=0)
     log_z = math.log(math.exp(5) + VOCAB - 1)
     assert metrics["l2t/ce"] == pytest.approx(log_z - 5, rel=1e-5)
     assert metrics["l2t/latent_gain"] == pytest.approx(5, rel=1e-5)
@@ -93,7 +97,7 @@ def test_oracle_scores_are_the_closed_form_ones() -> None:
 
 def test_a_broken_cycle_shows_while_the_encoder_is_right() -> None:
     metrics = evaluate(
-        trainer_of(Oracle(sees_latent=False)), [samples()], seed=0
+        objective_of(Oracle(sees_latent=False)), [samples()], seed=0
     )  # decodes token 0, which no text holds
     assert metrics["t2l/x0_cos"] == pytest.approx(1)
     assert metrics["l2t2l/cos"] == pytest.approx(0)
@@ -101,7 +105,7 @@ def test_a_broken_cycle_shows_while_the_encoder_is_right() -> None:
 
 
 def test_models_that_ignore_their_input_are_said_to() -> None:
-    metrics = evaluate(trainer_of(Oracle(sees_latent=False, sees_text=False)), [samples()], seed=0)
+    metrics = evaluate(objective_of(Oracle(sees_latent=False, sees_text=False)), [samples()], seed=0)
     assert metrics["l2t/latent_gain"] == pytest.approx(0, abs=1e-6)
     assert metrics["t2l/text_gain"] == pytest.approx(0, abs=1e-6)
     assert metrics["latent/active_dims"] == 0
@@ -112,7 +116,7 @@ def test_models_that_ignore_their_input_are_said_to() -> None:
 
 
 def test_non_finite_figures_are_not_called_good() -> None:
-    metrics = evaluate(trainer_of(Oracle()), [samples() | {"latent": torch.full((COUNT, DIM), math.nan)}], seed=0)
+    metrics = evaluate(objective_of(Oracle()), [samples() | {"latent": torch.full((COUNT, DIM), math.nan)}], seed=0)
     assert "broken" in verdicts(metrics)[0]
 
 
@@ -128,21 +132,21 @@ def batches_of(size: int) -> list[dict[str, Tensor]]:
     return parts
 
 
-def on_ranks(trainer: Trainer, batches: list[dict[str, Tensor]], world_size: int) -> list[dict[str, float]]:
+def on_ranks(objective: Objective, batches: list[dict[str, Tensor]], world_size: int) -> list[dict[str, float]]:
     """Evaluate with batch j on rank j % world_size, a thread each."""
     barrier = threading.Barrier(world_size, timeout=30)
-    shelf: list[Rows] = [{} for _ in range(world_size)]
+    shelf: list[Samples] = [{} for _ in range(world_size)]
     results: list[dict[str, float]] = [{} for _ in range(world_size)]
 
     def work(rank: int) -> None:
-        def gather(rows: Rows) -> list[Rows]:
+        def gather(rows: Samples) -> list[Samples]:
             shelf[rank] = rows
             barrier.wait()
             gathered = list(shelf)
             barrier.wait()
             return gathered
 
-        results[rank] = evaluate(trainer, batches[rank::world_size], 3, gather, between=barrier.wait)
+        results[rank] = evaluate(objective, batches[rank::world_size], 3, gather, between=barrier.wait)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -156,20 +160,20 @@ def on_ranks(trainer: Trainer, batches: list[dict[str, Tensor]], world_size: int
     ("batch_size", "world_size"), [(1, 1), (4, 1), (1, 2), (4, 2), (2, 4)]
 )  # 2 on 4 ranks: one rank has no batch
 def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_size: int) -> None:
-    trainer = trainer_of(build_model(MODEL, VOCAB, DIM, seed=0))
-    expected = evaluate(trainer, [samples()], seed=3)
-    results = on_ranks(trainer, batches_of(batch_size), world_size)
+    objective = objective_of(build_model(MODEL, VOCAB, DIM, seed=0))
+    expected = evaluate(objective, [samples()], seed=3)
+    results = on_ranks(objective, batches_of(batch_size), world_size)
     assert all(result == results[0] for result in results)
     assert results[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
-def test_fast_and_plain_trainers_are_measured_alike(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_and_plain_models_are_measured_alike(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
     models = (replace(MODEL, implementation=name, num_residual_streams=2) for name in ("plain", "fast"))
     plain, fast = (
         evaluate(
-            build_trainer(build_model(m, VOCAB, DIM, seed=0), m, LossConfig(), TrainingConfig(), MASK_ID),
+            Objective(build_model(m, VOCAB, DIM, seed=0), Config(model=m), MASK_ID),
             [samples()],
             seed=3,
         )
@@ -179,17 +183,17 @@ def test_fast_and_plain_trainers_are_measured_alike(chunk: int, monkeypatch: pyt
 
 
 def test_noise_depends_on_the_seed_alone_and_training_mode_returns() -> None:
-    trainer = trainer_of(build_model(MODEL, VOCAB, DIM, seed=0)).train()
-    first = evaluate(trainer, [samples()], seed=3)
+    objective = objective_of(build_model(MODEL, VOCAB, DIM, seed=0)).train()
+    first = evaluate(objective, [samples()], seed=3)
     torch.manual_seed(99)
-    assert trainer.training
-    assert evaluate(trainer, [samples()], seed=3) == first
-    assert evaluate(trainer, [samples()], seed=4) != first
+    assert objective.training
+    assert evaluate(objective, [samples()], seed=3) == first
+    assert evaluate(objective, [samples()], seed=4) != first
 
 
 def test_one_sample_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match="at least 2 samples"):
-        evaluate(trainer_of(Oracle()), batches_of(1)[:1], seed=0)
+        evaluate(objective_of(Oracle()), batches_of(1)[:1], seed=0)
 
 
 def test_participation_ratio_counts_equal_directions() -> None:

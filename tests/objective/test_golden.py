@@ -1,4 +1,6 @@
-"""The objective's figures: those of the research code (../shared/golden, where present) and our own on a model given by a formula."""
+"""The objective's figures: the research code's (../shared/golden, where present), and ours on a model given by a
+formula.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from objective_cases import CASES, FIGURES, LGDLM, MASK, FixedNoise, case_configs, formula_batch, formula_model, run
+from objective_cases import CASES, FIGURES, LGDLM, FixedNoise, case_configs, formula_batch, formula_objective, run
 
-from job.config import LossConfig, ModelConfig, TrainingConfig
-from job.model.multimodal import build_model
-from job.objective.fast import FastTrainer
+from job.config import Config, LossConfig, ModelConfig
+from job.model.build import build_model
+from job.objective.objective import Objective
 from job.objective.schedule import LatentSchedule
-from job.objective.trainer import Trainer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "cycle_vae_golden.pt"
 needs_golden = pytest.mark.skipif(
@@ -38,11 +39,12 @@ def golden() -> Any:
 
 
 @needs_golden
-@pytest.mark.parametrize("trainer", [Trainer, FastTrainer])
+@pytest.mark.parametrize("kind", ["plain", "fast"])
 @pytest.mark.parametrize("case", CASES)
-def test_research_code(golden: Any, case: str, trainer: type[Trainer]) -> None:
+def test_research_code(golden: Any, case: str, kind: str) -> None:
     expected = golden["cases"][case]
     model_config = ModelConfig(
+        implementation=kind,
         hidden_size=64,
         n_blocks=2,
         n_heads=8,
@@ -69,11 +71,8 @@ def test_research_code(golden: Any, case: str, trainer: type[Trainer]) -> None:
     if expected["latent_t_mode"] == "full":
         names = names[1::2]
     draws = {name: draw for name, (_, draw) in zip(names, expected["draws"], strict=True)}
-    metrics, gradients = run(
-        trainer(model, model_config, loss_config, TrainingConfig(), golden["mask_token_id"]),
-        golden["batch"],
-        FixedNoise(torch.arange(3), draws),
-    )
+    objective = Objective(model, Config(model=model_config, loss=loss_config), golden["mask_token_id"])
+    metrics, gradients = run(objective, golden["batch"], FixedNoise(torch.arange(3), draws))
     for name in (
         "loss",
         "base_l2t_text_loss",
@@ -101,11 +100,11 @@ def test_research_code_schedules(golden: Any, schedule: str) -> None:
 
 @pytest.mark.parametrize("choices", ["lgdlm", "ours"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("trainer", [Trainer, FastTrainer])
-def test_formula(trainer: type[Trainer], case: str, choices: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_formula(kind: str, case: str, choices: str) -> None:
     expected = json.loads(FIGURES.read_text())[f"{case}/{choices}"]
     model_config, loss_config = case_configs(case, choices == "lgdlm")
-    objective = trainer(formula_model(model_config), model_config, loss_config, TrainingConfig(), MASK)
+    objective = formula_objective(kind, model_config, loss_config)
     metrics, gradients = run(objective, formula_batch(), FixedNoise(torch.arange(3)))
     for name, value in expected["metrics"].items():
         assert close(metrics[name], value, relative=True), name

@@ -1,25 +1,17 @@
-"""Ramps, the two distances, and the draws of a step."""
+"""Ramps, the latent's distance, and the draws of a step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from job.objective.losses import latent_loss, ramp, text_cross_entropy
+from job.objective.losses import latent_loss, ramp
 from job.objective.noise import StepNoise, seed_for
 
 
 def test_ramp() -> None:
     assert [ramp(step, 0.4, 10, 4) for step in (0, 9, 10, 11, 12, 14, 100)] == [0, 0, 0, 0.1, 0.2, 0.4, 0.4]
     assert [ramp(step, 0.4, 3, 0) for step in (2, 3)] == [0, 0.4]
-
-
-def test_cross_entropy_counts_what_is_counted() -> None:
-    logits = torch.zeros(2, 3, 4)
-    counted = torch.tensor([[True, True, False], [True, False, False]])
-    assert text_cross_entropy(logits, torch.zeros(2, 3, dtype=torch.long), counted, 3).item() == pytest.approx(
-        torch.tensor(4.0).log().item()
-    )
 
 
 def test_normalized_latent_loss_sees_the_direction_only() -> None:

@@ -1,5 +1,6 @@
-"""Runs a small training job under torchrun, kills it at seeded random moments, restarts it with the same command, and compares it with
-a run that nothing happened to: every step's values, and every bit of the last checkpoint.
+"""Runs a small training job under torchrun, kills it at seeded random moments and restarts it with the same command.
+
+It must end like a run that nothing happened to: every step's values, and every bit of the last checkpoint.
 
 By hand, with any overrides: `python tests/runtime/chaos.py --seed 7 --kills 6 loss=random data.num_workers=1`.
 """
@@ -22,12 +23,17 @@ import torch
 from job.runtime.checkpoint import open_checkpoint, read_weights
 
 STEPS = 18
-# Everything that has a state or depends on the step: accumulation, epochs ending (5 steps each), evaluation, warm-up, ramps, EMA, dropout, sampling.
-SMALL = f"""model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
-data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps={STEPS}
-training.train_batch_size=2 training.gradient_accumulation_steps=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10
-training.sick_rank_timeout_seconds=120 logging.log_freq=1 logging.eval_freq=6 logging.save_freq=3 logging.num_samples=1 logging.num_eval_batches=1
-training.eval_batch_size=4""".split()
+# Everything that has a state or depends on the step: accumulation, epochs ending (5 steps each), evaluation, warm-up,
+# ramps, EMA, dropout, sampling.
+SMALL = f"""
+    model=small model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32
+    model.max_seq_len=16 model.dropout=0.1
+    data=synthetic data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8
+    training.device=cpu training.num_train_steps={STEPS} training.train_batch_size=2
+    training.gradient_accumulation_steps=2 training.ema_decay=0.9 training.warmup_steps=10
+    training.sick_rank_timeout_seconds=120 training.eval_batch_size=4
+    logging.log_freq=1 logging.eval_freq=6 logging.save_freq=3 logging.num_samples=1 logging.num_eval_batches=1
+""".split()
 CYCLE = [
     "loss.cycle_text_warmup_steps=3",
     "loss.cycle_text_ramp_steps=8",
@@ -35,12 +41,8 @@ CYCLE = [
     "loss.cycle_latent_ramp_steps=8",
     "loss.cycle_latent_sampling=categorical",
 ]
-CLOCKED = (
-    "tokens_per_second",
-    "_seconds",
-    "_utilization",
-    "_bytes",
-)  # the ends of names whose values a clock or the machine makes
+# The ends of names whose values a clock or the machine makes.
+CLOCKED = ("tokens_per_second", "_seconds", "_utilization", "_bytes")
 KINDS = ("one rank", "everything", "torchrun", "SIGTERM to one rank", "SIGUSR1 to torchrun")
 EXIT_CODES = {
     "one rank": {134, 137},
@@ -51,7 +53,7 @@ EXIT_CODES = {
 }
 
 
-class Run:
+class TorchrunRun:
     """A run directory and the command that works on it."""
 
     def __init__(self, directory: Path, overrides: list[str], world_size: int = 2) -> None:
@@ -86,7 +88,7 @@ class Run:
         assert code == 0, f"exit code {code}:\n{self.output.read_text()[-5000:]}"
 
     def log(self) -> dict[int, dict[str, float]]:
-        """Lines of the training log by step, without what a clock made. A line that a kill cut short is not there yet."""
+        """Lines of the training log by step, without what a clock made; without a line that a kill cut short."""
         path = self.directory / "training_log.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         values = [json.loads(line) for line in lines]
@@ -96,7 +98,10 @@ class Run:
         }
 
     def interrupt(self, kind: str, at_step: int, delay: float, dice: random.Random) -> bool:
-        """Start, do `kind` of harm `delay` seconds after step `at_step` was logged, wait for the end. False when the run had finished before."""
+        """Start, do `kind` of harm `delay` seconds after step `at_step` was logged, and wait for the end.
+
+        False when the run had finished before.
+        """
         process = self.start()
         while max(self.log(), default=0) < at_step:
             if process.poll() is not None:
@@ -123,10 +128,15 @@ class Run:
         return code != 0
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes: equal also where both hold the same NaN, different for 0.0 and -0.0."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 def chaos(parent: Path, overrides: list[str], seed: int, kinds: list[str]) -> None:
     """Assert that a run interrupted once in each of the ways `kinds` ends like one that was not."""
     dice = random.Random(seed)
-    quiet, harmed = Run(parent / "quiet", overrides), Run(parent / "harmed", overrides)
+    quiet, harmed = TorchrunRun(parent / "quiet", overrides), TorchrunRun(parent / "harmed", overrides)
     quiet.finish()
     expected = quiet.log()
     assert list(expected) == list(range(1, STEPS + 1))
@@ -135,8 +145,9 @@ def chaos(parent: Path, overrides: list[str], seed: int, kinds: list[str]) -> No
         step, delay = int(dice.uniform(number, number + 1) * spread) + 2, dice.uniform(0, 0.4)
         harmful = harmed.interrupt(kind, step, delay, dice)
         reached = harmed.log()
+        too_late = "" if harmful else " (too late)"
         print(
-            f"seed {seed}: {kind}, {delay:.2f} s after step {step}, at step {max(reached, default=0)}{'' if harmful else ' (too late)'}",
+            f"seed {seed}: {kind}, {delay:.2f} s after step {step}, at step {max(reached, default=0)}{too_late}",
             flush=True,
         )
         for at, values in reached.items():
@@ -145,15 +156,7 @@ def chaos(parent: Path, overrides: list[str], seed: int, kinds: list[str]) -> No
     assert harmed.log() == expected
     one, two = (read_weights(open_checkpoint(run.directory)) for run in (quiet, harmed))
     assert one.keys() == two.keys()
-    different = [
-        name
-        for name in one
-        if not one[name]
-        .contiguous()
-        .view(-1)
-        .view(torch.uint8)
-        .equal(two[name].contiguous().view(-1).view(torch.uint8))
-    ]
+    different = [name for name in one if not bits(one[name]).equal(bits(two[name]))]
     assert not different, f"differ after {STEPS} steps: {different}"
     evaluations = [
         [json.loads(line) for line in (run.directory / "evaluation.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ from job.runtime import distributed
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "job.runtime.checkpoint",
+        "job.runtime.checkpointer",
         "job.runtime.watchdog",
         "job.runtime.stop",
         "torch.distributed.tensor",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from job.checkpoint_names import COMMIT_FILE
 from job.errors import UserError
-from job.runtime.checkpoint import Checkpointer, open_checkpoint, read_weights
+from job.runtime.checkpoint import open_checkpoint, read_weights
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 from job.runtime.tensorfile import DTYPES, flatten
 
@@ -167,7 +168,7 @@ def test_any_flipped_bit_is_found(tmp_path: Path, position: float, which: int) -
 def test_retention(
     tmp_path: Path, keep_last: int, keep_every: int, gaps: list[int], damaged: set[int], restart: int
 ) -> None:
-    """keep_last newest valid ones and multiples of keep_every stay; the newest valid one always; also across damage and a restart."""
+    """The keep_last newest valid ones and multiples of keep_every stay, also across damage and a restart."""
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
     c, step = checkpointer(tmp_path / "c", keep_last=keep_last, keep_every=keep_every), 0
     saved: list[int] = []

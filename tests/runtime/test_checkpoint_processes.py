@@ -15,8 +15,9 @@ import torch
 from ranks import run_ranks, start_ranks
 
 from job.errors import RetryError
-from job.runtime import checkpoint, distributed
-from job.runtime.checkpoint import Checkpoint, Checkpointer, open_checkpoint, read_weights
+from job.runtime import checkpointer, distributed
+from job.runtime.checkpoint import Checkpoint, open_checkpoint, read_weights
+from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 
 ALONE = Process(0, 0, 1, torch.device("cpu"), "here")
@@ -179,7 +180,7 @@ def hold(directory: Path, seconds: float) -> None:
 
 
 def second_run(directory: Path) -> None:
-    checkpoint.LOCK_SECONDS = 2
+    checkpointer.LOCK_SECONDS = 2
     join(directory)
 
 
@@ -227,7 +228,7 @@ def kill_at(directory: Path, first: int, point: int) -> None:
 
 
 def test_killed_between_any_two_operations_of_a_save(tmp_path: Path) -> None:
-    """At every point there is a newest checkpoint that is whole, never older than the last one committed before, and no rubbish is left."""
+    """At every point the newest checkpoint is whole and no older than the last one committed; no rubbish is left."""
     newest, point, waves = 0, 1, 4
     directory = tmp_path / "c"
     while True:
@@ -285,7 +286,7 @@ def rank_1_dies_in_a_save(directory: Path) -> None:
     c.save(1, state(1), {}, blocking=True)
     distributed.barrier()
     if c.process.rank == 1:
-        c._write_share = lambda temporary: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign, return-value]
+        c._write_share = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
     c.save(2, state(2), {})
     assert not c.wait()
     assert c.stats.failures == 1

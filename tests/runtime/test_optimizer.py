@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from job.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
-from job.model.multimodal import build_model
+from job.model.build import build_model
 from job.runtime.optimizer import Optimizer, learning_rate
 
 

@@ -45,6 +45,6 @@ def train_step(job: Any, step: int, micro_batches: Any) -> None:
     step_of_the_job(job, step, micro_batches)
 
 
-train.train_step = train_step
+train.train_step = train_step  # type: ignore[assignment]
 train.signals.install()
 sys.exit(train.guarded(train.main))

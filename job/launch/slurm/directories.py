@@ -16,7 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from job.command import guarded
-from job.config import Config, config_dir, targets_dir, validate
+from job.config import Config, config_dir, targets_dir
+from job.config_checks import validate
 
 
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")

@@ -13,12 +13,12 @@ import yaml
 from generate import OVERLAYS, files
 from schemas import ROOT, needs_crds, problems
 
+from generate_monitoring import PORTS, pod_monitor
 from job.errors import ExitCode, UserError
 from job.launch.kubernetes.manifests import pytorch_job, train_job
 from job.launch.kubernetes.names import STOP_ANNOTATION
 from job.launch.kubernetes.pods import LaunchedRun
 from job.launch.kubernetes.settings import ContainerSettings, Settings
-from job.monitoring.generate import PORTS, pod_monitor
 
 RUN = LaunchedRun("first", "/runs/first", ["--config-name", "demo"])
 SETTINGS = Settings(container=ContainerSettings("image:1"))

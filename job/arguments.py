@@ -1,0 +1,71 @@
+"""Options that several commands share, and numbers with bounds: a bad one is a single line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from job.errors import UsageError
+
+
+class BoundedNumber(argparse.Action):
+    """Stores an option's number, or raises UsageError when it is out of bounds.
+
+    argparse's own way, a `type` that raises, prints the whole usage and leaves the error to its last line. Commands
+    here end with one line that names option and value, so the check is an action, which knows the option's name.
+    """
+
+    def problem(self, value: float) -> str | None:
+        """What to give instead of `value`; None when it is within bounds."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if problem := self.problem(values):  # type: ignore[arg-type]  # one number: these options take no nargs
+            raise UsageError(f"{self.option_strings[0]} {values}: {problem}")
+        setattr(namespace, self.dest, values)
+
+
+def at_least(low: float) -> type[BoundedNumber]:
+    """Action of an option that takes `low` and anything above it."""
+
+    class AtLeast(BoundedNumber):
+        def problem(self, value: float) -> str | None:
+            return None if value >= low else f"give at least {low}"
+
+    return AtLeast
+
+
+class Fraction(BoundedNumber):
+    """Action of an option that takes a share of something: more than none of it, less than all."""
+
+    def problem(self, value: float) -> str | None:
+        """What to give instead of `value`; None when it is within bounds."""
+        return None if 0 < value < 1 else "give a value between 0 and 1"
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--data and --ema: with what data, and which of its weights, a trained model is used."""
+    parser.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving average of the weights (if there is one, as training does)",
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """--device: where a trained model runs."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the model runs; auto takes a GPU where there is one (auto)",
+    )

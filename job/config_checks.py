@@ -1,0 +1,149 @@
+"""What a configuration cannot be: refused before anything is built, with the key and the remedy in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from job.config import MODES, Config, default_of, get, keys
+from job.errors import UserError
+
+# At a latent timestep t the noisy latent is alpha(t) z + sigma(t) noise. Above this t hardly anything of z is left.
+LARGEST_EPSILON_T = 0.98
+
+
+def validate(config: Config) -> list[str]:
+    """Refuse impossible values, keys without effect and impossible combinations.
+
+    Returns warnings. Raises UserError naming the key and the remedy.
+    """
+    # One key at a time first: the combinations below compare values that are possible by themselves.
+    for dotted, f in keys().items():
+        value = get(config, dotted)
+        refuse_value(dotted, value, f.metadata)
+        refuse_unread(config, dotted, value, f)
+    refuse_missing_data(config)
+    refuse_empty_ranges(config)
+    refuse_mode_weights(config)
+    refuse_sequential_schedule(config)
+    refuse_two_batch_sizes(config)
+    return degenerate_epsilon(config)
+
+
+def refuse_value(dotted: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Refuse a value outside its key's choices or bounds."""
+    if value is None:
+        return
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise UserError(f"{dotted}={value}: choose one of {', '.join(map(str, metadata['choices']))}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{dotted}={value}: give a finite number")
+    low, above, high = metadata["low"], metadata["above"], metadata["high"]
+    if low is not None and value < low:
+        raise UserError(f"{dotted}={value}: give a value of at least {low}")
+    if above is not None and value <= above:
+        raise UserError(f"{dotted}={value}: give a value of more than {above}")
+    if high is not None and value > high:
+        raise UserError(f"{dotted}={value}: give a value of at most {high}")
+
+
+def refuse_unread(config: Config, dotted: str, value: Any, f: dataclasses.Field[Any]) -> None:
+    """Refuse a key that was changed while nothing reads it: whoever set it believes that it does something."""
+    if f.metadata["read_if"] is None or value == default_of(f):
+        return
+    other, wanted = f.metadata["read_if"]
+    if not isinstance(wanted, tuple):
+        wanted = (wanted,)
+    there = get(config, other)
+    if there not in wanted:
+        raise UserError(
+            f"{dotted}={value} has no effect while {other}={there}; "
+            f"leave it out or set {other}={' or '.join(map(str, wanted))}"
+        )
+
+
+def refuse_missing_data(config: Config) -> None:
+    """Refuse shards without a directory."""
+    if config.data.source == "shards" and config.data.dir is None:
+        raise UserError(
+            "data.dir is not set: give a directory written by `python -m job.prepare` (data.dir=DIR), "
+            "or data=synthetic for a run without data"
+        )
+
+
+def refuse_empty_ranges(config: Config) -> None:
+    """Refuse ranges whose ends are in the wrong order."""
+    model, loss = config.model, config.loss
+    if loss.latent_t_mode == "random" and loss.cycle_latent_t_min >= loss.cycle_latent_t_max:
+        raise UserError(
+            f"loss.cycle_latent_t_min={loss.cycle_latent_t_min} is not below "
+            f"loss.cycle_latent_t_max={loss.cycle_latent_t_max}"
+        )
+    if model.latent_beta_min > model.latent_beta_max:
+        raise UserError(
+            f"model.latent_beta_min={model.latent_beta_min} is above model.latent_beta_max={model.latent_beta_max}"
+        )
+
+
+def refuse_mode_weights(config: Config) -> None:
+    """Refuse weights of loss=random that are no chances of its modes."""
+    weights = config.training.mode_weights
+    possible = len(weights) == len(MODES) and min(weights) >= 0 and sum(weights) > 0
+    if config.loss.loss_type == "random" and not possible:
+        raise UserError(
+            f"training.mode_weights={list(weights)}: give {len(MODES)} weights for {', '.join(MODES)}, "
+            "none negative, one above 0"
+        )
+
+
+def refuse_sequential_schedule(config: Config) -> None:
+    """Refuse a schedule of loss=sequential that is empty or has parts that cannot be trained."""
+    if config.loss.loss_type != "sequential":
+        return
+    if not config.training.sequential_schedule:
+        raise UserError(
+            "training.sequential_schedule is empty: give it, "
+            "for instance [{type: l2t, steps: 1000}, {type: t2l, steps: 1000}]"
+        )
+    for part in config.training.sequential_schedule:
+        if part.type not in MODES or part.steps < 1:
+            raise UserError(
+                f"training.sequential_schedule: {{type: {part.type}, steps: {part.steps}}} "
+                f"needs a type of {', '.join(MODES)} and steps of at least 1"
+            )
+
+
+def refuse_two_batch_sizes(config: Config) -> None:
+    """Refuse both ways at once of setting the samples of an optimizer step."""
+    if config.training.global_batch_size is not None and config.training.gradient_accumulation_steps != 1:
+        raise UserError(
+            "training.gradient_accumulation_steps follows from training.global_batch_size; set one of the two"
+        )
+
+
+def largest_latent_t(config: Config) -> float:
+    """Largest latent timestep that T2L can draw."""
+    return config.loss.cycle_latent_t_max if config.loss.latent_t_mode == "random" else 1.0
+
+
+def degenerate_epsilon(config: Config) -> list[str]:
+    """Refuse epsilon prediction from pure noise, or warn where loss.allow_degenerate_epsilon insists on it.
+
+    The head is asked for the noise. Where the noisy latent is nothing but noise, copying it to the output is perfect:
+    the loss goes to zero, the text is never read, and the latent cannot be computed from the prediction.
+    """
+    predicts_latents = config.loss.loss_type not in ("l2t", "unconditional")
+    from_noise = largest_latent_t(config) > LARGEST_EPSILON_T
+    if config.model.latent_parameterization != "epsilon" or not predicts_latents or not from_noise:
+        return []
+    problem = (
+        f"model.latent_parameterization=epsilon with latent timesteps above {LARGEST_EPSILON_T} is degenerate: "
+        "the noisy latent is the noise itself, copying the input solves the task and the text is ignored; "
+        "use model.latent_parameterization=v_param or x0, "
+        f"or loss.latent_t_mode=random with loss.cycle_latent_t_max at most {LARGEST_EPSILON_T}"
+    )
+    if not config.loss.allow_degenerate_epsilon:
+        raise UserError(f"{problem} (loss.allow_degenerate_epsilon=true runs it all the same)")
+    return [problem]

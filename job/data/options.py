@@ -1,0 +1,122 @@
+"""The options of `python -m job.prepare`, each declared once.
+
+A field's metadata makes its place on the command line, its help, its checks (job/prepare.py); the fields themselves are
+what a preparation works with, what it writes down, and what a resumed one must have in common with the earlier one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from job.data.sources import STDLIB
+from job.data.tokenizer import MIN_VOCAB_SIZE
+
+# Choices that other options depend on, for `read_if`: an option of these names, and its value.
+TRAINED_TOKENIZER = ("tokenizer", "train")
+LSA = ("encoder", "lsa")
+SENTENCE_TRANSFORMERS = ("encoder", "sentence_transformers")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    low: int | None = None,
+    fraction: bool = False,
+    read_if: tuple[str, str] | None = None,
+) -> Any:
+    """An option: its default, its help, the group of the help it stands in, and what it may be.
+
+    A value lies in `choices` where there are any; it is at least `low`, or between 0 and 1 for a `fraction`. `read_if`
+    names the option, and its value, without which nothing reads this one: it is then None, and giving it is refused.
+    """
+    limits = {"choices": choices, "low": low, "fraction": fraction, "read_if": read_if}
+    return dataclasses.field(metadata={"default": default, "help": help, "group": group, "metavar": metavar, **limits})
+
+
+@dataclass
+class Options:
+    """What a dataset is made of: the same options and texts give a dataset that is equal bit for bit.
+
+    dataset.json holds these in this order, and the fingerprint of a dataset is the hash of that file.
+    """
+
+    source: list[str] = option(  # noqa: RUF009 (`option` makes a field)
+        [STDLIB],
+        "stdlib (sentences from the documentation of Python's own standard library; the default), files, directories "
+        "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH",
+        group="texts",
+        metavar="SOURCE",
+    )
+    text_key: str = option("text", "key or column of the text", group="texts")
+    hf_split: str = option("train", "split of the Hugging Face dataset", group="texts")
+    split_sentences: bool = option(False, "every sentence of a text is a sample", group="texts")
+    max_samples: int | None = option(None, "stop after this many different texts", group="texts", low=2)
+    validation_fraction: float = option(
+        0.05, "share of the texts, chosen by content hash", group="texts", fraction=True
+    )
+    max_length: int = option(48, "tokens of a row; longer texts are dropped and counted", group="texts", low=1)
+    shard_size: int = option(100_000, "texts of a shard", group="texts", low=1)
+    seed: int = option(0, "seed of the encoder's fit", group="texts", low=0)
+    tokenizer: str = option(
+        "train", "tokenizer.json, its directory, a hub name, or train: byte-level BPE", group="tokenizer"
+    )
+    vocab_size: int | None = option(
+        4096, "tokens of a trained tokenizer", group="tokenizer", low=MIN_VOCAB_SIZE, read_if=TRAINED_TOKENIZER
+    )
+    mask_token: str | None = option(
+        None, "the tokenizer's mask token, where its files do not name it", group="tokenizer"
+    )
+    pad_token: str | None = option(
+        None, "the tokenizer's padding token, where its files do not name it", group="tokenizer"
+    )
+    encoder: str = option("lsa", "what makes the latents", group="latents", choices=("lsa", "sentence_transformers"))
+    latent_dim: int | None = option(64, "lsa: dimensions", group="latents", low=1, read_if=LSA)
+    encoder_model: str | None = option(
+        None, "sentence_transformers: model name or directory", group="latents", read_if=SENTENCE_TRANSFORMERS
+    )
+    truncate_dim: int | None = option(
+        None,
+        "sentence_transformers: keep the first dimensions",
+        group="latents",
+        low=1,
+        read_if=SENTENCE_TRANSFORMERS,
+    )
+    encoder_batch_size: int | None = option(
+        32, "sentence_transformers: texts of a batch", group="latents", low=1, read_if=SENTENCE_TRANSFORMERS
+    )
+    encoder_dtype: str | None = option(
+        "float32",
+        "sentence_transformers: type of the weights",
+        group="latents",
+        choices=("float32", "bfloat16", "float16"),
+        read_if=SENTENCE_TRANSFORMERS,
+    )
+    python: str | None = dataclasses.field(init=False)  # whose standard library was read; no option of the command
+
+    def __post_init__(self) -> None:
+        self.python = platform.python_version() if STDLIB in self.source else None
+
+
+@dataclass
+class LocalOptions:
+    """What may differ from one call to the next for the same dataset: how this machine comes by the same result."""
+
+    encoder_device: str | None = option(
+        None,
+        "sentence_transformers: device (each process its GPU, where there is one)",
+        group="latents",
+        read_if=SENTENCE_TRANSFORMERS,
+    )
+    local_files_only: bool = option(False, "take tokenizer and model from the local cache")
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"

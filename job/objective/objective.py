@@ -1,0 +1,297 @@
+"""The objective: objective(batch, step) -> (loss, metrics). DDP wraps it, and the training loop knows no mode.
+
+    cycle_vae       L2T + weighted T2L + the two cycle terms, on every batch
+    l2t, t2l        one direction alone
+    unconditional   text and latent both noisy
+    random, sequential   one of the last three a step
+
+L2T decodes: clean latent, masked text, reconstruct the tokens. T2L encodes: clean text, noisy latent, reconstruct the
+latent.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from job.config import MODES, Config
+from job.model.groups import Encoded, Group, TextLoss
+from job.model.multimodal import MultimodalMMDiT
+from job.objective.inputs import Batch, Inputs
+from job.objective.losses import latent_loss, ramp
+from job.objective.noise import StepNoise, seed_for
+from job.objective.schedule import LatentSchedule
+
+Metrics = dict[str, Tensor | float]
+Stage = Literal["whole", "base", "cycle"]
+LARGEST_RANDOM_T = 0.9999  # a random latent timestep stays below 1, as in LGDLM
+
+
+class NoisyLatent(NamedTuple):
+    """The latents of a T2L pass."""
+
+    t: Tensor  # [B] timesteps
+    z_t: Tensor  # [B, D] noisy latents
+    target: Tensor  # [B, D] what the latent head is to predict
+
+
+class BaseTerms(NamedTuple):
+    """What the base terms leave to the cycle terms: the first stage of a step returns it, the second is given it."""
+
+    inputs: Inputs
+    x0: Tensor  # [B, D] latents predicted from the texts (T2L)
+    tokens: Tensor | None  # [B, S] texts decoded from the latents (L2T), where cycle_latent needs them
+    loss: Tensor
+    metrics: Metrics
+
+    def detached(self) -> BaseTerms:
+        """The same without the graph that made it, so that its activations can be freed."""
+        metrics = {name: value.detach() if isinstance(value, Tensor) else value for name, value in self.metrics.items()}
+        return self._replace(x0=self.x0.detach(), loss=self.loss.detach(), metrics=metrics)
+
+
+class Objective(nn.Module):
+    """The objective that `config.loss` names, over a model of either implementation."""
+
+    def __init__(self, model: MultimodalMMDiT, config: Config, mask_token_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.loss, self.training_config, self.mask_token_id = config.loss, config.training, mask_token_id
+        self.t_eps, self.max_seq_len = config.model.t_eps, config.model.max_seq_len
+        self.schedule = LatentSchedule(
+            config.model.latent_timesteps,
+            config.model.latent_beta_schedule,
+            config.model.latent_beta_min,
+            config.model.latent_beta_max,
+            config.model.latent_parameterization,
+            config.model.interpolate_schedule,
+        )
+
+    # What a step trains.
+
+    def mode(self, step: int) -> str:
+        """What 0-based `step` trains: cycle_vae, unconditional, l2t or t2l; the same on every rank."""
+        if self.loss.loss_type == "random":
+            draw = random.Random(seed_for("mode", self.training_config.seed, step))
+            return draw.choices(MODES, weights=self.training_config.mode_weights)[0]
+        if self.loss.loss_type == "sequential":
+            schedule = self.training_config.sequential_schedule
+            place = step % sum(item.steps for item in schedule)
+            for item in schedule:
+                if place < item.steps:
+                    return item.type
+                place -= item.steps
+        return self.loss.loss_type
+
+    def cycle_weights(self, step: int) -> tuple[float, float]:
+        """Weights of cycle_text and cycle_latent as applied at a step."""
+        c = self.loss
+        return (
+            ramp(step, c.cycle_text_weight, c.cycle_text_warmup_steps, c.cycle_text_ramp_steps),
+            ramp(step, c.cycle_latent_weight, c.cycle_latent_warmup_steps, c.cycle_latent_ramp_steps),
+        )
+
+    def stages(self, step: int) -> tuple[Stage, ...]:
+        """The forward and backward passes that make up a step, one after the other.
+
+        With a stopped gradient nothing joins the cycle terms' graph to that of the base terms. Then each is
+        differentiated by itself, which halves the activations that are alive. Both cycle terms must be on: only then
+        does every parameter get a gradient in both stages, and DDP, which reduces in the last one, would wait for a
+        gradient of the first.
+        """
+        both_cycles = self.mode(step) == "cycle_vae" and min(self.cycle_weights(step)) > 0
+        staged = self.model.staged and both_cycles and self.loss.cycle_stop_grad_latent
+        return ("base", "cycle") if staged else ("whole",)
+
+    def passes(self, step: int) -> dict[str, int]:
+        """Passes of a row through the model at a step, by their kind: t2l and l2t read one head, joint reads both."""
+        mode = self.mode(step)
+        if mode != "cycle_vae":
+            return {"joint" if mode == "unconditional" else mode: 1}
+        cycle_text, cycle_latent = self.cycle_weights(step)
+        return {"t2l": 1 + (cycle_latent > 0), "l2t": 1 + (cycle_text > 0)}
+
+    def forward(
+        self,
+        batch: Batch,
+        step: int,
+        stage: Stage = "whole",
+        base: BaseTerms | None = None,
+        noise: StepNoise | None = None,
+    ) -> tuple[Tensor, Metrics, BaseTerms | None]:
+        """Loss to minimize (scalar), metrics (scalars on the device, weights as numbers), and what the next stage is
+        given.
+
+        `batch` is described by `Inputs.of`; `step` is the 0-based optimizer step. The mean of the losses over all ranks
+        and micro-batches is the loss of the global batch. Of `stages(step)`, "base" has no metrics yet and returns the
+        BaseTerms that "cycle" takes; the sum of their losses is the loss of "whole". `noise` replaces the step's own
+        draws.
+        """
+        if stage == "cycle":
+            assert base is not None, 'stage "cycle" goes on from what stage "base" returned'
+            loss, metrics = self._cycle_terms(base, step)
+            return loss, {**base.metrics, **metrics, "loss": base.loss + loss.detach()}, None
+        s = Inputs.of(batch, self.training_config.seed, step, self.loss.ce_over_padding, noise)
+        mode = self.mode(step)
+        if mode == "cycle_vae":
+            return self._cycle_vae(s, step, stage)
+        loss, metrics = {"l2t": self._l2t_alone, "t2l": self._t2l_alone, "unconditional": self._unconditional}[mode](s)
+        return loss, {"loss": loss, **metrics}, None
+
+    # cycle_vae: the base terms, and the cycle terms that go on from them.
+
+    def _cycle_vae(self, s: Inputs, step: int, stage: Stage) -> tuple[Tensor, Metrics, BaseTerms | None]:
+        base = self._base_terms(s, step)
+        if stage == "base":
+            return base.loss, {}, base.detached()
+        loss, metrics = base.loss, base.metrics
+        if max(self.cycle_weights(step)) > 0:
+            cycle, cycle_metrics = self._cycle_terms(base, step)
+            loss, metrics = loss + cycle, {**metrics, **cycle_metrics}
+        return loss, {"loss": loss, **metrics}, None
+
+    def _base_terms(self, s: Inputs, step: int) -> BaseTerms:
+        """L2T cross-entropy + latent_loss_weight * T2L latent loss; both passes go through the model as one batch."""
+        text_weight, latent_weight = self.cycle_weights(step)
+        noisy = self.noisy_latent(s, "latent")
+        encoded = self._encode(s, self._t2l_group(s.tokens, noisy), self._l2t_group(s, s.latent))
+        base_latent = self._latent_loss(encoded, noisy)
+        text = self._text_loss(s, encoded, pick=latent_weight > 0)
+        base_text = text.total / s.token_count
+        x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
+        metrics: Metrics = {
+            "base_l2t_text_loss": base_text,
+            "base_t2l_latent_loss": base_latent,
+            "cycle_text_weight": text_weight,
+            "cycle_latent_weight": latent_weight,
+            **self._latent_metrics(noisy, encoded.latent, x0),
+        }
+        return BaseTerms(s, x0, text.tokens, base_text + self.loss.latent_loss_weight * base_latent, metrics)
+
+    def _cycle_terms(self, base: BaseTerms, step: int) -> tuple[Tensor, Metrics]:
+        """The cycle terms whose weight is not zero, times their weights; one batch again.
+
+        cycle_text (T2L2T): cross-entropy of the text decoded from the latent that was predicted from it.
+        cycle_latent (L2T2L): latent loss of T2L from the tokens decoded from the latent; no gradient passes the tokens.
+        """
+        s = base.inputs
+        text_weight, latent_weight = self.cycle_weights(step)
+        groups: list[Group] = []
+        if latent_weight > 0:
+            noisy = self.noisy_latent(s, "cycle_latent")
+            assert base.tokens is not None
+            groups.append(self._t2l_group(base.tokens, noisy))
+        if text_weight > 0:
+            groups.append(self._l2t_group(s, base.x0.detach() if self.loss.cycle_stop_grad_latent else base.x0))
+        encoded = self._encode(s, *groups)
+        terms: list[Tensor] = []
+        metrics: Metrics = {}
+        if text_weight > 0:
+            metrics["cycle_text_loss"] = cycle_text = self._text_loss(s, encoded).total / s.token_count
+            terms.append(text_weight * cycle_text)
+        if latent_weight > 0:
+            metrics["cycle_latent_loss"] = cycle_latent = self._latent_loss(encoded, noisy)
+            terms.append(latent_weight * cycle_latent)
+        return torch.stack(terms).sum(), metrics
+
+    # The other modes.
+
+    def _l2t_alone(self, s: Inputs) -> tuple[Tensor, Metrics]:
+        encoded = self._encode(s, self._l2t_group(s, s.latent))
+        loss = self._text_loss(s, encoded).total / s.token_count
+        return loss, {"base_l2t_text_loss": loss}
+
+    def _t2l_alone(self, s: Inputs) -> tuple[Tensor, Metrics]:
+        noisy = self.noisy_latent(s, "latent")
+        encoded = self._encode(s, self._t2l_group(s.tokens, noisy))
+        loss = self._latent_loss(encoded, noisy)
+        x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
+        metrics: Metrics = {"base_t2l_latent_loss": loss, **self._latent_metrics(noisy, encoded.latent, x0)}
+        return self.loss.latent_loss_weight * loss, metrics
+
+    def _unconditional(self, s: Inputs) -> tuple[Tensor, Metrics]:
+        """Both modalities noisy: masked diffusion of the text with a linear schedule (Sahoo et al. 2024, MDLM), and the
+        latent.
+
+        Masks are drawn for the global batch, since the loss is a mean over all of its masked tokens.
+        """
+        seq_len = s.tokens.shape[1]
+        text_t = s.noise.uniform_of_all("text_t")
+        mask_ratio = (1 - self.t_eps) * text_t.clamp(min=self.t_eps)
+        masked_of_all = s.noise.uniform_of_all("text_mask", self.max_seq_len)[:, :seq_len] < mask_ratio[:, None]
+        masked_of_all &= torch.arange(seq_len, device=s.tokens.device) < s.lengths[:, None]
+        count = masked_of_all.sum().clamp(min=1) * s.share
+        masked = masked_of_all[s.noise.position]
+
+        noisy = self._noise(s, s.noise.uniform("latent_t"), "latent")
+        tokens = torch.where(masked, self.mask_token_id, s.tokens)
+        group = Group(tokens, noisy.z_t, text_t[s.noise.position], noisy.t, ("text", "latent"))
+        encoded = self._encode(s, group)
+        text = self.model.text_loss(encoded.text, s.tokens, s.padding, counted=masked).total / count
+        latent = self._latent_loss(encoded, noisy)
+        x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
+        metrics: Metrics = {"text_loss": text, "latent_loss": latent, **self._latent_metrics(noisy, encoded.latent, x0)}
+        return text + self.loss.latent_loss_weight * latent, metrics
+
+    # One direction each, for evaluation and sampling.
+
+    def l2t(self, s: Inputs, latent: Tensor) -> Tensor:
+        """Text logits [B, S, V] decoded from latents [B, D] taken as clean, the text fully masked."""
+        return self.model.logits(self._encode(s, self._l2t_group(s, latent)).text, s.padding)
+
+    def t2l(self, s: Inputs, tokens: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The latent head's prediction [B, D] from clean text [B, S] and noisy latents [B, D] at timesteps t [B]."""
+        return self._encode(s, Group(tokens, z_t, t.new_zeros(1), t, ("latent",))).latent
+
+    # What the terms are made of.
+
+    def noisy_latent(self, s: Inputs, name: str) -> NoisyLatent:
+        """The latents of a T2L pass, at t = 1 or at random timesteps (loss.latent_t_mode); draws are named after
+        `name`.
+        """
+        if self.loss.latent_t_mode == "full":
+            return self._noise(s, s.timesteps(1.0), name)
+        low, high = self.loss.cycle_latent_t_min, self.loss.cycle_latent_t_max
+        t = low + (high - low) * s.noise.uniform(f"{name}_t")
+        return self._noise(s, t.clamp(max=LARGEST_RANDOM_T), name)
+
+    def _noise(self, s: Inputs, t: Tensor, name: str) -> NoisyLatent:
+        noise = s.noise.normal(f"{name}_noise", s.latent.shape[1])
+        return NoisyLatent(t, *self.schedule.add_noise(s.latent, t, noise))
+
+    def _t2l_group(self, tokens: Tensor, noisy: NoisyLatent) -> Group:
+        """Rows of a T2L pass: clean texts [B, S], noisy latents."""
+        shared = self.loss.latent_t_mode == "full"
+        return Group(tokens, noisy.z_t, noisy.t.new_zeros(1), noisy.t[:1] if shared else noisy.t, ("latent",))
+
+    def _l2t_group(self, s: Inputs, latent: Tensor) -> Group:
+        """Rows of an L2T pass: fully masked texts, latents [B, D] taken as clean."""
+        masked = torch.full_like(s.tokens, self.mask_token_id)
+        return Group(masked, latent, latent.new_ones(1), latent.new_zeros(1), ("text",))
+
+    def _encode(self, s: Inputs, *groups: Group) -> Encoded:
+        return self.model.encode(groups, s.padding)
+
+    def _text_loss(self, s: Inputs, encoded: Encoded, pick: bool = False) -> TextLoss:
+        """Cross-entropy of an encoded text to the step's own, and with `pick` tokens decoded as
+        loss.cycle_latent_sampling says.
+        """
+        uniform = None
+        if pick and self.loss.cycle_latent_sampling == "categorical":
+            # Drawn for max_seq_len positions, so that a batch's padding does not change the draw.
+            uniform = s.noise.uniform("pseudo_tokens", self.max_seq_len)[:, : s.tokens.shape[1]]
+        return self.model.text_loss(encoded.text, s.tokens, s.padding, pick=pick, uniform=uniform)
+
+    def _latent_loss(self, encoded: Encoded, noisy: NoisyLatent) -> Tensor:
+        return latent_loss(encoded.latent, noisy.target, self.loss.normalize_latent_loss)
+
+    @torch.no_grad()
+    def _latent_metrics(self, noisy: NoisyLatent, prediction: Tensor, x0: Tensor) -> Metrics:
+        return {
+            "t_lat_mean": noisy.t.mean(),
+            "latent_pred_norm": prediction.float().norm(dim=-1).mean(),
+            "x0_pred_norm": x0.norm(dim=-1).mean(),
+        }

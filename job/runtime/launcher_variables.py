@@ -1,0 +1,125 @@
+"""The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
+
+torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
+Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES. Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from job.errors import UserError
+
+FIRST_PORT = 10_000
+PORTS = 20_000  # FIRST_PORT + PORTS stays below 32768, where Linux begins to hand out ports by itself
+DEFAULT_PORT = 29_500  # torchrun's
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which of a run's processes this one is, and where they meet."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    address: str | None = None  # rendezvous host and port; None: the only process
+    port: int = 0
+    run_id: str = ""  # tells apart runs that meet at the same address
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: `gpu[07-09,12],login1` gives `gpu07`."""
+    head = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head)
+
+
+def placement(environ: Mapping[str, str], alone: bool = False) -> Placement:
+    """This process's placement by torchrun or srun; without either, the only process.
+
+    Raises UserError in a SLURM batch script that asks for several tasks and starts the program without srun, unless
+    the program may run `alone`.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:  # first: under `srun torchrun ...` both are set
+        return Placement(
+            rank=int(environ["RANK"]),
+            local_rank=int(environ.get("LOCAL_RANK", 0)),
+            world_size=int(environ["WORLD_SIZE"]),
+            address=environ.get("MASTER_ADDR", "localhost"),
+            port=int(environ.get("MASTER_PORT", DEFAULT_PORT)),
+            run_id=environ.get("TORCHELASTIC_RESTART_COUNT", ""),
+        )
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1)))
+    nodelist = environ.get("SLURM_STEP_NODELIST")
+    batch_script = nodelist is None and "SLURM_STEP_ID" not in environ
+    if "SLURM_PROCID" not in environ or tasks == 1 or (batch_script and alone):
+        return Placement(rank=0, local_rank=0, world_size=1)
+    if batch_script:
+        raise UserError(
+            f"SLURM_NTASKS={tasks}, but this process is not one of srun's tasks: "
+            "start it with `srun python -m job.train ...`"
+        )
+    # All tasks must compute the same port without talking to each other. Jobs that share a node have ids less than
+    # PORTS apart, and 2003, a prime, keeps the steps of such jobs apart too.
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
+    return Placement(
+        rank=int(environ["SLURM_PROCID"]),
+        local_rank=int(environ.get("SLURM_LOCALID", 0)),
+        world_size=tasks,
+        address=environ.get("MASTER_ADDR") or first_host(nodelist or environ.get("SLURM_JOB_NODELIST", "localhost")),
+        port=int(environ.get("MASTER_PORT", FIRST_PORT + (job + 2003 * step) % PORTS)),
+        run_id=f"{job}.{step}",
+    )
+
+
+def scheduler_job_id(environ: Mapping[str, str]) -> str:
+    """The SLURM job's id, or `local`: for people who look for the run at the scheduler."""
+    return environ.get("SLURM_JOB_ID", "local")
+
+
+def started_by_torchrun(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun is this process's parent."""
+    return "TORCHELASTIC_RUN_ID" in environ
+
+
+def status_lines(environ: Mapping[str, str]) -> bool:
+    """Whether rank 0 prints its progress as JSON lines too, for a launcher that reads it (CYCLEVAE_STATUS_LINES=1)."""
+    return environ.get("CYCLEVAE_STATUS_LINES") == "1"
+
+
+def failures_file(environ: Mapping[str, str]) -> Path | None:
+    """File to which every rank appends why it failed, for a launcher that reads it (CYCLEVAE_FAILURES)."""
+    path = environ.get("CYCLEVAE_FAILURES")
+    return Path(path) if path else None
+
+
+def named_compiler(environ: Mapping[str, str], variable: str) -> str | None:
+    """The compiler that CC or CXX names, as torch.compile reads it."""
+    return environ.get(variable)
+
+
+def use_huge_pages() -> None:
+    """Let large tensors on a CPU lie in huge pages, which takes a tenth off a step. Call it before torch is imported.
+
+    A user's own THP_MEM_ALLOC_ENABLE stands. Only programs that train call it: importing a package must not change
+    the environment of whoever imports it.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def let_hydra_raise() -> None:
+    """Make Hydra raise its errors, which `job.command.guarded` explains, where it would print them and exit with 1."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+
+def share_address(here: Placement) -> None:
+    """Tell PyTorch's env:// rendezvous where the ranks meet; srun does not set its variables."""
+    os.environ.update(MASTER_ADDR=str(here.address), MASTER_PORT=str(here.port))
+
+
+def keep_signals_from_torchrun() -> None:
+    """Let torchrun handle only the signals that job.runtime.torchrun does not pass on itself."""
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.errors import UserError
+from job.runtime.launcher_variables import Placement, failures_file, first_host, placement, status_lines
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_NTASKS": "16",
+    "SLURM_JOB_ID": "41234567",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+    "SLURM_JOB_NODELIST": "gpu[01-12]",
+}
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("a[1,3]", "a1"),
+        ("r[01-02]n[3-4]", "r01n3"),
+        ("x-[10-11].site.org", "x-10.site.org"),
+    ],
+)
+def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_placement_without_a_launcher() -> None:
+    assert placement({}) == Placement(0, 0, 1)
+
+
+def test_placement_from_torchrun_comes_before_slurm() -> None:
+    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
+    assert placement(SLURM | torchrun) == Placement(3, 1, 4, "head", 1234)
+
+
+def test_placement_from_srun() -> None:
+    assert placement(SLURM) == Placement(5, 1, 8, "gpu07", 10000 + 41234567 % 20000, "41234567.0")
+
+
+def test_jobs_and_steps_that_share_a_node_have_different_ports() -> None:
+    ports = {
+        placement(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port
+        for job in range(500, 900)
+        for step in range(4)
+    }
+    assert len(ports) == 1600
+    assert min(ports) >= 10000
+    assert max(ports) < 32768  # where Linux's own choices begin
+
+
+def test_single_task_and_batch_script() -> None:
+    assert placement({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1"}) == Placement(0, 0, 1)
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a[1-2]"}
+    with pytest.raises(UserError, match="srun"):
+        placement(batch_script)
+    assert placement(batch_script, alone=True) == Placement(0, 0, 1)
+    assert placement(SLURM, alone=True) == placement(SLURM)
+
+
+def test_variables_of_our_launchers() -> None:
+    assert not status_lines({})
+    assert not status_lines({"CYCLEVAE_STATUS_LINES": "0"})
+    assert status_lines({"CYCLEVAE_STATUS_LINES": "1"})
+    assert failures_file({}) is None
+    assert failures_file({"CYCLEVAE_FAILURES": ""}) is None
+    assert failures_file({"CYCLEVAE_FAILURES": "/runs/a/failures.jsonl"}) == Path("/runs/a/failures.jsonl")
+
+
+def test_importing_the_package_changes_no_environment_variable() -> None:
+    code = """
+import os
+os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
+before = dict(os.environ)
+import job
+assert dict(os.environ) == before
+from job.runtime.launcher_variables import use_huge_pages
+use_huge_pages()
+assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+use_huge_pages()
+assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
