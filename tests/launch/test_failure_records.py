@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from job.launch.failures import Failure, end_of_log, first_cause, read_failures
+from job.failure_records import Failure, read_failures
+from job.launch.failures import end_of_log, first_cause
 
 
 def failure(time: float, consequence: bool, message: str = "m") -> Failure:

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from job.errors import ExitCode, JobError
-from job.launch.failures import FAILURES_VARIABLE, Failure, first_cause, read_failures
+from job.failure_records import VARIABLE as FAILURES_VARIABLE
+from job.failure_records import Failure, read_failures
+from job.launch.failures import first_cause
 from job.launch.kubernetes.names import POD_INDEX_VARIABLE
 from job.launch.kubernetes.status_lines import STATUS_LINES_VARIABLE
 from job.launch.restarts import fruitless_restarts

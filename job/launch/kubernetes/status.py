@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from job.launch.failures import Failure, end_of_log, first_cause
+from job.failure_records import Failure
+from job.launch.failures import end_of_log, first_cause
 from job.launch.kubernetes.cluster import Cluster
 from job.launch.kubernetes.names import QUEUE_LABEL, RUN_ANNOTATION, Object
 from job.launch.kubernetes.status_lines import for_people, last_progress

@@ -13,8 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from job.errors import UserError
+from job.failure_records import read_failures
 from job.files import json_lines
-from job.launch.failures import end_of_log, first_cause, read_failures
+from job.launch.failures import end_of_log, first_cause
 from job.launch.run_status import RunStatus
 from job.launch.slurm import scheduler
 
