@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from job import convert, evaluate, inference, sample
+from job import convert, evaluate, export, sample
 from job.config import Config, DataConfig, LoggingConfig, LossConfig, ModelConfig, TrainingConfig
 from job.data.loader import open_datasets
 from job.data.shards import ShardDataset, Split
 from job.errors import ExitCode, UsageError, UserError
-from job.inference import load_trained
 from job.model.build import build_model
-from job.model.weights import apply_weights
+from job.model.weights import apply_weights, load_weights
 from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 from job.runtime.resume import record
+from job.trained import load_trained
 
 MODEL = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, head_dim=8, cond_dim=16, max_seq_len=8)
 VOCAB, DIM = 64, 6
@@ -80,14 +80,15 @@ def test_run_checkpoint_and_average_are_found(tmp_path: Path, run: Path, config:
 
 def test_an_exported_model_is_the_same_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed(capsys, convert, "export", run, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     from_run, from_export = (json.loads(printed(capsys, evaluate, path, "--json")) for path in (run, tmp_path / "out"))
     assert from_export == from_run
     assert from_run["step"] == 2
     assert from_run["samples"] == 8  # num_eval_batches x eval_batch_size
     assert printed(capsys, sample, tmp_path / "out", "--count", 2) == printed(capsys, sample, run, "--count", 2)
     fresh = build_model(MODEL, VOCAB, DIM, seed=5)
-    apply_weights(fresh, tmp_path / "out")  # training.init_from takes it too
+    apply_weights(fresh, load_weights(tmp_path / "out")[0], tmp_path / "out")  # training.init_from takes it too
     assert same(fresh.state_dict(), weights_of(2))
     with pytest.raises(UserError, match="exists already"):
         convert.main(["export", str(run), str(tmp_path / "out")])
@@ -97,7 +98,7 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(inference, "write_json", full_disk)
+    monkeypatch.setattr(export, "write_json", full_disk)
     with pytest.raises(OSError, match="No space"):
         convert.main(["export", str(run), str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -121,7 +122,7 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path, config: Config) -
     save_run(tmp_path / "other", config, average=False)
     with pytest.raises(UserError, match=r"moved: the run's data directory is not here; name it with --data"):
         load_trained(tmp_path / "other")
-    with pytest.raises(UserError, match="--text needs a tokenizer"):
+    with pytest.raises(UserError, match="texts need a tokenizer, and the data of this run came without one"):
         sample.main([str(run), "--text", "hello"])
     with pytest.raises(UserError, match="never trained on noise"):
         sample.main([str(run), "--unconditional"])
@@ -151,7 +152,7 @@ def test_lgdlm_checkpoint_to_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "keys of mmdit 0.3" in words
     assert "model.hidden_size=16" in words
     model = build_model(MODEL, VOCAB, DIM, seed=4)
-    apply_weights(model, tmp_path / "w.safetensors")
+    apply_weights(model, load_weights(tmp_path / "w.safetensors")[0], tmp_path)
     assert same(model.state_dict(), weights_of(3))
     with pytest.raises(UserError, match="is a directory"):
         convert.main(["checkpoint", str(tmp_path), str(tmp_path)])
