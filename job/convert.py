@@ -10,7 +10,7 @@ from pathlib import Path
 from job.arguments import Fraction, add_model_options
 from job.command import guarded
 from job.errors import UsageError
-from job.export import push, write_export
+from job.export import push, refuse_repository, write_export
 from job.files import refuse_existing
 from job.lgdlm import checkpoint as lgdlm_checkpoint
 from job.lgdlm import data as lgdlm_data
@@ -39,6 +39,8 @@ def export(options: argparse.Namespace) -> None:
     """The model of a run, or of one of its checkpoints, to a directory for inference, and to the hub if asked."""
     if not options.push_to and (options.dry_run or options.private):
         raise UsageError("--dry-run and --private have no effect without --push-to REPO; leave them out")
+    if options.push_to:
+        refuse_repository(options.push_to)
     refuse_existing(options.out)  # before the weights are read
     trained = load_trained(options.path, options.data, options.ema)
     write_export(trained, options.out)

@@ -39,20 +39,27 @@ def write_export(trained: Trained, out: Path) -> None:
         write_json(partial / CONFIG_FILE, values, indent=2)
 
 
+def refuse_repository(name: str) -> None:
+    """UserError for a name that no repository of the hub can have."""
+    checks = import_optional("huggingface_hub.utils", "huggingface_hub")
+    try:
+        checks.validate_repo_id(name)
+    except checks.HFValidationError as error:
+        raise UserError(f"--push-to {name}: {str(error).splitlines()[0]}") from error
+
+
 def push(directory: Path, repository: str, private: bool, dry_run: bool) -> str:
     """Upload an exported directory to the hub, into a repository that is made if need be; returns what was sent.
 
     With `dry_run` nothing is sent, and nobody is asked. UserError for what the hub refuses.
     """
-    hub = import_optional("huggingface_hub", "huggingface_hub")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    try:
-        hub.utils.validate_repo_id(repository)
-        if not dry_run:
-            api = hub.HfApi()
+    if not dry_run:
+        api = import_optional("huggingface_hub", "huggingface_hub").HfApi()
+        try:
             api.create_repo(repository, private=private or None, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=directory)
-    except Exception as error:  # the library's own kinds, and those of its transport
-        raise UserError(f"--push-to {repository}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # the library's own kinds, and those of its transport
+            raise UserError(f"--push-to {repository}: {str(error).splitlines()[0]}") from error
     listed = [f"  {path.stat().st_size:>12,}  {path.relative_to(directory)}" for path in files]
     return "\n".join([f"{repository}: {'would be sent' if dry_run else 'sent'}", *listed])

@@ -1,4 +1,4 @@
-"""What a program, the commands and an export make of a trained model: the same, with and without the run and its data."""
+"""What a program, the commands and an export make of a trained model: the same, also without the run and its data."""
 
 from __future__ import annotations
 
@@ -238,5 +238,5 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").touch()
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
-        with pytest.raises(UserError, match="run: no checkpoint in this run yet; it saves every logging.save_freq"):
+        with pytest.raises(UserError, match=r"run: no checkpoint in this run yet; it saves every logging\.save_freq"):
             sample.main([str(path)])

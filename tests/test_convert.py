@@ -94,6 +94,64 @@ def test_an_exported_model_is_the_same_model(run: Path, tmp_path: Path, capsys: 
         convert.main(["export", str(run), str(tmp_path / "out")])
 
 
+def test_the_model_card_is_one_that_the_hub_reads(run: Path, config: Config, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    figures = {"step": 2, "l2t/latent_gain": 0.7, "t2l/text_gain": 0.5, "t2l/x0_mse": 1.0, "t2l/x0_cos": 0.6}
+    figures |= {"t2l2t/token_acc": 0.1, "text/most_frequent_token_acc": 0.05, "samples": 8, "tokens": 50}
+    (run / "evaluation.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(figures) + "\n")
+    convert.main(["export", str(run), str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "cyclevae"
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["l2t/latent_gain"] == 0.7
+    for words in (
+        'load("out")',
+        "| latents | 6 dimensions |",
+        "| model.hidden_size | 16 |",
+        "| torch |",
+        "loss_type=cycle_vae",
+    ):
+        assert words in card.text
+    assert "the decoder uses the latent" in card.text  # the table of the evaluation with its verdicts
+    convert.main(["export", str(tmp_path / "out"), str(tmp_path / "again")])
+    again = ModelCard.load(tmp_path / "again" / "README.md")
+    assert again.text == card.text.replace('"out"', '"again"').replace(" out ", " again ").replace(
+        "=out`", "=again`"
+    ).replace("# out", "# again")
+    convert.main(["export", str(run / "checkpoints" / "step_00000001"), str(tmp_path / "first")])
+    assert "The run did not evaluate these weights." in (tmp_path / "first" / "README.md").read_text()
+
+
+def test_a_dry_push_lists_what_would_be_sent(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    called: list[tuple[str, object]] = []
+
+    class Hub:
+        def create_repo(self, repository: str, private: bool | None, exist_ok: bool) -> None:
+            called.append((repository, private))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            called.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    files = ["README.md", "config.json", "model.json", "model.safetensors"]
+    words = printed(capsys, convert, "export", run, tmp_path / "out", "--push-to", "me/texts", "--dry-run")
+    assert "me/texts: would be sent" in words
+    assert [line.split()[-1] for line in words.splitlines()[-4:]] == files
+    assert called == []
+    words = printed(capsys, convert, "export", run, tmp_path / "sent", "--push-to", "me/texts", "--private")
+    assert "me/texts: sent" in words
+    assert called == [("me/texts", True), ("me/texts", files)]
+    with pytest.raises(UserError, match="--push-to no/such/name: "):
+        convert.main(["export", str(run), str(tmp_path / "bad"), "--push-to", "no/such/name", "--dry-run"])
+    assert not (tmp_path / "bad").exists()
+    with pytest.raises(UsageError, match="--dry-run and --private have no effect without --push-to"):
+        convert.main(["export", str(run), str(tmp_path / "other"), "--dry-run"])
+
+
 def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

@@ -231,18 +231,18 @@ def _refuse_other_tokenizer(model: ModelDescription, data: DatasetInfo, names: t
 def same_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two descriptions are of one encoder: by content hash where both have one, else by all that both say.
 
-    A precision is no difference: an encoder gives nearly the same latents in another one.
+    A precision and a place on some machine are no difference: an encoder gives nearly the same latents in another one.
     """
     if "sha256" in one and "sha256" in other:
         return bool(one["sha256"] == other["sha256"])
-    common = (one.keys() & other.keys()) - {"dtype"}
+    common = (one.keys() & other.keys()) - {"dtype", "directory", "sha256"}
     return all(one[name] == other[name] for name in common)
 
 
 def encoder_words(encoder: Mapping[str, Any]) -> str:
     """An encoder's description for a message."""
     shown = {name: value[:SHOWN_DIGITS] if name == "sha256" else value for name, value in encoder.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None and name != "directory")
 
 
 def _other_statistics(model: ModelDescription, data: DatasetInfo, names: tuple[str, str]) -> list[str]:
