@@ -10,7 +10,7 @@ from pathlib import Path
 from job.api import load
 from job.arguments import add_device_option, add_inference_options, add_model_options, at_least
 from job.command import guarded
-from job.text_files import read_latents, read_lengths, refuse_suffix, write_texts
+from job.text_files import read_latents, read_lengths, refuse_suffix, say_written, write_texts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=sys.stderr.isatty(),
     )
     write_texts(options.texts, texts)
-    print(f"{len(texts)} latents -> texts in {options.texts}", file=sys.stderr)
+    say_written(f"{len(texts)} latents -> texts", options.texts)
 
 
 if __name__ == "__main__":

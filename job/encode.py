@@ -11,7 +11,7 @@ from job.api import load
 from job.arguments import add_device_option, add_inference_options, add_model_options
 from job.command import guarded
 from job.errors import UserError
-from job.text_files import read_texts, refuse_suffix, write_latents, write_lengths
+from job.text_files import read_texts, refuse_suffix, say_written, write_latents, write_lengths
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_latents(options.latents, latents, lengths)
     if options.lengths:
         write_lengths(options.lengths, lengths)
-    print(f"{len(texts)} texts -> latents of {model.latent_dim} dimensions in {options.latents}", file=sys.stderr)
+    say_written(f"{len(texts)} texts -> latents of {model.latent_dim} dimensions", options.latents)
 
 
 if __name__ == "__main__":

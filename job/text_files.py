@@ -51,6 +51,12 @@ def _write(name: str, content: bytes) -> None:
         raise UserError(f"{name}: {error.strerror or error}") from error
 
 
+def say_written(what: str, name: str) -> None:
+    """Tell on standard error what was written; nothing of standard output, where it is seen."""
+    if name != STANDARD:
+        print(f"{what} in {name}", file=sys.stderr)
+
+
 def refuse_suffix(name: str, suffixes: Sequence[str]) -> None:
     """UserError for a file name whose ending says none of the formats."""
     if name != STANDARD and Path(name).suffix not in suffixes:

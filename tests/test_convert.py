@@ -115,9 +115,9 @@ def test_the_model_card_is_one_that_the_hub_reads(run: Path, config: Config, tmp
     assert "the decoder uses the latent" in card.text  # the table of the evaluation with its verdicts
     convert.main(["export", str(tmp_path / "out"), str(tmp_path / "again")])
     again = ModelCard.load(tmp_path / "again" / "README.md")
-    assert again.text == card.text.replace('"out"', '"again"').replace(" out ", " again ").replace(
-        "=out`", "=again`"
-    ).replace("# out", "# again")
+    named = ("out", "again")
+    lines, lines_again = ([t for t in c.text.splitlines() if not any(n in t for n in named)] for c in (card, again))
+    assert lines == lines_again
     convert.main(["export", str(run / "checkpoints" / "step_00000001"), str(tmp_path / "first")])
     assert "The run did not evaluate these weights." in (tmp_path / "first" / "README.md").read_text()
 
