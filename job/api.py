@@ -30,6 +30,7 @@ from job.round_trips import Decoding, decode_latents, encode_texts, length_mask,
 from job.runtime.precision import autocast
 from job.trained import Trained, choose_device, load_trained
 
+DTYPES = ("auto", "bf16", "fp32")
 Lengths = int | Sequence[int] | np.ndarray | None
 
 
@@ -43,15 +44,23 @@ def load(
 ) -> Model:
     """The model of a run directory, of one of its checkpoints, or of an exported directory.
 
-    device: "auto" takes a GPU where there is one; "cpu", "cuda", or a torch.device.
+    device: "auto" takes a GPU where there is one; or what torch.device takes: "cpu", "cuda", "cuda:1".
     dtype: "auto" (bf16 on GPUs that have it), "bf16" or "fp32" to compute in; None: as the model was trained.
     average: the moving average of the weights; None: where there is one.
     data: the prepared data of a run from before runs carried their tokenizer and statistics.
 
     Raises UserError (job.errors), whose text is one line, for a path without a model or files that are damaged.
     """
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if device in ("auto", "cpu", "cuda"):
+        place = choose_device(str(device))
+    else:
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise UserError(f"device {device!r}: {str(error).splitlines()[0]}") from error
     trained = load_trained(Path(path), Path(data) if data is not None else None, average)
-    place = device if isinstance(device, torch.device) else choose_device(device)
     return Model(trained, place, dtype or trained.config.training.dtype)
 
 

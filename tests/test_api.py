@@ -107,6 +107,22 @@ def test_what_cannot_be_used_is_named(call: object, words: str, model: Model) ->
         call(model)  # type: ignore[operator]
 
 
+def test_how_it_is_computed_can_be_chosen(run: Path, model: Model) -> None:
+    half = load(str(run), device="cpu", dtype="bf16", average=False)
+    assert half.trained.averaged is False
+    assert model.trained.averaged is True
+    assert half.device == torch.device("cpu")
+    exact = load(run, device=torch.device("cpu"), dtype="fp32", average=False).encode(TEXTS)
+    difference = np.abs(half.encode(TEXTS) - exact).max()
+    assert 0 < difference < 0.1
+    for options, words in (
+        ({"dtype": "float16"}, "dtype 'float16': choose one of auto, bf16, fp32"),
+        ({"device": "gpu"}, "device 'gpu': "),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(run, **options)  # type: ignore[arg-type]
+
+
 def test_a_text_is_cut_on_request(model: Model) -> None:
     assert model.encode(["word " * 50], truncate=True).shape == (1, 8)
 
