@@ -28,6 +28,8 @@ FAST = ("model.implementation", "fast")
 CYCLE = ("loss.loss_type", "cycle_vae")
 PREDICTS_LATENTS = ("loss.loss_type", ("cycle_vae", "t2l", "random", "sequential"))
 RANDOM_TIMES = ("loss.latent_t_mode", "random")
+DECODES_TEXTS = ("loss.loss_type", ("cycle_vae", "l2t", "random", "sequential"))
+RANDOM_MASKS = ("loss.text_t_mode", "random")
 RANDOM_MODES = ("loss.loss_type", "random")
 SEQUENTIAL_MODES = ("loss.loss_type", "sequential")
 MONITORED = ("monitoring.enabled", True)
@@ -122,6 +124,19 @@ class LossConfig:
     cycle_latent_weight: float = key(0.1, "weight of the L2T2L latent loss", low=0, read_if=CYCLE)
     cycle_latent_warmup_steps: int = key(0, "steps before cycle_latent sets in", low=0, read_if=CYCLE)
     cycle_latent_ramp_steps: int = key(0, "steps over which cycle_latent grows to its weight", low=0, read_if=CYCLE)
+    text_t_mode: str = key(
+        "full",
+        "text of L2T: full (all of it masked) or random (a share of it, drawn for every row)",
+        choices=("full", "random"),
+        read_if=DECODES_TEXTS,
+    )
+    text_full_share: float = key(0.3, "share of rows fully masked all the same", low=0, high=1, read_if=RANDOM_MASKS)
+    text_weighting: str = key(
+        "mean",
+        "cross-entropy of partly masked text: mean over its masked tokens, or elbo (1 / share masked)",
+        choices=("mean", "elbo"),
+        read_if=RANDOM_MASKS,
+    )
     cycle_latent_sampling: str = key(
         "argmax",
         "how pseudo-tokens are taken from the L2T logits",

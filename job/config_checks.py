@@ -26,6 +26,7 @@ def validate(config: Config) -> list[str]:
         refuse_unread(config, dotted, value, f)
     refuse_missing_data(config)
     refuse_empty_ranges(config)
+    refuse_partly_masked_padding(config)
     refuse_mode_weights(config)
     refuse_sequential_schedule(config)
     refuse_two_batch_sizes(config)
@@ -84,6 +85,14 @@ def refuse_empty_ranges(config: Config) -> None:
     if model.latent_beta_min > model.latent_beta_max:
         raise UserError(
             f"model.latent_beta_min={model.latent_beta_min} is above model.latent_beta_max={model.latent_beta_max}"
+        )
+
+
+def refuse_partly_masked_padding(config: Config) -> None:
+    """Refuse LGDLM's cross-entropy over padding where only a part of the text is masked: padding never is."""
+    if config.loss.ce_over_padding and config.loss.text_t_mode == "random":
+        raise UserError(
+            "loss.ce_over_padding=true counts fully masked texts; set loss.text_t_mode=full, or leave it out"
         )
 
 

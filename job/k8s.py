@@ -1,41 +1,44 @@
-"""`cyclevae k8s`: submit runs to a Kubernetes cluster, watch them, end them. Everything is read from the cluster's API server."""
+"""`cyclevae k8s`: submit runs to a Kubernetes cluster, watch them, end them.
+
+Everything is read from the cluster's API server. Its client takes a second to import, so verbs import what they need.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from job.errors import UserError
-from job.launch.table import show
-from job.launch.verbs import add_outputs, run
+from job.launch.command_line import add_log_options, add_outputs, add_submit, add_verb, run
+from job.launch.run_status import show
 
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
     """Submit a run or a sweep and return."""
-    from job.launch.slurm.submission import submit_sweep
+    from job.launch.submission import submit_sweep
 
-    where = [f"hydra.launcher.{name}={value}" for name in ("namespace", "context") if (value := getattr(options, name))]
-    jobs = submit_sweep([*where, *arguments], options.dry_run, options.json, launcher="pytorchjob")
-    if options.json:
-        print(json.dumps(jobs))
+    given = {"namespace": options.namespace, "context": options.context}
+    where = [f"hydra.launcher.{name}={value}" for name, value in given.items() if value]
+    submit_sweep("pytorchjob", [*where, *arguments], options.dry_run, options.json)
 
 
-def listed(options: argparse.Namespace) -> None:
+def list_runs(options: argparse.Namespace) -> None:
     """Every run in the namespace."""
-    from job.launch.kubernetes import status
+    from job.launch.kubernetes.status import run_status
 
     cluster = connect(options)
-    show([status.row(cluster, job) for job in cluster.all()], options.json)
+    show([run_status(cluster, job) for job in cluster.all()], options.json)
 
 
-def told(options: argparse.Namespace) -> None:
+def status(options: argparse.Namespace) -> None:
     """Step, loss, rate, time left, restarts of runs."""
-    from job.launch.kubernetes import status
+    from job.launch.kubernetes.status import run_status
 
     cluster = connect(options)
-    show([status.row(cluster, job) for name in options.jobs for job in chosen(cluster, name)], options.json)
+    show([run_status(cluster, job) for job in chosen(cluster, options.jobs)], options.json)
 
 
 def logs(options: argparse.Namespace) -> None:
@@ -54,15 +57,15 @@ def logs(options: argparse.Namespace) -> None:
 
 def cancel(options: argparse.Namespace) -> None:
     """End jobs; they save first and can be resumed."""
-    from job.launch.kubernetes import status
-    from job.launch.kubernetes.manifests import QUEUE
+    from job.launch.kubernetes.names import QUEUE_LABEL
+    from job.launch.kubernetes.status import OVER, state
 
     cluster = connect(options)
-    for job in [job for name in options.jobs for job in chosen(cluster, name)]:
-        name, now = job["metadata"]["name"], status.state(job)
-        if now in status.OVER:
+    for job in chosen(cluster, options.jobs):
+        name, now = job["metadata"]["name"], state(job)
+        if now in OVER:
             print(f"job {name} is over already: {now}")
-        elif QUEUE in job["metadata"]["labels"]:  # Kueue would start a suspended job again
+        elif QUEUE_LABEL in job["metadata"]["labels"]:  # Kueue would start a suspended job again
             cluster.delete(name)
             print(f"deleted job {name}; submit it again with the same command and it goes on")
         else:
@@ -72,55 +75,65 @@ def cancel(options: argparse.Namespace) -> None:
 
 def resume(options: argparse.Namespace) -> None:
     """Start cancelled and failed jobs again; they go on from their last checkpoint."""
-    from job.launch.kubernetes import status
-    from job.launch.kubernetes.manifests import RUN, to_yaml
+    from job.launch.kubernetes.manifests import to_yaml
+    from job.launch.kubernetes.names import RUN_ANNOTATION
+    from job.launch.kubernetes.status import state
 
     cluster = connect(options)
-    jobs = {}
-    for job in [job for name in options.jobs for job in chosen(cluster, name)]:
-        name, now, metadata = job["metadata"]["name"], status.state(job), job["metadata"]
+    resumed: dict[str, str] = {}
+    for job in chosen(cluster, options.jobs):
+        name, now = job["metadata"]["name"], state(job)
         if now not in ("SUSPENDED", "FAILED"):
             raise UserError(f"job {name} is {now}: nothing to resume")
-        again = {
-            "apiVersion": job["apiVersion"],
-            "kind": job["kind"],
-            "spec": job["spec"],
-            "metadata": {key: metadata[key] for key in ("name", "labels", "annotations") if key in metadata},
-        }
         if options.dry_run:
-            print(to_yaml([again]), end="")
+            print(to_yaml([fresh(job)]), end="")
         elif now == "SUSPENDED":
             cluster.suspend(name, False)
         else:
             cluster.delete(name)
-            cluster.create(again)
-        jobs[name] = metadata.get("annotations", {}).get(RUN, name)
-    if not options.dry_run:
-        print(
-            json.dumps({run: name for name, run in jobs.items()})
-            if options.json
-            else "\n".join(f"job {name}: {run}" for name, run in jobs.items())
-        )
+            cluster.create(fresh(job))
+        resumed[name] = job["metadata"].get("annotations", {}).get(RUN_ANNOTATION, name)
+    if options.dry_run:
+        return
+    if options.json:
+        print(json.dumps({run: name for name, run in resumed.items()}))
+    else:
+        print("\n".join(f"job {name}: {run}" for name, run in resumed.items()))
+
+
+def fresh(job: dict[str, Any]) -> dict[str, Any]:
+    """A job as it was sent, without what the server and the operator have added."""
+    sent = ("name", "labels", "annotations")
+    return {
+        "apiVersion": job["apiVersion"],
+        "kind": job["kind"],
+        "spec": job["spec"],
+        "metadata": {key: job["metadata"][key] for key in sent if key in job["metadata"]},
+    }
 
 
 def connect(options: argparse.Namespace) -> Any:
+    """The namespace of the cluster that the options name."""
     from job.launch.kubernetes.cluster import Cluster
 
     return Cluster(options.namespace, options.context)
 
 
-def chosen(cluster: Any, name: str) -> list[Any]:
-    """The job called `name`, or the jobs of the sweep called so. UserError without any."""
+def chosen(cluster: Any, names: Sequence[str]) -> list[Any]:
+    """The jobs called so, and those of the sweeps called so. Missing without any of a name."""
     from job.launch.kubernetes.cluster import Missing
-    from job.launch.kubernetes.manifests import SWEEP
+    from job.launch.kubernetes.names import SWEEP_LABEL
 
-    try:
-        return [cluster.get(name)]
-    except Missing:
-        found = cluster.all(f"{SWEEP}={name}")
-        if not found:
-            raise
-        return list(found)
+    found = []
+    for name in names:
+        try:
+            found.append(cluster.get(name))
+        except Missing:
+            of_sweep = cluster.all(f"{SWEEP_LABEL}={name}")
+            if not of_sweep:
+                raise
+            found += of_sweep
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,34 +142,20 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--context", help="of the kubeconfig; default: the current one, or the cluster of the pod this runs in"
     )
+    parents = [common]
     top = argparse.ArgumentParser(prog="cyclevae k8s", description=__doc__)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    one = verbs.add_parser(
-        "submit",
-        parents=[common],
-        help="submit a run or a sweep: the arguments of job.train",
-        usage="cyclevae k8s submit [--dry-run] "
-        "[--json] [--namespace NAME] [--context NAME] [--config-name NAME] OVERRIDES...",
-        description="The overrides of `python -m "
-        "job.train`; a list of values is a sweep: loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what the cluster is "
-        "asked for (k8s/README.md).",
-    )
-    one.set_defaults(function=submit)
-    for name, function, jobs in (
-        ("list", listed, False),
-        ("status", told, True),
-        ("logs", logs, False),
-        ("cancel", cancel, True),
-        ("resume", resume, True),
-    ):
-        verb = verbs.add_parser(name, parents=[common], help=function.__doc__)
-        verb.set_defaults(function=function)
-        if jobs:
-            verb.add_argument("jobs", nargs="+", metavar="JOB", help="a job or a sweep")
-        if name == "logs":
-            verb.add_argument("job", metavar="JOB")
-            verb.add_argument("-f", "--follow", action="store_true", help="go on as lines are added, through restarts")
-            verb.add_argument("-n", "--lines", type=int, default=50, help="of every pod (default: 50)")
+    add_submit(verbs, submit, "k8s", "[--namespace NAME] [--context NAME] ", parents)
+    add_verb(verbs, "list", list_runs, parents)
+    several = [add_verb(verbs, "status", status, parents)]
+
+    output = add_verb(verbs, "logs", logs, parents)
+    output.add_argument("job", metavar="JOB")
+    add_log_options(output, "go on as lines are added, through restarts", "of every pod (default: 50)")
+
+    several += [add_verb(verbs, "cancel", cancel, parents), add_verb(verbs, "resume", resume, parents)]
+    for verb in several:
+        verb.add_argument("jobs", nargs="+", metavar="JOB", help="a job or a sweep")
     add_outputs(verbs, dry_run="print the manifests only")
     return top
 

@@ -1,4 +1,7 @@
-"""`cyclevae slurm`: submit runs to a SLURM cluster, watch them, end them. Everything is read from run directories and SLURM's commands."""
+"""`cyclevae slurm`: submit runs to a SLURM cluster, watch them, end them.
+
+What is known of runs is read from their directories; SLURM's commands tell which jobs are in the queue.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,37 @@ import os
 import sys
 from pathlib import Path
 
-from job.errors import UserError
+from job.errors import JobError, UserError
+from job.launch.command_line import add_log_options, add_outputs, add_submit, add_verb, run
+from job.launch.run_status import show
 from job.launch.slurm import scheduler
 from job.launch.slurm.run_directory import RunDirectory, find_runs
-from job.launch.table import show
-from job.launch.verbs import add_outputs, run
 
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
     """Submit a run or a sweep and return."""
-    from job.launch.slurm.submission import submit_sweep
+    from job.launch.submission import submit_sweep  # imports Hydra, which the other verbs need not wait for
 
-    jobs = submit_sweep(arguments, options.dry_run, quiet=options.json)
-    if options.json:
-        print(json.dumps(jobs))
+    submit_sweep("slurm", arguments, options.dry_run, options.json)
 
 
-def listed(options: argparse.Namespace) -> None:
+def list_runs(options: argparse.Namespace) -> None:
     """Every run below a directory."""
-    queued = live()
+    queued = jobs_in_queue()
     show([run.status(queued) for run in find_runs(options.directory)], options.json)
 
 
 def status(options: argparse.Namespace) -> None:
     """Step, loss, rate, time left, restarts of runs."""
-    queued = live()
+    queued = jobs_in_queue()
     show([RunDirectory.existing(path).status(queued) for path in options.runs], options.json)
 
 
-def live() -> dict[str, str]:
-    """Jobs in the queue; without an answer from SLURM, run directories still tell the rest."""
+def jobs_in_queue() -> dict[str, str]:
+    """State of every job in the queue. Without an answer from SLURM none, as run directories still tell the rest."""
     try:
         return scheduler.queued() if scheduler.available() else {}
-    except UserError as error:
+    except JobError as error:
         print(f"warning: {error}; states are those of the run directories", file=sys.stderr)
         return {}
 
@@ -50,8 +51,11 @@ def logs(options: argparse.Namespace) -> None:
     log = RunDirectory.existing(options.run).log()
     if not log.exists() and not options.follow:
         raise UserError(f"{log} is not there yet: the job has not started (cyclevae slurm status {options.run})")
+    command = ["tail", "-n", str(options.lines), str(log)]
+    if options.follow:
+        command.insert(1, "-F")
     sys.stdout.flush()
-    os.execvp("tail", ["tail", "-n", str(options.lines), *(["-F"] if options.follow else []), str(log)])
+    os.execvp(command[0], command)
 
 
 def cancel(options: argparse.Namespace) -> None:
@@ -66,47 +70,33 @@ def cancel(options: argparse.Namespace) -> None:
 
 def resume(options: argparse.Namespace) -> None:
     """Submit runs again as they were submitted; they go on from their last checkpoint."""
-    from job.launch.slurm.submission import resubmit
+    from job.launch.slurm.resubmission import resubmit
 
     queued = scheduler.queued()
     jobs = {str(path): resubmit(RunDirectory.existing(path), queued, dry_run=options.dry_run) for path in options.runs}
-    print(json.dumps(jobs) if options.json else "\n".join(f"job {job}: {run}" for run, job in jobs.items()))
+    if options.json:
+        print(json.dumps(jobs))
+    else:
+        print("\n".join(f"job {job}: {run}" for run, job in jobs.items()))
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cyclevae slurm", description=__doc__)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    verb = verbs.add_parser(
-        "submit",
-        help="submit a run or a sweep: the arguments of job.train",
-        usage="cyclevae slurm submit [--dry-run] [--json] [--config-name NAME] OVERRIDES...",
-        description="The overrides of `python -m job.train`; a list of values is a sweep: "
-        "loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what SLURM is asked for (slurm/README.md).",
-    )
-    verb.set_defaults(function=submit)
-    for name, function, runs in (
-        ("list", listed, None),
-        ("status", status, Path),
-        ("logs", logs, None),
-        ("cancel", cancel, str),
-        ("resume", resume, Path),
-    ):
-        verb = verbs.add_parser(name, help=function.__doc__)
-        verb.set_defaults(function=function)
-        if runs is not None:
-            verb.add_argument(
-                "runs",
-                type=runs,
-                nargs="+",
-                metavar="RUN",
-                help="run directory" + (" or job id" if runs is str else ""),
-            )
-    verbs.choices["list"].add_argument(
-        "directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)"
-    )
-    verbs.choices["logs"].add_argument("run", type=Path, metavar="RUN")
-    verbs.choices["logs"].add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
-    verbs.choices["logs"].add_argument("-n", "--lines", type=int, default=50)
+    add_submit(verbs, submit, "slurm")
+
+    listing = add_verb(verbs, "list", list_runs)
+    listing.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
+    add_verb(verbs, "status", status).add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+
+    output = add_verb(verbs, "logs", logs)
+    output.add_argument("run", type=Path, metavar="RUN")
+    add_log_options(output, follow="go on as lines are added")
+
+    ending = add_verb(verbs, "cancel", cancel)
+    ending.add_argument("runs", nargs="+", metavar="RUN", help="run directory or job id")
+    add_verb(verbs, "resume", resume).add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+
     add_outputs(verbs, dry_run="print what would be submitted, no more")
     return top
 

@@ -1,6 +1,10 @@
-"""hydra/launcher=pytorchjob: one PyTorchJob of Kubeflow's training operator per sweep point. What it does is in job.launch.kubernetes.sweep."""
+"""hydra/launcher=pytorchjob: one PyTorchJob of Kubeflow's training operator per sweep point.
 
-# No `from __future__ import annotations`: Hydra loads plugins past sys.modules, where dataclasses look up annotations that are strings.
+What it does is in job.launch.kubernetes.sweep.
+"""
+
+# Without `from __future__ import annotations`, which makes strings of annotations: dataclasses look their names up in
+# sys.modules, and Hydra loads plugins without an entry there.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +15,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from job.launch.kubernetes import manifests
+from job.launch.kubernetes.settings import Settings
 
 
 @dataclass
-class PyTorchJobConf(manifests.Settings):
+class PyTorchJobConf(Settings):
     _target_: str = "hydra_plugins.cyclevae_kubernetes.PyTorchJobLauncher"
     namespace: str | None = None  # null: the context's, else cyclevae
     context: str | None = None  # of the kubeconfig; null: the current one, or the pod's own cluster
@@ -27,7 +31,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="pytorchjob_schema", n
 
 
 class PyTorchJobLauncher(Launcher):
-    """Every point is a job of `python -m job.train ...` on its nodes, which the operator starts again when its exit code asks for it."""
+    """Every point is a job of `python -m job.train ...`, which the operator starts again when exit codes ask for it."""
 
     def __init__(self, **params: Any) -> None:
         self.params = {
@@ -41,4 +45,4 @@ class PyTorchJobLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from job.launch.kubernetes.sweep import launch
 
-        return launch(self.config, self.hydra_context, self.params, job_overrides, initial_job_idx)
+        return launch(self.config, self.hydra_context, self.params, job_overrides)

@@ -1,23 +1,25 @@
 """hydra/launcher=slurm: the keys of hydra-submitit-launcher, and ours. What it does is in job.launch.slurm.sweep."""
 
-# No `from __future__ import annotations`: Hydra loads plugins past sys.modules, where dataclasses look up annotations that are strings.
+# Without `from __future__ import annotations`, which makes strings of annotations: dataclasses look their names up in
+# sys.modules, and Hydra loads plugins without an entry there.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
-# As modules: Hydra takes every launcher class that it finds by name in a plugin for one of this plugin's.
+# As modules: Hydra takes every launcher class that is a name in a plugin for one that the plugin offers.
 from hydra_plugins.hydra_submitit_launcher import config, submitit_launcher
 
 
 @dataclass
-class Container:
+class RankContainer:
+    """The container in which the ranks of a run live (job.launch.slurm.container)."""
+
     runtime: str | None = None  # pyxis (srun --container-image) or apptainer; null: no container
     image: str | None = None
-    mounts: list[str] = field(
-        default_factory=list
-    )  # HOST:CONTAINER[:ro]; the working directory and the runs are always mounted
+    # HOST:CONTAINER[:ro]; the working directory and the runs are always mounted
+    mounts: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)  # variables set for the ranks
     options: list[str] = field(default_factory=list)  # further options of srun (pyxis) or apptainer exec
 
@@ -33,7 +35,7 @@ class SlurmConf(config.SlurmQueueConf):
     max_restarts: int = 5  # restarts in a row without a new checkpoint, after which the job fails
     srun_args: list[str] = field(default_factory=list)
     python: str | None = None  # command of Python; null: the submitter's, in a container the image's `python`
-    container: Container = field(default_factory=Container)
+    container: RankContainer = field(default_factory=RankContainer)
     wait: bool = True  # stay until all runs have ended
     dry_run: bool = False  # print the job scripts, submit nothing
 
@@ -42,9 +44,12 @@ ConfigStore.instance().store(group="hydra/launcher", name="slurm_schema", node=S
 
 
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
-    """One SLURM job per sweep point, an array where there are several; every point is `srun python -m job.train ...` in a batch step that requeues."""
+    """One SLURM job per sweep point, an array where there are several.
+
+    Every point is `srun python -m job.train ...` in a batch step that requeues.
+    """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from job.launch.slurm.sweep import launch
 
-        return launch(self.config, self.hydra_context, self.params, job_overrides, initial_job_idx)
+        return launch(self.config, self.hydra_context, self.params, job_overrides)

@@ -18,9 +18,15 @@ CPU_COLUMNS = 4096  # words at a time: with rows that start on cache lines, such
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: torch.nn.Linear, targets: Tensor, pick: bool = False, uniform: Tensor | None = None
+    hidden: Tensor,
+    head: torch.nn.Linear,
+    targets: Tensor,
+    pick: bool = False,
+    uniform: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum (scalar, float32) of the cross-entropy of head(hidden [N, H]) to targets [N] int64.
+    """Sum (scalar, float32) of the cross-entropy of head(hidden [N, H]) to targets [N] int64, times weights [N] if
+    given.
 
     With `pick` also decoded tokens [N] (else [0]): the likeliest, or drawn at `uniform` [N] in [0, 1). Backward may run
     once.
@@ -29,7 +35,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     inputs = [x.to(dtype) for x in (hidden, head.weight, head.bias)]
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(*inputs, targets, pick, uniform, torch.is_grad_enabled())
+        return _LinearCrossEntropy.apply(*inputs, targets, pick, uniform, weights, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -47,6 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         pick: bool,
         uniform: Tensor | None,
+        weights: Tensor | None,
         gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), device=hidden.device)
@@ -64,11 +71,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             exponents = logits.sub_(logits.amax(-1, keepdim=True))
             at_target = exponents.gather(1, target)
             sums = exponents.exp_().sum(dim=-1, keepdim=True)
-            total += (sums.log() - at_target).sum()
+            row_weights = None if weights is None else weights[part, None]
+            losses = sums.log() - at_target
+            total += (losses if row_weights is None else losses * row_weights).sum()
             if pick:
                 picked[part] = (best if best is not None else _draw(exponents, uniform[part, None]))[:, 0]  # type: ignore[index]
             if gradients:
-                _add_gradients(grads, part, rows, weight, target, exponents, sums)
+                to_logits = exponents.div_(sums).scatter_add_(1, target, -torch.ones_like(sums))
+                if row_weights is not None:
+                    to_logits.mul_(row_weights)
+                _add_gradients(grads, part, rows, weight, to_logits)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(picked)
         return total, picked
@@ -76,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        return hidden * gradient.to(hidden.dtype), weight.mul_(gradient), bias * gradient, None, None, None, None
+        return hidden * gradient.to(hidden.dtype), weight.mul_(gradient), bias * gradient, None, None, None, None, None
 
 
 def _product(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -96,19 +108,16 @@ def _draw(exponents: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(distribution, uniform * distribution[:, -1:]).clamp(max=exponents.shape[1] - 1)
 
 
-def _add_gradients(
-    grads: list[Tensor], part: slice, rows: Tensor, weight: Tensor, target: Tensor, exponents: Tensor, sums: Tensor
-) -> None:
-    """Gradients of the sum of the losses: softmax minus one-hot, times the other factor."""
-    exponents = exponents.div_(sums).scatter_add_(1, target, -torch.ones_like(sums))
-    to_bias = exponents.sum(0)
-    exponents = exponents.to(rows.dtype)
-    grads[0][part] = exponents @ weight
+def _add_gradients(grads: list[Tensor], part: slice, rows: Tensor, weight: Tensor, to_logits: Tensor) -> None:
+    """Gradients of hidden, weight and bias from those of a chunk's logits (softmax minus one-hot)."""
+    to_bias = to_logits.sum(0)
+    to_logits = to_logits.to(rows.dtype)
+    grads[0][part] = to_logits @ weight
     if len(grads) == 1:  # the first chunk: sums need no zeros to start from
-        grads += [(exponents.T @ rows).float(), to_bias]
+        grads += [(to_logits.T @ rows).float(), to_bias]
         return
     grads[2] += to_bias
     if rows.dtype == torch.float32:
-        grads[1].addmm_(exponents.T, rows)
+        grads[1].addmm_(to_logits.T, rows)
     else:
-        grads[1] += exponents.T @ rows
+        grads[1] += to_logits.T @ rows

@@ -75,15 +75,19 @@ class FastMMDiT(MultimodalMMDiT):
         padding: Padding,
         *,
         counted: Tensor | None = None,
+        row_weights: Tensor | None = None,
         pick: bool = False,
         uniform: Tensor | None = None,
     ) -> TextLoss:
-        packed_targets = padding.pack(targets)
+        packed_targets, weights = padding.pack(targets), None
+        if row_weights is not None:
+            weights = padding.pack(row_weights[:, None].expand_as(targets))
         if counted is not None:
             place = padding.pack(counted).nonzero()[:, 0]
             text, packed_targets = text[place], packed_targets[place]
+            weights = None if weights is None else weights[place]
         packed_uniform = None if uniform is None else padding.pack(uniform)
-        total, tokens = linear_cross_entropy(text, self.text_head, packed_targets, pick, packed_uniform)
+        total, tokens = linear_cross_entropy(text, self.text_head, packed_targets, pick, packed_uniform, weights)
         return TextLoss(total, padding.unpack(tokens) if pick else None)
 
     def _text_input(self, groups: Sequence[Group], layout: Layout) -> Tensor:

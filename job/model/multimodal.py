@@ -154,12 +154,13 @@ class MultimodalMMDiT(nn.Module):
         padding: Padding,
         *,
         counted: Tensor | None = None,
+        row_weights: Tensor | None = None,
         pick: bool = False,
         uniform: Tensor | None = None,
     ) -> TextLoss:
         """Cross-entropy of an encoded text to `targets` [B, S], summed over `counted` [B, S] bool.
 
-        None counts all computed positions. With `pick` also tokens [B, S] decoded from it: the likeliest, or drawn at
-        `uniform` [B, S] in [0, 1). No gradient passes them.
+        None counts all computed positions. Positions of row b weigh row_weights[b] (None: 1). With `pick` also tokens
+        [B, S] decoded from it: the likeliest, or drawn at `uniform` [B, S] in [0, 1). No gradient passes them.
         """
         raise NotImplementedError

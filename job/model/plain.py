@@ -51,12 +51,16 @@ class PlainMMDiT(MultimodalMMDiT):
         padding: Padding,
         *,
         counted: Tensor | None = None,
+        row_weights: Tensor | None = None,
         pick: bool = False,
         uniform: Tensor | None = None,
     ) -> TextLoss:
         losses = F.cross_entropy(text.flatten(0, 1).float(), targets.flatten(), reduction="none")
         counted = padding.computed if counted is None else counted
-        total = (losses * counted.flatten()).sum()
+        losses = losses * counted.flatten()
+        if row_weights is not None:
+            losses = losses * row_weights[:, None].expand_as(counted).flatten()
+        total = losses.sum()
         return TextLoss(total, pseudo_tokens(text.detach(), uniform) if pick else None)
 
 

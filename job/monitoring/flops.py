@@ -67,7 +67,7 @@ class Work:
         self._model, self._vocab_size, self._latent_dim = model, vocab_size, latent_dim
         self._done = Done()
 
-    def add(self, lengths: np.ndarray, passes: Mapping[str, int]) -> None:
+    def add(self, lengths: np.ndarray, passes: Mapping[str, float]) -> None:
         """One step over the rows of a global batch, with so many passes of each kind of `pass_flops`."""
         flops = pass_flops(self._model, lengths, self._vocab_size, self._latent_dim)
         self._done = Done(

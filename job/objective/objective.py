@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from job.config import MODES, Config
-from job.model.groups import Encoded, Group, TextLoss
+from job.model.groups import Encoded, Group
 from job.model.multimodal import MultimodalMMDiT
+from job.objective import losses
 from job.objective.inputs import Batch, Inputs
-from job.objective.losses import latent_loss, ramp
+from job.objective.losses import ramp
 from job.objective.noise import StepNoise, seed_for
 from job.objective.schedule import LatentSchedule
+from job.objective.text_masks import MaskedText, fully_masked, mask_at, mask_text
 
 Metrics = dict[str, Tensor | float]
 Stage = Literal["whole", "base", "cycle"]
@@ -106,13 +108,17 @@ class Objective(nn.Module):
         staged = self.model.staged and both_cycles and self.loss.cycle_stop_grad_latent
         return ("base", "cycle") if staged else ("whole",)
 
-    def passes(self, step: int) -> dict[str, int]:
-        """Passes of a row through the model at a step, by their kind: t2l and l2t read one head, joint reads both."""
+    def passes(self, step: int) -> dict[str, float]:
+        """Passes of a row through the model at a step, by kind: t2l and l2t read one head, joint reads both.
+
+        A pass is forward and backward; one without gradient counts a third.
+        """
         mode = self.mode(step)
         if mode != "cycle_vae":
-            return {"joint" if mode == "unconditional" else mode: 1}
+            return {"joint" if mode == "unconditional" else mode: 1.0}
         cycle_text, cycle_latent = self.cycle_weights(step)
-        return {"t2l": 1 + (cycle_latent > 0), "l2t": 1 + (cycle_text > 0)}
+        decodes_anew = cycle_latent > 0 and self.loss.text_t_mode == "random" and self.loss.text_full_share < 1
+        return {"t2l": 1.0 + (cycle_latent > 0), "l2t": 1.0 + (cycle_text > 0) + decodes_anew / 3}
 
     def forward(
         self,
@@ -157,10 +163,15 @@ class Objective(nn.Module):
         """L2T cross-entropy + latent_loss_weight * T2L latent loss; both passes go through the model as one batch."""
         text_weight, latent_weight = self.cycle_weights(step)
         noisy = self.noisy_latent(s, "latent")
-        encoded = self._encode(s, self._t2l_group(s.tokens, noisy), self._l2t_group(s, s.latent))
+        text = self.masked_text(s, "base_text")
+        encoded = self._encode(s, self._t2l_group(s.tokens, noisy), self._l2t_group(text, s.latent))
         base_latent = self._latent_loss(encoded, noisy)
-        text = self._text_loss(s, encoded, pick=latent_weight > 0)
-        base_text = text.total / s.token_count
+        # The cycle starts from what is decoded of the latent alone: of a text that was shown in part, by a pass of its
+        # own.
+        pick_here = latent_weight > 0 and text.counted is None
+        base_text, tokens = self._text_loss(s, encoded, text, pick=pick_here)
+        if latent_weight > 0 and not pick_here:
+            tokens = self._decoded(s)
         x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
         metrics: Metrics = {
             "base_l2t_text_loss": base_text,
@@ -169,7 +180,7 @@ class Objective(nn.Module):
             "cycle_latent_weight": latent_weight,
             **self._latent_metrics(noisy, encoded.latent, x0),
         }
-        return BaseTerms(s, x0, text.tokens, base_text + self.loss.latent_loss_weight * base_latent, metrics)
+        return BaseTerms(s, x0, tokens, base_text + self.loss.latent_loss_weight * base_latent, metrics)
 
     def _cycle_terms(self, base: BaseTerms, step: int) -> tuple[Tensor, Metrics]:
         """The cycle terms whose weight is not zero, times their weights; one batch again.
@@ -185,12 +196,13 @@ class Objective(nn.Module):
             assert base.tokens is not None
             groups.append(self._t2l_group(base.tokens, noisy))
         if text_weight > 0:
-            groups.append(self._l2t_group(s, base.x0.detach() if self.loss.cycle_stop_grad_latent else base.x0))
+            text = self.masked_text(s, "cycle_text")
+            groups.append(self._l2t_group(text, base.x0.detach() if self.loss.cycle_stop_grad_latent else base.x0))
         encoded = self._encode(s, *groups)
         terms: list[Tensor] = []
         metrics: Metrics = {}
         if text_weight > 0:
-            metrics["cycle_text_loss"] = cycle_text = self._text_loss(s, encoded).total / s.token_count
+            metrics["cycle_text_loss"] = cycle_text = self._text_loss(s, encoded, text)[0]
             terms.append(text_weight * cycle_text)
         if latent_weight > 0:
             metrics["cycle_latent_loss"] = cycle_latent = self._latent_loss(encoded, noisy)
@@ -200,8 +212,8 @@ class Objective(nn.Module):
     # The other modes.
 
     def _l2t_alone(self, s: Inputs) -> tuple[Tensor, Metrics]:
-        encoded = self._encode(s, self._l2t_group(s, s.latent))
-        loss = self._text_loss(s, encoded).total / s.token_count
+        text = self.masked_text(s, "base_text")
+        loss, _ = self._text_loss(s, self._encode(s, self._l2t_group(text, s.latent)), text)
         return loss, {"base_l2t_text_loss": loss}
 
     def _t2l_alone(self, s: Inputs) -> tuple[Tensor, Metrics]:
@@ -213,34 +225,29 @@ class Objective(nn.Module):
         return self.loss.latent_loss_weight * loss, metrics
 
     def _unconditional(self, s: Inputs) -> tuple[Tensor, Metrics]:
-        """Both modalities noisy: masked diffusion of the text with a linear schedule (Sahoo et al. 2024, MDLM), and the
-        latent.
-
-        Masks are drawn for the global batch, since the loss is a mean over all of its masked tokens.
-        """
-        seq_len = s.tokens.shape[1]
+        """Both modalities noisy: masked diffusion of the text with a linear schedule, and the latent."""
         text_t = s.noise.uniform_of_all("text_t")
         mask_ratio = (1 - self.t_eps) * text_t.clamp(min=self.t_eps)
-        masked_of_all = s.noise.uniform_of_all("text_mask", self.max_seq_len)[:, :seq_len] < mask_ratio[:, None]
-        masked_of_all &= torch.arange(seq_len, device=s.tokens.device) < s.lengths[:, None]
-        count = masked_of_all.sum().clamp(min=1) * s.share
-        masked = masked_of_all[s.noise.position]
-
+        text = mask_at(s, mask_ratio, self.mask_token_id, self.max_seq_len, "text")
         noisy = self._noise(s, s.noise.uniform("latent_t"), "latent")
-        tokens = torch.where(masked, self.mask_token_id, s.tokens)
-        group = Group(tokens, noisy.z_t, text_t[s.noise.position], noisy.t, ("text", "latent"))
+        group = Group(text.tokens, noisy.z_t, text_t[s.noise.position], noisy.t, ("text", "latent"))
         encoded = self._encode(s, group)
-        text = self.model.text_loss(encoded.text, s.tokens, s.padding, counted=masked).total / count
-        latent = self._latent_loss(encoded, noisy)
+        text_loss, _ = self._text_loss(s, encoded, text)
+        latent_loss = self._latent_loss(encoded, noisy)
         x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
-        metrics: Metrics = {"text_loss": text, "latent_loss": latent, **self._latent_metrics(noisy, encoded.latent, x0)}
-        return text + self.loss.latent_loss_weight * latent, metrics
+        metrics: Metrics = {
+            "text_loss": text_loss,
+            "latent_loss": latent_loss,
+            **self._latent_metrics(noisy, encoded.latent, x0),
+        }
+        return text_loss + self.loss.latent_loss_weight * latent_loss, metrics
 
     # One direction each, for evaluation and sampling.
 
     def l2t(self, s: Inputs, latent: Tensor) -> Tensor:
         """Text logits [B, S, V] decoded from latents [B, D] taken as clean, the text fully masked."""
-        return self.model.logits(self._encode(s, self._l2t_group(s, latent)).text, s.padding)
+        text = fully_masked(s, self.mask_token_id)
+        return self.model.logits(self._encode(s, self._l2t_group(text, latent)).text, s.padding)
 
     def t2l(self, s: Inputs, tokens: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The latent head's prediction [B, D] from clean text [B, S] and noisy latents [B, D] at timesteps t [B]."""
@@ -267,26 +274,49 @@ class Objective(nn.Module):
         shared = self.loss.latent_t_mode == "full"
         return Group(tokens, noisy.z_t, noisy.t.new_zeros(1), noisy.t[:1] if shared else noisy.t, ("latent",))
 
-    def _l2t_group(self, s: Inputs, latent: Tensor) -> Group:
-        """Rows of an L2T pass: fully masked texts, latents [B, D] taken as clean."""
-        masked = torch.full_like(s.tokens, self.mask_token_id)
-        return Group(masked, latent, latent.new_ones(1), latent.new_zeros(1), ("text",))
+    def masked_text(self, s: Inputs, name: str) -> MaskedText:
+        """The texts of an L2T pass, fully or partly masked (loss.text_t_mode); draws are named after `name`."""
+        return mask_text(s, self.loss, self.mask_token_id, self.max_seq_len, name)
+
+    def _l2t_group(self, text: MaskedText, latent: Tensor) -> Group:
+        """Rows of an L2T pass: masked texts, latents [B, D] taken as clean."""
+        return Group(text.tokens, latent, text.t, latent.new_zeros(1), ("text",))
 
     def _encode(self, s: Inputs, *groups: Group) -> Encoded:
         return self.model.encode(groups, s.padding)
 
-    def _text_loss(self, s: Inputs, encoded: Encoded, pick: bool = False) -> TextLoss:
-        """Cross-entropy of an encoded text to the step's own, and with `pick` tokens decoded as
-        loss.cycle_latent_sampling says.
+    def _text_loss(
+        self, s: Inputs, encoded: Encoded, text: MaskedText, pick: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy of an encoded text to the step's own, and with `pick` tokens [B, S] decoded from it.
+
+        Tokens are taken as loss.cycle_latent_sampling says.
         """
         uniform = None
         if pick and self.loss.cycle_latent_sampling == "categorical":
             # Drawn for max_seq_len positions, so that a batch's padding does not change the draw.
             uniform = s.noise.uniform("pseudo_tokens", self.max_seq_len)[:, : s.tokens.shape[1]]
-        return self.model.text_loss(encoded.text, s.tokens, s.padding, pick=pick, uniform=uniform)
+        total, tokens = self.model.text_loss(
+            encoded.text,
+            s.tokens,
+            s.padding,
+            counted=text.counted,
+            row_weights=text.row_weights,
+            pick=pick,
+            uniform=uniform,
+        )
+        return total / text.denominator, tokens
+
+    @torch.no_grad()
+    def _decoded(self, s: Inputs) -> Tensor:
+        """Tokens [B, S] decoded from the batch's latents in one pass over fully masked texts."""
+        text = fully_masked(s, self.mask_token_id)
+        _, tokens = self._text_loss(s, self._encode(s, self._l2t_group(text, s.latent)), text, pick=True)
+        assert tokens is not None
+        return tokens
 
     def _latent_loss(self, encoded: Encoded, noisy: NoisyLatent) -> Tensor:
-        return latent_loss(encoded.latent, noisy.target, self.loss.normalize_latent_loss)
+        return losses.latent_loss(encoded.latent, noisy.target, self.loss.normalize_latent_loss)
 
     @torch.no_grad()
     def _latent_metrics(self, noisy: NoisyLatent, prediction: Tensor, x0: Tensor) -> Metrics:

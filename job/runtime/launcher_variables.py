@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from job import failure_records
 from job.errors import UserError
 
 FIRST_PORT = 10_000
@@ -92,7 +93,7 @@ def status_lines(environ: Mapping[str, str]) -> bool:
 
 def failures_file(environ: Mapping[str, str]) -> Path | None:
     """File to which every rank appends why it failed, for a launcher that reads it (CYCLEVAE_FAILURES)."""
-    path = environ.get("CYCLEVAE_FAILURES")
+    path = environ.get(failure_records.VARIABLE)
     return Path(path) if path else None
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from job.config import FREE_ON_RESUME, Config, get, keys, to_dict
+from job.config import FREE_ON_RESUME, Config, default_of, get, keys, to_dict
 from job.errors import UserError
 from job.runtime.checkpoint import Checkpoint, open_checkpoint
 from job.runtime.checkpointer import Checkpointer
@@ -30,10 +30,11 @@ def refuse_another_run(
     """
     different = {}
     present = to_dict(config)
-    for key in keys():
+    for key, declared in keys().items():
         section, name = key.split(".")
-        before, now = saved["config"].get(section, {}).get(name), present[section][name]
-        longer = key == "training.num_train_steps" and before is not None and now > before
+        # A checkpoint from before a key existed was made by what is the key's default today.
+        before, now = saved["config"].get(section, {}).get(name, default_of(declared)), present[section][name]
+        longer = key == "training.num_train_steps" and now > before
         if key not in FREE_ON_RESUME and before != now and not longer:
             different[key] = f"{before} -> {get(config, key)}"
     if saved["data"] != data_fingerprint:

@@ -1,4 +1,4 @@
-"""Fixtures of the Kubernetes tests: a node, the operator at work on it, namespaces, and what pods said when a test fails."""
+"""Fixtures of the Kubernetes tests: a node, the operator on it, namespaces, and what pods said when a test fails."""
 
 from __future__ import annotations
 

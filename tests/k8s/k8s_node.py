@@ -1,5 +1,7 @@
-"""A real Kubernetes of one node on loopback, in a temporary directory: etcd, API server, controllers, scheduler, dockerd, kubelet; nothing under
-/etc or /var. The programs of Kubernetes are Debian's 1.20.2, built by build.sh.
+"""A real Kubernetes of one node on loopback, in a temporary directory; nothing under /etc or /var is touched.
+
+These run: etcd, API server, controllers, scheduler, dockerd, kubelet. The programs of Kubernetes are Debian's 1.20.2,
+built by build.sh.
 
 There is no pod network, no DNS and no kube-proxy: pods need hostNetwork, and images from the node's own dockerd.
 By hand (as root): `python tests/k8s/k8s_node.py` prints what to export, and ends with Ctrl-C.
@@ -201,7 +203,7 @@ class Node:
         self._daemons["kube-apiserver"].wait()
 
     def compact(self) -> None:
-        """Let etcd forget all versions of objects but the newest: watches that start from an older one are answered 410."""
+        """Let etcd forget all versions of objects but the newest: watches from an older one are answered 410."""
         revision = self._etcd("maintenance/status", {})["header"]["revision"]
         self._etcd("kv/compaction", {"revision": revision})
 
@@ -306,7 +308,10 @@ class Node:
         return self.base / "kubelet.yaml"
 
     def _import_busybox(self) -> None:
-        """Two images of one static program: lab/pause, which holds pods' namespaces, and lab/busybox for pods that need no more than a shell."""
+        """Two images of one static program.
+
+        They are lab/pause, which holds pods' namespaces, and lab/busybox for pods that need no more than a shell.
+        """
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
             tar.add(BUSYBOX, "bin/busybox")

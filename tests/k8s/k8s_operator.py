@@ -1,10 +1,16 @@
-"""Plays Kubeflow's training operator 1.9 for PyTorchJobs on a cluster that has none: pods and services, their environment, restarts, conditions.
+"""Plays Kubeflow's training operator 1.9 for PyTorchJobs on a cluster that has none.
 
-Followed is kubeflow/training-operator, release-1.9: pkg/controller.v1/pytorch/{envvar,elastic,master,pytorchjob_controller}.go,
-pkg/controller.v1/common/{job,pod,service}.go, pkg/core/{job,status}.go, pkg/util/status.go, pkg/apis/kubeflow.org/v1/pytorch_defaults.go. Two things
-there surprise: a job with an elasticPolicy has succeeded when any one Worker has, and under restartPolicy ExitCode no backoffLimit but 0 ever
-takes effect, since pods that are deleted and made again have no container restarts to be counted (kubeflow/trainer issue 2045).
-Left out: gang scheduling, autoscaling, events, and the init container of Workers beside a Master, which waits for the Master's DNS name.
+It makes pods and services, gives them their environment, makes them again, and sets conditions. Followed is
+kubeflow/training-operator, release-1.9:
+
+    pkg/controller.v1/pytorch/{envvar,elastic,master,pytorchjob_controller}.go
+    pkg/controller.v1/common/{job,pod,service}.go
+    pkg/core/{job,status}.go, pkg/util/status.go, pkg/apis/kubeflow.org/v1/pytorch_defaults.go
+
+Two things there surprise: a job with an elasticPolicy has succeeded when any one Worker has, and under restartPolicy
+ExitCode no backoffLimit but 0 ever takes effect, since pods that are deleted and made again have no container restarts
+to be counted (kubeflow/trainer issue 2045). Left out: gang scheduling, autoscaling, events, and the init container of
+Workers beside a Master, which waits for the Master's DNS name.
 """
 
 from __future__ import annotations
@@ -137,8 +143,11 @@ def _owner(job: Object) -> Object:
 
 
 def for_a_cluster_without_network(pod: Object, meeting_port: int) -> Object:
-    """What only the tests' cluster needs: all pods live on the host's network without DNS. So two of them must not want the same port, and, as
-    torchrun tells nodes apart by address and process id (the same in all containers), must not be told the same address."""
+    """A pod with what only the tests' cluster needs: all pods live on the host's network without DNS.
+
+    So two of them must not want the same port. And they must not be told the same address: torchrun tells nodes apart
+    by address and process id, which is the same in all containers.
+    """
     address = f"127.0.0.{2 + int(pod['metadata']['labels'][f'{LABEL}replica-index'])}"
     pod["spec"] |= {"hostNetwork": True, "dnsPolicy": "Default"}
     for container in pod["spec"]["containers"]:
@@ -209,7 +218,10 @@ class Refused(Exception):
 
 
 class TrainingOperator:
-    """The operator at work in a thread, on all namespaces, until `stop`. An exception of its own ends it and is kept in `failure`."""
+    """The operator at work in a thread, on all namespaces, until `stop`.
+
+    An exception of its own ends it and is kept in `failure`.
+    """
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -251,7 +263,8 @@ class TrainingOperator:
             except HTTPError:  # the server is away
                 continue
             except Refused as error:
-                # Otherwise: a namespace that ends, a resource that is not there yet, a change that came in between, a server coming up.
+                # Otherwise: a namespace that ends, a resource that is not there yet, a change that came in between, a
+                # server that is coming up.
                 if error.status not in (403, 404, 409, 429, 500, 503):
                     self.failure = traceback.format_exc()
                     return

@@ -43,7 +43,7 @@ def demo(kubernetes: Node, operator: TrainingOperator, image: None, tmp_path: Pa
 
 
 def shortened_demo(directory: Path, job: str) -> Path:
-    """The overlay cpu-demo with the image of the tests, fewer steps, and this name of the job; the run is still cpu-demo."""
+    """The overlay cpu-demo with the tests' image, fewer steps, and this name of the job; the run is still cpu-demo."""
     overlay = directory / job
     container = "/spec/pytorchReplicaSpecs/Worker/template/spec/containers/0"
     overrides = [
@@ -147,6 +147,7 @@ def test_a_sweep_of_which_one_point_fails(
     assert "COMPLETED  (training.train_batch_size=2)" in done.stdout
     assert "FAILED (exit code 1)  (training.train_batch_size=3)" in done.stdout
     assert "training.global_batch_size=4 is not a multiple of training.train_batch_size=3" in done.stdout
+    assert "no failure was recorded" not in done.stdout, "it came with the pod's status, not from its log"
     assert sorted(losses(claims.runs / "sweep" / "training.train_batch_size=2")) == [1, 2, 3, 4, 5]
     rows = json.loads(
         cyclevae(kubernetes, "-m", "job", "k8s", "list", "--json", f"--namespace={claims.namespace}").stdout

@@ -1,4 +1,4 @@
-"""The pods of a PyTorchJob as processes of this machine: the command of its container, with the environment that the operator sets."""
+"""The pods of a PyTorchJob as processes of this machine: its container's command, with the operator's environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from k8s_operator import environment, labels, trainer, with_defaults
 from k8s_runs import ROOT, TINY
 
 from job.errors import ExitCode
-from job.launch.kubernetes.manifests import Container, Run, Settings, pytorch_job
+from job.launch.kubernetes.manifests import pytorch_job
+from job.launch.kubernetes.pods import LaunchedRun
+from job.launch.kubernetes.settings import ContainerSettings, Settings
 
 pytestmark = [
     pytest.mark.skipif("CYCLEVAE_TEST_K8S" not in os.environ, reason="a minute of processes: `make test-k8s`"),
@@ -33,13 +35,15 @@ class Pods:
     def __init__(self, directory: Path, *overrides: str, **settings: Any) -> None:
         self.run, self._directory = directory / "run", directory
         where = [f"logging.save_dir={directory}", "logging.run_name=run"]
-        run = Run(
+        run = LaunchedRun(
             "run",
             str(self.run),
             [*TINY, *where, "training.global_batch_size=4", "monitoring.enabled=false", *overrides],
             port=None,
         )
-        self._job = with_defaults(pytorch_job(run, Settings(nodes=2, container=Container(image="image"), **settings)))
+        self._job = with_defaults(
+            pytorch_job(run, Settings(nodes=2, container=ContainerSettings(image="image"), **settings))
+        )
         self._meeting_point = f"127.0.0.1:{free_ports(1)[0]}"
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from k8s_runs import ROOT
 
 from job import k8s as launcher
 from job.errors import UserError
-from job.launch.kubernetes.cluster import Cluster, Missing
-from job.launch.kubernetes.manifests import Container, Object, Run, Settings, pytorch_job
+from job.launch.kubernetes.cluster import Cluster, Missing, Unreachable
+from job.launch.kubernetes.manifests import pytorch_job
+from job.launch.kubernetes.names import Object
+from job.launch.kubernetes.pods import LaunchedRun
+from job.launch.kubernetes.settings import ContainerSettings, Settings
 
 pytest_plugins = ["k8s_lab"]
 OVERLAYS = sorted(path.parent.name for path in (ROOT / "k8s" / "overlays").glob("*/kustomization.yaml"))
@@ -36,8 +40,8 @@ UNKNOWN_HERE = {
 
 def a_job(name: str = "run", **changes: Any) -> Object:
     return pytorch_job(
-        Run(name, f"/runs/{name}", []),
-        Settings(**{"container": Container(image="registry.example/cyclevae:1"), **changes}),
+        LaunchedRun(name, f"/runs/{name}", []),
+        Settings(**{"container": ContainerSettings(image="registry.example/cyclevae:1"), **changes}),
     )
 
 
@@ -78,6 +82,11 @@ def cluster(kubernetes: Node, namespace: str, monkeypatch: pytest.MonkeyPatch) -
     return Cluster(namespace)
 
 
+def pods_number(kubernetes: Node, selector: str, where: list[str], expected: int) -> bool:
+    """Whether there are so many pods."""
+    return len(kubernetes.kubectl("get", "pods", selector, *where).split()) == expected
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kubectl_applies_an_overlay(kubernetes: Node, operator: TrainingOperator, overlay: str) -> None:
     """The operator makes its pods, which the server checks more closely than the job that holds them."""
@@ -111,9 +120,8 @@ def test_kubectl_applies_an_overlay(kubernetes: Node, operator: TrainingOperator
             )
             replicas = 0
         selector = f"--selector=training.kubeflow.org/job-name={job['metadata']['name']}"
-        wait_for(
-            lambda: len(kubernetes.kubectl("get", "pods", selector, *where).split()) == replicas, f"{replicas} pods"
-        )  # noqa: B023
+        pods_there = partial(pods_number, kubernetes, selector, where, replicas)
+        wait_for(pods_there, f"{replicas} pods")
         kubernetes.kubectl("delete", "pytorchjob", job["metadata"]["name"], *where[:1])
     assert operator.failure is None
 
@@ -269,6 +277,10 @@ def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, clu
     def run(arguments: list[str]) -> Answer:
         return k8s(*arguments, kubeconfig=kubeconfig)
 
+    def is_refused(arguments: list[str], why: str) -> bool:
+        answer = run(arguments)
+        return why in answer.err and (answer.code, len(answer.err.splitlines())) == (1, 1)
+
     grant(role["rules"])
     for arguments in (
         ["submit", "logging.run_name=run", *TRAIN],
@@ -279,13 +291,14 @@ def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, clu
         ["cancel", "run"],
     ):  # again, as the operator may be at work, and its pods say nothing: ours does
         wait_for(lambda: run(arguments).code == 0, f"{arguments} to be allowed")  # noqa: B023  # the server reads roles with a delay
+    container = {"name": "pytorch", "image": "lab/pause", "imagePullPolicy": "Never"}
     kubernetes.kubectl(
         "run",
         "ours",
         where,
         "--image=lab/pause",
         "--labels=training.kubeflow.org/job-name=run,training.kubeflow.org/replica-index=0",
-        '--overrides={"spec": {"hostNetwork": true, "containers": [{"name": "pytorch", "image": "lab/pause", "imagePullPolicy": "Never"}]}}',
+        f"--overrides={json.dumps({'spec': {'hostNetwork': True, 'containers': [container]}})}",
     )
     kubernetes.kubectl("wait", "--for=condition=Ready", "pod/ours", where, "--timeout=110s")
     for resource, verb, arguments in VERBS:
@@ -295,10 +308,7 @@ def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, clu
         ]
         grant([rule for rule in less if rule["verbs"]])
         what = f'cannot {verb} resource "{resource}"'
-        wait_for(
-            lambda: what in (answer := run(arguments)).err and (answer.code, len(answer.err.splitlines())) == (1, 1),
-            f"{arguments}: {what}",
-        )  # noqa: B023
+        wait_for(partial(is_refused, arguments, what), f"{arguments}: {what}")
 
 
 def test_a_watch_that_has_expired_starts_anew(
@@ -332,7 +342,7 @@ def test_a_server_that_is_away_is_waited_for(
     changes = cluster.changes("")
     assert list(next(changes)) == ["first"]
     kubernetes.kill_server()
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(Unreachable, match="does not answer"):
         cluster.get("first")
     kubernetes.start_server()
     kubernetes.kubectl("delete", "pytorchjob", "first", f"--namespace={cluster.namespace}", "--cascade=orphan")

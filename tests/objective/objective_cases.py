@@ -90,6 +90,9 @@ class FixedNoise:
     def __init__(self, position: Tensor, table: dict[str, Tensor] | None = None) -> None:
         self.position, self.table = position, table or {}
 
+    def uniform_of_all(self, name: str, *shape: int) -> Tensor:
+        return self.uniform(name, *shape)
+
     def uniform(self, name: str, *shape: int) -> Tensor:
         return self.table[name] if name in self.table else (formula(len(self.position), *shape, name=name) + 1) / 2
 

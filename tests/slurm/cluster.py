@@ -1,5 +1,6 @@
-"""A private SLURM cluster with accounting in a temporary directory: own munge socket, ports and database, nothing under /etc or /var.
+"""A private SLURM cluster with accounting, in a temporary directory.
 
+It has its own munge socket, ports and database; nothing under /etc or /var is touched.
 By hand: `python tests/slurm/cluster.py` prints the SLURM_CONF to export, and ends with Ctrl-C.
 """
 
@@ -100,7 +101,10 @@ def missing_programs() -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, between those of the runs' rendezvous and those that Linux gives to connections by itself."""
+    """Ports that were free a moment ago.
+
+    They lie between those of the runs' rendezvous and those that Linux gives to connections by itself.
+    """
     return [port for port in random.sample(range(30000, 32768), 20 * count) if not listens(port)][:count]
 
 
@@ -119,7 +123,7 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-class Cluster:
+class PrivateCluster:
     """The cluster's directory, the environment in which SLURM's commands reach it, and its daemons."""
 
     def __init__(self, base: Path, nodes: int, cpus: int, max_array_size: int) -> None:
@@ -131,7 +135,8 @@ class Cluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
         ctld_port, self._db_port, self._dbd_port, *ports = free_ports(nodes + 3)
         lines = [
-            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} "
+            "RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
             for name, port in zip(self.names, ports, strict=True)
         ]
         for directory in ("ctld", "spool", "log", "db"):
@@ -246,12 +251,12 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(nodes: int = 2, cpus: int = 4, max_array_size: int = 3) -> Iterator[Cluster]:
+def cluster(nodes: int = 2, cpus: int = 4, max_array_size: int = 3) -> Iterator[PrivateCluster]:
     """A running cluster; its jobs and daemons end with the context."""
     base = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: paths of sockets are limited to 108 bytes
     base.chmod(0o755)  # munged wants every directory above its socket open to all
     try:
-        one = Cluster(base, nodes, cpus, max_array_size)
+        one = PrivateCluster(base, nodes, cpus, max_array_size)
         try:
             one.start()
             yield one

@@ -1,6 +1,8 @@
 """job.train in which something goes wrong: `python faulty.py FAULT -m job.train ...`; other modules run as they are.
 
-raise: rank 1 raises an exception in step 10.  kill: rank 1 is killed in step 10.  crash: every rank is killed before its first step.
+raise: rank 1 raises an exception in step 10.
+kill: rank 1 is killed in step 10.
+crash: every rank is killed before its first step.
 wait: a run that begins at its first step takes five seconds for every step from 20 on, until it is told to stop.
 early: what runs before the ranks in a job's first start waits for a signal.
 """
@@ -16,7 +18,7 @@ from typing import Any
 
 fault, module = sys.argv[1], sys.argv[3]
 del sys.argv[1:4]
-if fault == "early" and module == "job.launch.where" and "SLURM_RESTART_COUNT" not in os.environ:
+if fault == "early" and module == "job.launch.slurm.directories" and "SLURM_RESTART_COUNT" not in os.environ:
     print("waiting for a signal", file=sys.stderr, flush=True)
     signal.pause()
 if module != "job.train" or fault == "early":

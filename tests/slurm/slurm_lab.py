@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, cluster, missing_programs
+from cluster import PrivateCluster, cluster, missing_programs
 from slurm_runs import ROOT, STEPS, Losses, Slurm, losses
 
 
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm_cluster() -> Iterator[Cluster]:
+def slurm_cluster() -> Iterator[PrivateCluster]:
     with cluster(max_array_size=2) as one:
         one.env.update(
             OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", CYCLEVAE_PYTHON=sys.executable, CYCLEVAE_HOME=str(ROOT)
@@ -35,14 +35,14 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def slurm(slurm_cluster: Cluster, tmp_path: Path) -> Iterator[Slurm]:
+def slurm(slurm_cluster: PrivateCluster, tmp_path: Path) -> Iterator[Slurm]:
     one = Slurm(slurm_cluster, tmp_path)
     yield one
     one.cancel()
 
 
 @pytest.fixture(scope="session")
-def quiet_job(slurm_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Slurm, str]:
+def quiet_job(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Slurm, str]:
     """A run that nothing happens to, and its job's id."""
     slurm = Slurm(slurm_cluster, tmp_path_factory.mktemp("quiet"))
     job = slurm.sbatch("run")
@@ -59,8 +59,13 @@ def quiet(quiet_job: tuple[Slurm, str]) -> Losses:
 
 
 @pytest.fixture(scope="session")
-def overdue(slurm_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Slurm, str]]]:
-    """Jobs with a time limit of a minute, which pass while other tests run: of a program that stops when told to, and of a deaf one."""
+def overdue(
+    slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Slurm, str]]]:
+    """Jobs with a time limit of a minute, which passes while other tests run.
+
+    One is of a program that stops when told to, the other of one that is deaf.
+    """
     jobs = {}
     for kind in ("polite", "deaf"):
         slurm = Slurm(slurm_cluster, tmp_path_factory.mktemp(kind))

@@ -8,29 +8,28 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import Cluster, wait_for
+from cluster import PrivateCluster, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 60
 DEADLINE = 300.0  # seconds
-SMALL = f"""model=small data=synthetic model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 model.max_seq_len=16
-data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8 training.device=cpu training.num_train_steps={STEPS}
-training.train_batch_size=2 training.ema_decay=0.9 model.dropout=0.1 training.warmup_steps=10 logging.log_freq=1 logging.eval_freq=25
-logging.save_freq=12 logging.num_samples=1 logging.num_eval_batches=1 training.eval_batch_size=4""".split()
+SMALL = f"""
+model=small model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32
+model.max_seq_len=16 model.dropout=0.1
+data=synthetic data.synthetic_samples=40 data.synthetic_vocab_size=32 data.synthetic_latent_dim=8
+training.device=cpu training.num_train_steps={STEPS} training.train_batch_size=2 training.ema_decay=0.9
+training.warmup_steps=10 training.eval_batch_size=4
+logging.log_freq=1 logging.eval_freq=25 logging.save_freq=12 logging.num_samples=1 logging.num_eval_batches=1
+""".split()
 Losses = dict[int, dict[str, float]]
-OVER = {
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-}  # jobs that go on have a dozen states, such as SIGNALING for milliseconds
+# Jobs that go on have a dozen states, such as SIGNALING for milliseconds.
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
 class Slurm:
     """Jobs of a test on the cluster."""
 
-    def __init__(self, cluster: Cluster, directory: Path) -> None:
+    def __init__(self, cluster: PrivateCluster, directory: Path) -> None:
         self.cluster, self.directory = cluster, directory
         self.jobs: list[str] = []
 

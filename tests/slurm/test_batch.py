@@ -1,4 +1,4 @@
-"""slurm/train.sbatch on two nodes: whatever ends a job, it goes on as if nothing had happened, or says why it does not."""
+"""slurm/train.sbatch on two nodes: whatever ends a job, it goes on as if nothing had happened, or says why not."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_two_jobs_share_a_node(slurm: Slurm) -> None:
 
 
 def test_a_time_limit_of_a_minute(overdue: dict[str, tuple[Slurm, str]]) -> None:
-    """The warning comes in time, and the job is requeued; also one that does not end in time, which SLURM itself never requeues."""
+    """The warning comes in time, and the job is requeued; so is one that does not end. SLURM by itself does neither."""
     for kind, reason in (("polite", "told to stop by SIGUSR1"), ("deaf", "time limit reached")):
         slurm, job = overdue[kind]
         run = slurm.directory / "run"

@@ -70,6 +70,7 @@ def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, qui
     assert "error: 1 of 3 runs did not finish" in done.stderr
     assert f"job {jobs[3]}: FAILED (exit code 1)  (training.train_batch_size=3)" in done.stdout
     assert "training.global_batch_size=4 is not a multiple of training.train_batch_size=3 x 2 processes" in done.stdout
+    assert "no failure was recorded" not in done.stdout, "a rank said it in failures.jsonl"
     assert f"log: {runs[3]}/slurm/{jobs[3]}.log" in done.stdout
     assert losses(runs[2]) == quiet
     assert (sweep / "multirun.yaml").exists()

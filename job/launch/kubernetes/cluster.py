@@ -1,4 +1,7 @@
-"""A namespace of a Kubernetes cluster as launchers see it: jobs, their pods, what these say. Every failure is one clear line."""
+"""A namespace of a Kubernetes cluster as the launcher sees it: jobs, their pods, what these say.
+
+Every failure is a JobError with one clear line.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,27 +19,37 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
-from job.errors import UserError
-from job.launch.kubernetes.manifests import LABELS, QUEUE, Object
+from job.errors import JobError, UserError
+from job.launch.kubernetes.names import (
+    INDEX_OF_POD_LABEL,
+    JOB_OF_POD_LABEL,
+    LABELS,
+    METRICS_PORT_NAME,
+    QUEUE_LABEL,
+    Object,
+)
 
 JOBS = {"group": "kubeflow.org", "version": "v1", "plural": "pytorchjobs"}
 OURS = ",".join(f"{name}={value}" for name, value in LABELS.items())
-JOB_OF_POD, INDEX_OF_POD = "training.kubeflow.org/job-name", "training.kubeflow.org/replica-index"
 NAMESPACE = "cyclevae"  # where the context names none: that of k8s/base
 TIMEOUT = (10.0, 60.0)  # seconds to connect, to answer
 RETRY_SECONDS = 5.0
 
 
-class Unreachable(UserError):
+class Unreachable(JobError):
     """The server does not answer; it may do so later."""
 
 
-class Missing(UserError):
-    """There is no such object."""
+class Missing(JobError):
+    """The cluster has no such object."""
 
 
 class Cluster:
-    """The namespace `namespace` of the cluster of `context`; the kubeconfig's current ones by default, or those of the pod this runs in."""
+    """The namespace `namespace` of the cluster of `context`.
+
+    By default they are the kubeconfig's current ones; without a kubeconfig, those of the pod in which this program
+    runs. UserError without any.
+    """
 
     def __init__(self, namespace: str | None = None, context: str | None = None) -> None:
         settings = client.Configuration()
@@ -46,19 +59,18 @@ class Cluster:
             raise UserError(
                 f"no cluster: {_first_line(error)}; give a kubeconfig (KUBECONFIG, ~/.kube/config) or run in a pod"
             ) from error
-        settings.retries = False  # urllib3's word for: say at once what is wrong
+        settings.retries = False  # of urllib3: otherwise it tries in silence for minutes before it says what is wrong
         connection = client.ApiClient(settings)
         self.namespace: str = namespace or default or NAMESPACE
-        self.jobs: Any = client.CustomObjectsApi(
-            connection
-        )  # the client's own types allow nothing that is not spelt out
+        # Any: the client's own types allow nothing that is not spelt out.
+        self.jobs: Any = client.CustomObjectsApi(connection)
         self.core: Any = client.CoreV1Api(connection)
         self._where = {**JOBS, "namespace": self.namespace}
         self._host = settings.host
 
     @contextmanager
     def asking(self, what: str) -> Iterator[None]:
-        """UserError for whatever the server answers but what was asked for."""
+        """JobError for whatever the server answers but what was asked for: Missing, Unreachable or UserError."""
         try:
             yield
         except ApiException as error:
@@ -66,22 +78,15 @@ class Cluster:
         except (HTTPError, OSError) as error:
             raise Unreachable(f"the cluster at {self._host} does not answer: {_first_line(error)}") from error
 
-    def _explained(self, error: ApiException, what: str) -> UserError:
+    def _explained(self, error: ApiException, what: str) -> JobError:
+        """What an answer of the server means for the user, who asked for `what`."""
         try:
-            status = json.loads(error.body or "{}")
+            answer = json.loads(error.body or "{}")
         except ValueError:  # not Kubernetes' own answer
-            status = {}
-        message = str(status.get("message") or _first_line(error.body or error.reason or "no reason given"))
-        if error.status == 404 and not status.get("details"):
-            return Missing(
-                f"the cluster has no PyTorchJob (kubeflow.org/v1) for {what}: install Kubeflow's training operator 1.9"
-            )
-        if error.status == 404 and f'namespaces "{self.namespace}"' in message:
-            return Missing(
-                f"namespace {self.namespace} is missing: kubectl apply -k k8s/base creates one, or choose another with --namespace"
-            )
+            answer = {}
+        message = str(answer.get("message") or _first_line(error.body or error.reason or "no reason given"))
         if error.status == 404:
-            return Missing(f"{what}: {message}")
+            return self._missing(what, message, named=bool(answer.get("details")))
         if error.status == 401:
             return UserError(
                 f"{what}: the cluster does not accept these credentials; log in again, or choose another --context"
@@ -91,6 +96,19 @@ class Cluster:
         if error.status in (429, 500, 502, 503, 504):
             return Unreachable(f"{what}: the cluster at {self._host} says {error.status}: {message}")
         return UserError(f"{what}: {message}")
+
+    def _missing(self, what: str, message: str, named: bool) -> Missing:
+        """What is missing. An answer that has not `named` an object means that the server does not know the kind."""
+        if not named:
+            return Missing(
+                f"the cluster has no PyTorchJob (kubeflow.org/v1) for {what}: install Kubeflow's training operator 1.9"
+            )
+        if f'namespaces "{self.namespace}"' in message:
+            return Missing(
+                f"namespace {self.namespace} is missing: kubectl apply -k k8s/base creates one, "
+                "or choose another with --namespace"
+            )
+        return Missing(f"{what}: {message}")
 
     def get(self, name: str) -> Object:
         """The job called `name`. Missing without one."""
@@ -107,14 +125,11 @@ class Cluster:
 
     def create(self, job: Object, dry_run: bool = False) -> None:
         """Create a job; with `dry_run` the server only says whether it would."""
+        options = {"field_validation": "Strict"}  # a field that is not known is an error, and not left out
+        if dry_run:
+            options["dry_run"] = "All"
         with self.asking(f"job {job['metadata']['name']}"):
-            self.jobs.create_namespaced_custom_object(
-                **self._where,
-                body=job,
-                field_validation="Strict",
-                _request_timeout=TIMEOUT,
-                **({"dry_run": "All"} if dry_run else {}),
-            )
+            self.jobs.create_namespaced_custom_object(**self._where, body=job, _request_timeout=TIMEOUT, **options)
 
     def delete(self, name: str) -> None:
         """Delete a job and wait until it and its pods are gone: a run has one writer at a time."""
@@ -146,9 +161,9 @@ class Cluster:
         """The pods of a job, by replica."""
         with self.asking(f"pods of job {job}"):
             answer = self.core.list_namespaced_pod(
-                self.namespace, label_selector=f"{JOB_OF_POD}={job}", _request_timeout=TIMEOUT
+                self.namespace, label_selector=f"{JOB_OF_POD_LABEL}={job}", _request_timeout=TIMEOUT
             )
-        return sorted(answer.items, key=lambda pod: int(pod.metadata.labels.get(INDEX_OF_POD, 0)))
+        return sorted(answer.items, key=lambda pod: int(pod.metadata.labels.get(INDEX_OF_POD_LABEL, 0)))
 
     def log(self, pod: str, lines: int | None = None) -> str:
         """What a pod's ranks have printed; empty before it has started."""
@@ -163,10 +178,11 @@ class Cluster:
             yield from watch.watch.iter_resp_lines(answer) if answer else ()
 
     def _log(self, pod: str, lines: int | None, **options: Any) -> Any:
+        if lines:
+            options["tail_lines"] = lines
         try:
-            return self.core.read_namespaced_pod_log(
-                pod, self.namespace, **({"tail_lines": lines} if lines else {}), **options, _preload_content=False
-            )
+            # Not preloaded: the client would turn the bytes of a log into the text of a Python literal.
+            return self.core.read_namespaced_pod_log(pod, self.namespace, **options, _preload_content=False)
         except ApiException as error:
             if error.status in (400, 404):  # not started, or gone
                 return None
@@ -182,9 +198,9 @@ class Cluster:
 
     def metrics(self, pod: Any, path: str = "metrics") -> str | None:
         """What the endpoint of a pod's first rank answers; None when it does not (yet)."""
-        port = next(
-            (port.container_port for port in pod.spec.containers[0].ports or [] if port.name == "metrics-0"), None
-        )
+        first_rank = METRICS_PORT_NAME.format(rank=0)
+        ports = {port.name: port.container_port for port in pod.spec.containers[0].ports or []}
+        port = ports.get(first_rank)
         if port is None or pod.status.phase != "Running":
             return None
         try:
@@ -196,73 +212,83 @@ class Cluster:
         return bytes(answer.data).decode() if answer.status == 200 else None
 
     def changes(self, selector: str) -> Iterator[dict[str, Object]]:
-        """The jobs with these labels by name: now, and again after every change. An expired watch starts anew, an absent server is waited for."""
+        """The jobs with these labels by name: now, and again after every change.
+
+        A watch that has expired starts anew, an absent server is waited for.
+        """
         warned = False
         while True:
             try:
                 with self.asking("watch of jobs"):
-                    answer = self.jobs.list_namespaced_custom_object(
-                        **self._where, label_selector=selector, _request_timeout=TIMEOUT
-                    )
-                    known = {job["metadata"]["name"]: job for job in answer["items"]}
-                    warned = False
-                    yield dict(known)
-                    events = watch.Watch().stream(
-                        self.jobs.list_namespaced_custom_object,
-                        **self._where,
-                        label_selector=selector,
-                        timeout_seconds=300,
-                        resource_version=answer["metadata"]["resourceVersion"],
-                        _request_timeout=(10.0, 330.0),
-                    )
-                    for event in events:
-                        job = event["object"]
-                        known[job["metadata"]["name"]] = job
-                        if event["type"] == "DELETED":
-                            del known[job["metadata"]["name"]]
-                        yield dict(known)
+                    for known in self._changes_until_the_watch_ends(selector):
+                        warned = False
+                        yield known
             except Unreachable as error:
                 if not warned:
                     print(f"warning: {error}; asking again", file=sys.stderr, flush=True)
                 warned = True
                 time.sleep(RETRY_SECONDS)
-            except UserError as error:
+            except JobError as error:
+                # 410 Gone: the server has forgotten the version from which the watch was to go on.
                 if not (isinstance(error.__cause__, ApiException) and error.__cause__.status == 410):
                     raise
 
+    def _changes_until_the_watch_ends(self, selector: str) -> Iterator[dict[str, Object]]:
+        answer = self.jobs.list_namespaced_custom_object(
+            **self._where, label_selector=selector, _request_timeout=TIMEOUT
+        )
+        known = {job["metadata"]["name"]: job for job in answer["items"]}
+        yield dict(known)
+        events = watch.Watch().stream(
+            self.jobs.list_namespaced_custom_object,
+            **self._where,
+            label_selector=selector,
+            timeout_seconds=300,
+            resource_version=answer["metadata"]["resourceVersion"],  # no change between list and watch is missed
+            _request_timeout=(10.0, 330.0),
+        )
+        for event in events:
+            job = event["object"]
+            known[job["metadata"]["name"]] = job
+            if event["type"] == "DELETED":
+                del known[job["metadata"]["name"]]
+            yield dict(known)
+
     def refuse_missing(self, job: Object) -> None:
-        """UserError for a claim, a service account or a queue that a job names and the namespace lacks."""
+        """Missing for a claim, a service account or a queue that a job names and the namespace lacks."""
         spec = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]
-        claims = [
-            volume["persistentVolumeClaim"]["claimName"]
-            for volume in spec["volumes"]
-            if "persistentVolumeClaim" in volume
-        ]
-        accounts = [spec["serviceAccountName"]] if "serviceAccountName" in spec else []
-        for kind, read, names in (
-            ("claim", self.core.read_namespaced_persistent_volume_claim, claims),
-            ("service account", self.core.read_namespaced_service_account, accounts),
-        ):
-            for name in names:
-                try:
-                    with self.asking(f"{kind} {name}"):
-                        read(name, self.namespace, _request_timeout=TIMEOUT)
-                except Missing as error:
-                    raise Missing(
-                        f"namespace {self.namespace} has no {kind} {name}: kubectl apply -k k8s/base creates it"
-                    ) from error
-        queue = job["metadata"]["labels"].get(QUEUE)
-        if queue is None:
-            return
+        for volume in spec["volumes"]:
+            if "persistentVolumeClaim" in volume:
+                claim = volume["persistentVolumeClaim"]["claimName"]
+                self._refuse_missing("claim", claim, self.core.read_namespaced_persistent_volume_claim)
+        if "serviceAccountName" in spec:
+            account = spec["serviceAccountName"]
+            self._refuse_missing("service account", account, self.core.read_namespaced_service_account)
+        if QUEUE_LABEL in job["metadata"]["labels"]:
+            self._refuse_missing_queue(job["metadata"]["labels"][QUEUE_LABEL])
+
+    def _refuse_missing(self, kind: str, name: str, read: Callable[..., Any]) -> None:
+        try:
+            with self.asking(f"{kind} {name}"):
+                read(name, self.namespace, _request_timeout=TIMEOUT)
+        except Missing as error:
+            raise Missing(
+                f"namespace {self.namespace} has no {kind} {name}: kubectl apply -k k8s/base creates it"
+            ) from error
+
+    def _refuse_missing_queue(self, queue: str) -> None:
         with self.asking(f"queue {queue}"):
             groups: Any = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
-            version = next(
-                (group.preferred_version.version for group in groups if group.name == "kueue.x-k8s.io"), None
-            )
-            if version is None:
+            versions = {group.name: group.preferred_version.version for group in groups}
+            if "kueue.x-k8s.io" not in versions:
                 raise Missing(f"queue {queue}: the cluster has no Kueue; leave hydra.launcher.queue out")
             self.jobs.get_namespaced_custom_object(
-                "kueue.x-k8s.io", version, self.namespace, "localqueues", queue, _request_timeout=TIMEOUT
+                "kueue.x-k8s.io",
+                versions["kueue.x-k8s.io"],
+                self.namespace,
+                "localqueues",
+                queue,
+                _request_timeout=TIMEOUT,
             )
 
 

@@ -9,9 +9,11 @@ import threading
 import time
 from typing import Any
 
-from job.errors import UserError
-from job.launch.kubernetes.cluster import INDEX_OF_POD, Cluster, Unreachable
+from job.errors import JobError
+from job.launch.kubernetes.cluster import Cluster, Unreachable
+from job.launch.kubernetes.names import INDEX_OF_POD_LABEL
 from job.launch.kubernetes.status import OVER, state
+from job.launch.kubernetes.status_lines import for_people, parse
 
 POLL_SECONDS = 2.0
 
@@ -20,7 +22,9 @@ def show(cluster: Cluster, job: str, lines: int) -> None:
     """Print the last lines of every pod."""
     pods = cluster.pods(job)
     for pod in pods:
-        for line in cluster.log(pod.metadata.name, lines).splitlines():
+        # Twice as many: up to every other line is for programs.
+        log = for_people(cluster.log(pod.metadata.name, 2 * lines))
+        for line in log[-lines:]:
             print(f"{prefix(pod, len(pods))}{line}")
 
 
@@ -51,16 +55,18 @@ def read(cluster: Cluster, pod: Any, start: str, lines: int) -> None:
         try:
             for line in cluster.log_stream(pod.metadata.name, lines if not last else None):
                 stamp, _, text = line.partition(" ")
-                if stamp > last:
-                    last = stamp
+                if stamp <= last:
+                    continue
+                last = stamp
+                if parse(text) is None:
                     print(f"{start}{text}", flush=True)
             if cluster.phase(pod) in ("Succeeded", "Failed", "Gone"):
                 return
         except Unreachable:
             pass
-        except BrokenPipeError:  # whoever read has gone, `| head` say; only this ends the other threads too
+        except BrokenPipeError:  # the reader has gone, `| head` say; only this ends the other threads too
             os._exit(128 + signal.SIGPIPE)
-        except UserError as error:
+        except JobError as error:
             print(f"{start}error: {error}", file=sys.stderr, flush=True)
             return
         time.sleep(POLL_SECONDS)
@@ -68,4 +74,4 @@ def read(cluster: Cluster, pod: Any, start: str, lines: int) -> None:
 
 def prefix(pod: Any, pods: int) -> str:
     """Which pod a line is from, where there are several."""
-    return f"{pod.metadata.labels.get(INDEX_OF_POD, '?')}: " if pods > 1 else ""
+    return f"{pod.metadata.labels.get(INDEX_OF_POD_LABEL, '?')}: " if pods > 1 else ""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from job.failure_records import Failure
+from job.launch.failures import end_of_log, first_cause
 from job.launch.kubernetes.cluster import Cluster
-from job.launch.kubernetes.manifests import QUEUE, RUN, Object
-from job.launch.slurm.run_directory import COLLATERAL, FAILURE
+from job.launch.kubernetes.names import QUEUE_LABEL, RUN_ANNOTATION, Object
+from job.launch.kubernetes.status_lines import for_people, last_progress
+from job.launch.run_status import RunStatus
 
 OVER = ("COMPLETED", "FAILED", "SUSPENDED", "DELETED")
+STARTING = ("PodInitializing", "ContainerCreating")  # a container waits for these without anything being wrong
 SAMPLE = re.compile(r"^(cyclevae_\w+)\{([^}]*)\} (\S+)", re.MULTILINE)
-PROGRESS = re.compile(r"^step (\d+)/(\d+)  loss (\S+) .*?([\d.e+]+)(k?) tokens/s  ([\d:]+) left", re.MULTILINE)
-SHOWN = {
+MEASURED = {
     "cyclevae_step": "step",
     "cyclevae_target_steps": "steps",
     "cyclevae_loss": "loss",
@@ -25,22 +30,21 @@ SHOWN = {
 
 def state(job: Object) -> str:
     """PENDING, QUEUED (by Kueue), RUNNING, RESTARTING, SUSPENDED (by cancel), COMPLETED or FAILED."""
-    true = {
-        condition["type"]
-        for condition in job.get("status", {}).get("conditions") or []
-        if condition["status"] == "True"
-    }
+    conditions = job.get("status", {}).get("conditions") or []
+    true = {condition["type"] for condition in conditions if condition["status"] == "True"}
     if "Succeeded" in true:
         return "COMPLETED"
     if "Failed" in true:
         return "FAILED"
     if job["spec"]["runPolicy"].get("suspend"):
-        return "QUEUED" if QUEUE in job["metadata"]["labels"] else "SUSPENDED"
-    return "RESTARTING" if "Restarting" in true else "RUNNING" if "Running" in true else "PENDING"
+        return "QUEUED" if QUEUE_LABEL in job["metadata"]["labels"] else "SUSPENDED"
+    if "Restarting" in true:
+        return "RESTARTING"
+    return "RUNNING" if "Running" in true else "PENDING"
 
 
-def row(cluster: Cluster, job: Object) -> dict[str, Any]:
-    """Job, state, whether it is alive, step, loss, rate, seconds left, restarts, reason; the keys are those of job.launch.slurm.run_directory."""
+def run_status(cluster: Cluster, job: Object) -> RunStatus:
+    """What is known of the run of a job: from its first rank's metrics, else from the end of its log."""
     name, now = job["metadata"]["name"], state(job)
     pods = cluster.pods(name)
     values: dict[str, Any] = {}
@@ -51,95 +55,102 @@ def row(cluster: Cluster, job: Object) -> dict[str, Any]:
             alive = cluster.metrics(pod, "healthz") is not None
             break
     if not values.get("steps"):
-        values = next((found for pod in pods if (found := printed(cluster.log(pod.metadata.name, 100)))), {})
-    return {
-        "run": job["metadata"].get("annotations", {}).get(RUN, name),
-        "job": name,
-        "state": now,
-        "alive": alive,
-        "step": int(values.get("step", 0)),
-        "steps": int(values["steps"]) if values else None,
-        "loss": values.get("loss"),
-        "tokens_per_second": values.get("tokens_per_second"),
-        "seconds_left": values.get("seconds_left"),
-        "restarts": int(values["restarts"]) if "restarts" in values else None,
-        "reason": reason(cluster, job, pods),
-        "log": f"cyclevae k8s logs {name}",
-    }
+        logs = (cluster.log(pod.metadata.name, 100) for pod in pods)
+        values = next((progress for log in logs if (progress := last_progress(log))), {})
+    return RunStatus(
+        run=job["metadata"].get("annotations", {}).get(RUN_ANNOTATION, name),
+        job=name,
+        state=now,
+        alive=alive,
+        step=int(values.get("step", 0)),
+        steps=int(values["steps"]) if values else None,
+        loss=values.get("loss"),
+        tokens_per_second=values.get("tokens_per_second"),
+        seconds_left=values.get("seconds_left"),
+        restarts=int(values["restarts"]) if "restarts" in values else None,
+        reason=reason(cluster, job, pods),
+        log=f"cyclevae k8s logs {name}",
+    )
 
 
-def measured(text: str) -> dict[str, float]:
-    """The numbers of a rank's metrics."""
-    values = {
-        SHOWN[name]: float(number)
+def measured(text: str) -> dict[str, Any]:
+    """The numbers of a rank's metrics, from the text of its endpoint."""
+    values: dict[str, Any] = {
+        MEASURED[name]: float(number)
         for name, labels, number in SAMPLE.findall(text)
-        if name in SHOWN and (name != "cyclevae_loss" or 'term="total"' in labels)
+        if name in MEASURED and (name != "cyclevae_loss" or 'term="total"' in labels)
     }
     if values.get("done") and "steps" in values:
         values["seconds_left"] = round((values["steps"] - values["step"]) * values["seconds"] / values["done"])
     return values
 
 
-def printed(text: str) -> dict[str, float]:
-    """The numbers of the last line of progress in a log."""
-    lines = PROGRESS.findall(text)
-    if not lines:
-        return {}
-    step, steps, loss, rate, thousands, left = lines[-1]
-    seconds = 0
-    for part in left.split(":"):
-        seconds = 60 * seconds + int(part)
-    return {
-        "step": int(step),
-        "steps": int(steps),
-        "loss": float(loss),
-        "tokens_per_second": float(rate) * (1000 if thousands else 1),
-        "seconds_left": seconds,
-    }
-
-
-def reason(cluster: Cluster, job: Object, pods: list[Any]) -> str | None:
+def reason(cluster: Cluster, job: Object, pods: Sequence[Any]) -> str | None:
     """Why a job does not run."""
     now = state(job)
+    if now == "COMPLETED":
+        return None
     if now == "FAILED":
-        return " ".join(part for part in (outcome(cluster, job), first_failure(cluster, job)) if part)
+        known = (outcome(job, pods), first_failure(cluster, pods))
+        return " ".join(part for part in known if part)
     if now == "SUSPENDED":
         return f"cancelled: cyclevae k8s resume {job['metadata']['name']}"
-    for pod in pods if now != "COMPLETED" else []:
-        for container in [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]:
-            waiting = container.state and container.state.waiting
-            if waiting and waiting.reason not in ("PodInitializing", "ContainerCreating"):
-                return f"{pod.metadata.name}: {waiting.reason}: {waiting.message or ''}".rstrip(": ")
-        for condition in pod.status.conditions or []:
-            if condition.type == "PodScheduled" and condition.status == "False":
-                return f"{pod.metadata.name}: {condition.message}"
+    return next((found for pod in pods if (found := _waits_for(pod))), None)
+
+
+def _waits_for(pod: Any) -> str | None:
+    """What keeps a pod from starting."""
+    for container in _containers(pod):
+        waiting = container.state and container.state.waiting
+        if waiting and waiting.reason not in STARTING:
+            return f"{pod.metadata.name}: {waiting.reason}: {waiting.message or ''}".rstrip(": ")
+    for condition in pod.status.conditions or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return f"{pod.metadata.name}: {condition.message}"
     return None
 
 
-def outcome(cluster: Cluster, job: Object) -> str:
+def outcome(job: Object, pods: Sequence[Any]) -> str:
     """How a job ended: COMPLETED, FAILED (exit code 1), ..."""
     if state(job) != "FAILED":
         return state(job)
-    code = next(
-        (
-            status.state.terminated.exit_code
-            for pod in cluster.pods(job["metadata"]["name"])
-            for status in [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
-            if status.state.terminated and status.state.terminated.exit_code
-        ),
-        None,
-    )
+    code = next((ended.exit_code for ended in _terminated(pods) if ended.exit_code), None)
     if code is not None:
         return f"FAILED (exit code {code})"
-    return f"FAILED ({next((one['message'] for one in job['status']['conditions'] if one['type'] == 'Failed'), 'no reason given')})"
+    failed = (one["message"] for one in job["status"]["conditions"] if one["type"] == "Failed")
+    return f"FAILED ({next(failed, 'no reason given')})"
 
 
-def first_failure(cluster: Cluster, job: Object) -> str | None:
-    """What the first failing rank said, not what the others said of losing it."""
-    said = [
-        line
-        for pod in cluster.pods(job["metadata"]["name"])
-        for line in cluster.log(pod.metadata.name, 1000).splitlines()
-        if FAILURE.match(line)
-    ]
-    return next(iter([line for line in said if not COLLATERAL.search(line)] or said), None)
+def first_failure(cluster: Cluster, pods: Sequence[Any]) -> str | None:
+    """Why a job's pods failed: the first rank's failure, not what the others said of losing it.
+
+    The end of a failed pod's log when no failure was recorded; None without a log.
+    """
+    recorded = (recorded_failure(ended.message) for ended in _terminated(pods))
+    cause = first_cause(failure for failure in recorded if failure is not None)
+    if cause is not None:
+        return str(cause)
+    failed = [pod for pod in pods if any(ended.exit_code for ended in _terminated([pod]))]
+    logs = ("\n".join(for_people(cluster.log(pod.metadata.name, 100))) for pod in failed or pods)
+    return next((end for log in logs if (end := end_of_log(log))), None)
+
+
+def recorded_failure(message: str | None) -> Failure | None:
+    """The failure in a container's message, which attempt.py leaves there; None for another program's message."""
+    try:
+        record = json.loads(message or "")
+    except json.JSONDecodeError:
+        return None
+    return Failure.of_record(record) if isinstance(record, dict) else None
+
+
+def _containers(pod: Any) -> list[Any]:
+    return [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
+
+
+def _terminated(pods: Sequence[Any]) -> Iterator[Any]:
+    """How those containers of pods ended that did."""
+    for pod in pods:
+        for container in _containers(pod):
+            if container.state and container.state.terminated:
+                yield container.state.terminated

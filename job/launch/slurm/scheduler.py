@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 
-from job.errors import UserError
+from job.errors import JobError, UserError
 
 OVER = {
     "COMPLETED",
@@ -28,16 +28,16 @@ def available() -> bool:
 
 
 def output(*command: str) -> str:
-    """Standard output of a command of SLURM. UserError with its own words when it fails."""
+    """Standard output of a command of SLURM. JobError with its own words when it fails, UserError without it."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not installed here: submit from a login node of the SLURM cluster") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        raise UserError(f"{command[0]}: {lines[-1].removeprefix(f'{command[0]}: ')}") from error
+        raise JobError(f"{command[0]}: {lines[-1].removeprefix(f'{command[0]}: ')}") from error
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]}: no answer from the SLURM controller for {error.timeout:.0f} s") from error
+        raise JobError(f"{command[0]}: no answer from the SLURM controller for {error.timeout:.0f} s") from error
 
 
 def queued() -> dict[str, str]:
@@ -58,7 +58,7 @@ def ended(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:
             "--jobs",
             ",".join(jobs),
         ).splitlines()
-    except UserError:
+    except JobError:
         return {}
     fields = [line.split("|") for line in lines]
     return {job: (state.split()[0], code) for job, state, code in fields if state.split()[0] in OVER}

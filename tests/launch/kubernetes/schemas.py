@@ -1,4 +1,7 @@
-"""Validation of manifests without a cluster: core kinds by kubernetes-validate, custom ones by their CRDs' own schemas, unknown fields closed."""
+"""Validation of manifests without a cluster; a field that is not known is an error.
+
+Core kinds are validated by kubernetes-validate, custom ones by their CRDs' own schemas.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ SAME_SPEC = {"TrainingRuntime": "ClusterTrainingRuntime"}
 
 
 def closed(schema: Any) -> Any:
-    """A CRD's structural schema as JSON schema in which a field that is not listed is an error, as with fieldValidation=Strict."""
+    """A CRD's structural schema as JSON schema, closed: a field that is not listed is an error, as for the server."""
     if isinstance(schema, list):
         return [closed(one) for one in schema]
     if not isinstance(schema, dict):

@@ -1,28 +1,27 @@
-"""The manifests in k8s/ and those that launchers send: valid, generated from one place, and consistent with the trainer."""
+"""The manifests in k8s/ and those that the launcher sends: valid, from one place, and consistent with the trainer."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from generate import OVERLAYS, files
 from schemas import ROOT, needs_crds, problems
 
 from generate_monitoring import PORTS, pod_monitor
 from job.errors import ExitCode, UserError
-from job.launch.kubernetes.attempt import fruitless_restarts
-from job.launch.kubernetes.generate import OVERLAYS, files
-from job.launch.kubernetes.manifests import STOP, Container, Run, Settings, pytorch_job, train_job
+from job.launch.kubernetes.manifests import pytorch_job, train_job
+from job.launch.kubernetes.names import STOP_ANNOTATION
+from job.launch.kubernetes.pods import LaunchedRun
+from job.launch.kubernetes.settings import ContainerSettings, Settings
 
-RUN = Run("first", "/runs/first", ["--config-name", "demo"])
-SETTINGS = Settings(container=Container("image:1"))
+RUN = LaunchedRun("first", "/runs/first", ["--config-name", "demo"])
+SETTINGS = Settings(container=ContainerSettings("image:1"))
 
 
 def render(directory: Path) -> list[dict[str, Any]]:
@@ -49,7 +48,7 @@ def variables(container: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", sorted(files()))
 def test_generated_files_are_up_to_date(path: str) -> None:
-    assert (ROOT / path).read_text() == files()[path], "run: python -m job.launch.kubernetes.generate"
+    assert (ROOT / path).read_text() == files()[path], "run: python k8s/generate.py"
 
 
 def test_every_overlay_is_generated() -> None:
@@ -114,7 +113,8 @@ def test_validation_finds_what_is_wrong() -> None:
 def test_grace_times_are_in_order(name: str) -> None:
     """Kubernetes kills after torchrun would, and torchrun after a step and a save have had their time."""
     manifests = list(yaml.safe_load_all((ROOT / "k8s" / "overlays" / name / "job.yaml").read_text()))
-    needed = next(int(one["metadata"]["annotations"][STOP]) for one in manifests if "annotations" in one["metadata"])
+    (annotations,) = (one["metadata"]["annotations"] for one in manifests if "annotations" in one["metadata"])
+    needed = int(annotations[STOP_ANNOTATION])
     for pod in (pod for one in manifests for pod in pods_of(one)):
         torchrun = int(variables(pod["spec"]["containers"][0])["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
         assert pod["spec"]["terminationGracePeriodSeconds"] > torchrun > needed >= 60
@@ -145,10 +145,10 @@ def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None
 
 
 def test_one_node_is_a_master_and_several_are_workers_that_nothing_keeps_from_finding_each_other() -> None:
-    """The operator publishes the DNS names of ready pods alone: whatever delays readiness would delay the rendezvous, and so readiness."""
+    """DNS has the names of ready pods alone: what delays readiness would delay the rendezvous, and so readiness."""
     one, several = (
         pytorch_job(RUN, SETTINGS)["spec"],
-        pytorch_job(RUN, Settings(nodes=4, min_nodes=2, container=Container("image:1")))["spec"],
+        pytorch_job(RUN, Settings(nodes=4, min_nodes=2, container=ContainerSettings("image:1")))["spec"],
     )
     assert list(one["pytorchReplicaSpecs"]) == ["Master"]
     assert "elasticPolicy" not in one
@@ -197,7 +197,7 @@ def test_settings_reach_the_pod() -> None:
         queue="gold",
         node_selector={"gpu": "h200"},
         fs_group=None,
-        container=Container("image:1", pull_secrets=["registry"], env={"NCCL_DEBUG": "INFO"}),
+        container=ContainerSettings("image:1", pull_secrets=["registry"], env={"NCCL_DEBUG": "INFO"}),
         pod={"runtimeClassName": "nvidia", "securityContext": {"runAsUser": 7}},
     )
     job = pytorch_job(RUN, settings)
@@ -225,77 +225,11 @@ def test_settings_reach_the_pod() -> None:
     ("settings", "words"),
     [
         (Settings(), "container.image"),
-        (Settings(nodes=2, min_nodes=3, container=Container("i")), "min_nodes=3"),
-        (Settings(nodes=0, container=Container("i")), "nodes=0"),
-        (Settings(max_restarts=-1, container=Container("i")), "max_restarts=-1"),
+        (Settings(nodes=2, min_nodes=3, container=ContainerSettings("i")), "min_nodes=3"),
+        (Settings(nodes=0, container=ContainerSettings("i")), "nodes=0"),
+        (Settings(max_restarts=-1, container=ContainerSettings("i")), "max_restarts=-1"),
     ],
 )
 def test_impossible_settings(settings: Settings, words: str) -> None:
     with pytest.raises(UserError, match=words):
         pytorch_job(RUN, settings)
-
-
-def test_restarts_are_counted_from_the_last_new_checkpoint(tmp_path: Path) -> None:
-    def started(trained: bool = True) -> int:
-        restarts = fruitless_restarts(tmp_path)
-        if trained:
-            (tmp_path / "environment.json").write_text("{}")
-            os.utime(tmp_path / "environment.json", (0, next(seconds)))
-        return restarts
-
-    seconds = itertools.count(1)
-    assert [started() for _ in range(3)] == [0, 1, 2]
-    assert [started(trained=False) for _ in range(3)] == [3, 3, 3], "nothing counts while other nodes are waited for"
-    (tmp_path / "checkpoints" / "step_000000090").mkdir(parents=True)
-    assert [started() for _ in range(2)] == [0, 1]
-    (tmp_path / "checkpoints" / "step_000000100").mkdir()
-    assert started() == 0
-
-
-def attempt(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "job.launch.kubernetes.attempt", *arguments],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_data_are_prepared_once_and_a_mistake_in_it_is_final(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "texts.txt").write_text("".join(f"A line of text with the number {number}.\n" for number in range(60)))
-    prepare = [
-        "--out",
-        "data/mine",
-        "--source",
-        "texts.txt",
-        "--vocab-size",
-        "300",
-        "--latent-dim",
-        "4",
-        "--validation-fraction",
-        "0.2",
-    ]
-    first = attempt(tmp_path, "runs/r", "5", *prepare, "--", "--nproc-per-node=1", "--max-restarts=7", "x.py")
-    assert first.returncode == ExitCode.USAGE, "torchrun was started, and refused its arguments"
-    assert "training and" in first.stdout
-    again = attempt(tmp_path, "runs/r", "5", *prepare, "--", "--max-restarts=7", "x.py")
-    assert "finished already" in again.stdout
-    wrong = attempt(tmp_path, "runs/r", "5", "--out", "data/other", "--source", "absent.txt", "--", "x.py")
-    assert (wrong.returncode, "absent.txt" in wrong.stderr) == (ExitCode.FAILED, True)
-
-
-def test_a_run_that_comes_no_further_is_given_up(tmp_path: Path) -> None:
-    (tmp_path / "kubernetes").mkdir()
-    (tmp_path / "kubernetes" / "attempts.json").write_text('{"checkpoint": null, "trained": 1.0, "fruitless": 5}')
-    done = attempt(tmp_path, str(tmp_path), "5", "--", "x.py")
-    assert done.returncode == ExitCode.FAILED
-    assert "6 starts in a row without a new checkpoint (max_restarts=5)" in done.stderr
-
-
-def test_a_claim_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    done = attempt(tmp_path, f"{tmp_path}/file/run", "5", "--", "x.py")
-    assert (done.returncode, "Traceback" in done.stderr, "fs_group" in done.stderr) == (ExitCode.FAILED, False, True)

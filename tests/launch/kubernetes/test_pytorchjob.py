@@ -1,11 +1,8 @@
-"""hydra/launcher=pytorchjob and `cyclevae k8s` as far as no cluster is needed: what is sent, what is refused, what is read."""
+"""hydra/launcher=pytorchjob and `cyclevae k8s` as far as no cluster is needed: what is sent, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,11 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from schemas import ROOT, needs_crds, problems
+from schemas import needs_crds, problems
 
 from job import k8s
-from job.launch.kubernetes.manifests import DIGEST, QUEUE, RUN, SWEEP
-from job.launch.kubernetes.status import measured, printed, state
+from job.launch.kubernetes.names import DIGEST_ANNOTATION, RUN_ANNOTATION, SWEEP_LABEL
 from job.launch.kubernetes.sweep import job_name
-from job.launch.table import show
-from job.monitoring.exporter import Metrics
-from job.monitoring.progress import Progress
 
 Manifests = Callable[..., list[dict[str, Any]]]
 
@@ -34,19 +27,8 @@ def submit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     def dry_run(*arguments: str, code: int = 0) -> str:
         monkeypatch.setattr("sys.argv", ["cyclevae"])
         monkeypatch.chdir(tmp_path)
-        assert (
-            k8s.main(
-                [
-                    "submit",
-                    "--dry-run",
-                    "data=synthetic",
-                    "logging.run_name=r",
-                    "hydra.launcher.container.image=image:1",
-                    *arguments,
-                ]
-            )
-            == code
-        )
+        needed = ["data=synthetic", "logging.run_name=r", "hydra.launcher.container.image=image:1"]
+        assert k8s.main(["submit", "--dry-run", *needed, *arguments]) == code
         printed = capsys.readouterr()
         return printed.err if code else printed.out
 
@@ -67,7 +49,7 @@ def trainer(job: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_is_a_job_of_its_name(manifests: Manifests) -> None:
     (job,) = manifests("hydra.launcher.gpus_per_node=8", "+hydra.launcher.container.env.NCCL_DEBUG=INFO")
     assert job["metadata"]["name"] == "r"
-    assert job["metadata"]["annotations"][RUN] == "/runs/r"
+    assert job["metadata"]["annotations"][RUN_ANNOTATION] == "/runs/r"
     assert job["spec"]["nprocPerNode"] == "8"
     assert trainer(job)["command"] == [
         "tini",
@@ -99,11 +81,11 @@ def test_jobs_are_valid(manifests: Manifests) -> None:
 
 def test_a_sweep_is_a_job_per_point_named_after_what_varies(manifests: Manifests) -> None:
     jobs = manifests("loss.cycle_text_weight=0.05,0.1,0.2", "training.seed=1", "hydra.launcher.nodes=2")
-    assert [job["metadata"]["annotations"][RUN] for job in jobs] == [
+    assert [job["metadata"]["annotations"][RUN_ANNOTATION] for job in jobs] == [
         f"/runs/r/loss.cycle_text_weight={weight}" for weight in ("0.05", "0.1", "0.2")
     ]
     assert len({job["metadata"]["name"] for job in jobs}) == 3
-    assert {job["metadata"]["labels"][SWEEP] for job in jobs} == {"r"}
+    assert {job["metadata"]["labels"][SWEEP_LABEL] for job in jobs} == {"r"}
     assert "loss.cycle_text_weight=0.1" in trainer(jobs[1])["command"]
     again = manifests("training.seed=1", "hydra.launcher.nodes=2", "loss.cycle_text_weight=0.1,0.3")
     assert again[0]["metadata"]["name"] == jobs[1]["metadata"]["name"], "the same point finds its own job"
@@ -111,7 +93,7 @@ def test_a_sweep_is_a_job_per_point_named_after_what_varies(manifests: Manifests
 
 def test_other_settings_are_noticed(manifests: Manifests) -> None:
     digests = {
-        manifests(*arguments)[0]["metadata"]["annotations"][DIGEST]
+        manifests(*arguments)[0]["metadata"]["annotations"][DIGEST_ANNOTATION]
         for arguments in ([], ["training.seed=1"], ["hydra.launcher.mem_gb=4"], [])
     }
     assert len(digests) == 3
@@ -190,90 +172,3 @@ def test_names_tell_points_apart() -> None:
     ]
     assert len({job_name(Path(point)) for point in points}) == len(points)
     assert job_name(Path("/runs/first")) == "first"
-
-
-def job(*conditions: str, suspended: bool = False, queue: bool = False) -> dict[str, Any]:
-    return {
-        "metadata": {"labels": {QUEUE: "q"} if queue else {}},
-        "spec": {"runPolicy": {"suspend": suspended}},
-        "status": {
-            "conditions": [{"type": one.lstrip("-"), "status": str(not one.startswith("-"))} for one in conditions]
-        },
-    }
-
-
-def test_states() -> None:
-    assert state({**job(), "status": {}}) == "PENDING"
-    assert state(job("Created")) == "PENDING"
-    assert state(job("Created", "Running")) == "RUNNING"
-    assert state(job("Created", "-Running", "Restarting")) == "RESTARTING"
-    assert state(job("Created", "-Running", "Succeeded")) == "COMPLETED"
-    assert state(job("Created", "-Running", "Restarting", "Failed")) == "FAILED"
-    assert state(job("Created", "-Running", "Suspended", suspended=True)) == "SUSPENDED"
-    assert state(job("Created", suspended=True, queue=True)) == "QUEUED"
-
-
-def test_numbers_are_read_from_the_endpoint_as_it_writes_them() -> None:
-    from prometheus_client import generate_latest
-
-    metrics = Metrics("first", 0, lambda: {("cyclevae_step", ()): 30.0})
-    metrics.set(
-        {
-            ("cyclevae_target_steps", ()): 80.0,
-            ("cyclevae_loss", ("total",)): 4.5,
-            ("cyclevae_loss", ("cycle_text",)): 1.0,
-            ("cyclevae_tokens_per_second", ()): 123.4,
-            ("cyclevae_restarts_total", ()): 2.0,
-        }
-    )
-    for _ in range(10):
-        metrics.step_duration.observe(0.5)
-    found = measured(generate_latest(metrics.registry).decode())
-    assert {
-        name: found[name] for name in ("step", "steps", "loss", "tokens_per_second", "restarts", "seconds_left")
-    } == {"step": 30, "steps": 80, "loss": 4.5, "tokens_per_second": 123.4, "restarts": 2, "seconds_left": 25}
-    assert measured("") == {}
-
-
-def test_numbers_are_read_from_the_log_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(80, 0, show=True)
-    progress.log(20, {"loss": 4.51, "base_l2t_text_loss": 3.0, "tokens_per_second": 123.0})
-    progress.started -= 4000
-    progress.log(40, {"loss": 2.5, "tokens_per_second": 51_230.0})
-    found = printed("a line before\n" + capsys.readouterr().out + "another\n")
-    assert {name: found[name] for name in ("step", "steps", "loss", "tokens_per_second")} == {
-        "step": 40,
-        "steps": 80,
-        "loss": 2.5,
-        "tokens_per_second": 51_200,
-    }
-    assert 3990 < found["seconds_left"] < 4100
-    assert printed("nothing yet") == {}
-
-
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {
-        "job": "r",
-        "state": "RUNNING",
-        "alive": True,
-        "step": 1,
-        "steps": 2,
-        "loss": 1.5,
-        "tokens_per_second": 9.0,
-        "seconds_left": 61,
-        "restarts": None,
-        "run": "/runs/r",
-        "reason": "why",
-    }
-    show([row], as_json=False)
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "r    RUNNING  yes    1/2   1.5   9/s   0:01:01  -         /runs/r",
-        "    why",
-    ]
-    show([row], as_json=True)
-    assert json.loads(capsys.readouterr().out) == [row]
-
-
-def test_the_launchers_do_not_import_torch() -> None:
-    code = "import sys, job.k8s, job.launch.kubernetes.sweep, job.launch.kubernetes.logs, job.launch.slurm.submission; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

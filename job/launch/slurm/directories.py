@@ -1,6 +1,9 @@
-"""For batch scripts: prints the run directory of job.train's arguments, and the directory of its metrics targets.
+"""For slurm/train.sbatch: prints the run directory that job.train's arguments mean, and that of its metrics targets.
 
-Refuses the configurations that job.train refuses, before any GPU is touched.
+    python -m job.launch.slurm.directories OVERRIDES...
+
+The batch step needs both before the ranks start. Configurations that job.train would refuse are refused here already,
+before any GPU is touched.
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-BATCH = Path(__file__).parent.parent.parent / "job" / "launch" / "batch.sh"
+from job.launch.slurm.job_script import BATCH
+
 SCONTROL = """
 scontrol() {
     if [ "$1" = requeue ]; then echo "$2" >>requeued; return 0; fi
-    echo "JobId=7 JobState=$([ -e requeued ] && echo PENDING || echo "${STATE:-RUNNING}") Reason=${REASON:-None} Restarts=0"
+    state=$([ -e requeued ] && echo PENDING || echo "${STATE:-RUNNING}")
+    echo "JobId=7 JobState=$state Reason=${REASON:-None} Restarts=0"
 }
 """
 
@@ -87,7 +89,10 @@ def test_ranks_that_have_not_met_are_not_told_yet(tmp_path: Path) -> None:
 
 
 def test_further_signals_end_nothing(tmp_path: Path) -> None:
-    ranks = f"trap 'touch told$((++told))' USR1; touch {MET}; for _ in {{1..600}}; do [ -e told3 ] && exit 143; sleep 0.05; done"
+    ranks = (
+        f"trap 'touch told$((++told))' USR1; touch {MET}; "
+        "for _ in {1..600}; do [ -e told3 ] && exit 143; sleep 0.05; done"
+    )
     signs = {MET: "USR1", "told1": "USR2", "told2": "TERM"}
     signals = "".join(
         f"until [ -e {sign} ]; do sleep 0.05; done; kill -{signal} $$; " for sign, signal in signs.items()
@@ -119,6 +124,23 @@ def test_what_comes_before_the_ranks(code: int, restarts: str, requeued: bool, t
 
 
 def test_a_refused_requeue_is_noted(tmp_path: Path) -> None:
-    refuse = 'scontrol() { if [ "$1" = requeue ]; then echo \'job "7" is not "requeuable"\'; return 1; fi; echo JobState=RUNNING; }'
+    says = 'echo \'job "7" is not "requeuable"\'; return 1'
+    refuse = f'scontrol() {{ if [ "$1" = requeue ]; then {says}; fi; echo JobState=RUNNING; }}'
     _, events, _ = run(tmp_path, f"{refuse}\nsupervise run targets 5 bash -c 'exit 134'")
     assert events[-1] == "failed: cannot be requeued: job 7 is not requeuable"
+
+
+def test_failures_are_those_of_the_last_start(tmp_path: Path) -> None:
+    """Every rank finds the file in its environment, also one that a container's entry starts; an earlier start's go."""
+    rank = "supervise run targets 5 bash -c 'echo start$0 >>$CYCLEVAE_FAILURES; exit 134'"
+    failures = tmp_path / "run" / "slurm" / "failures.jsonl"
+    for start in ("1", "2"):
+        run(tmp_path, f"{rank} {start}")
+        assert failures.read_text() == f"start{start}\n"
+
+
+def test_a_requeue_that_ends_scontrol_too_is_no_refusal(tmp_path: Path) -> None:
+    """SLURM ends every process of a job that it requeues, at times also the scontrol that has asked for it."""
+    ended = 'scontrol() { if [ "$1" = requeue ]; then kill -TERM $BASHPID; fi; echo JobState=RUNNING; }'
+    _, events, _ = run(tmp_path, f"{ended}\nsupervise run targets 5 bash -c 'exit 134'")
+    assert events == ["requeued: exit code 134; restart 1 of at most 5 from checkpoint none"]

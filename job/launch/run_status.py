@@ -1,0 +1,63 @@
+"""The row of `list` and `status` of every launcher: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+COLUMNS = ("job", "state", "alive", "step", "loss", "rate", "left", "restarts", "run")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What is known of a run; the names are the keys of `--json`. None: not known (yet)."""
+
+    run: str  # its directory
+    job: str  # empty without one
+    state: str  # RUNNING, FAILED, ...: the launcher's words
+    alive: bool  # whether it gave a sign of life of late
+    step: int
+    steps: int | None  # training.num_train_steps
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: int | None
+    restarts: int | None
+    reason: str | None  # of its state
+    log: str  # where its output is
+
+
+def show(rows: Sequence[RunStatus], as_json: bool) -> None:
+    """Print runs, a line each with the reason below, or as a JSON list."""
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    table = [COLUMNS, *(cells(row) for row in rows)]
+    reasons = [None, *(row.reason for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
+    for line, reason in zip(table, reasons, strict=True):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        if reason:
+            print(f"    {reason}")
+
+
+def cells(row: RunStatus) -> tuple[str, ...]:
+    """A run's cells, in the order of COLUMNS; `-` for what is not known."""
+    return (
+        row.job or "-",
+        row.state,
+        "yes" if row.alive else "no",
+        f"{row.step}/{row.steps or '?'}",
+        f"{row.loss:.4g}" if row.loss is not None else "-",
+        f"{row.tokens_per_second:.0f}/s" if row.tokens_per_second else "-",
+        clock(row.seconds_left) if row.seconds_left is not None else "-",
+        str(row.restarts) if row.restarts is not None else "-",
+        row.run,
+    )
+
+
+def clock(seconds: int) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

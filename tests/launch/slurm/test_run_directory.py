@@ -1,0 +1,149 @@
+"""What is read from run directories, and how a sweep is waited for: no cluster needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from job import slurm
+from job.config import Config
+from job.errors import JobError
+from job.launch.points import Point
+from job.launch.slurm import scheduler, sweep
+from job.launch.slurm.run_directory import RunDirectory, find_runs
+from job.launch.waiting import Outcome
+
+LOG = """\
+slurm: 2026-01-01 10:00:00 job 7, restart 0: started (2 nodes, 2 tasks)
+1: error: of an earlier start
+slurm: 2026-01-01 10:01:00 job 7, restart 1: started (2 nodes, 2 tasks)
+0: step 1/80  loss 4.7
+0: error: lost another rank: rank 1 on n2 gave up: CUDA error [connection closed]
+1: Error executing job with overrides: ['model=small']
+1: Traceback (most recent call last):
+1: torch.AcceleratorError: CUDA error: device-side assert triggered
+srun: error: n2: task 1: Exited with exit code 1
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    path = tmp_path / "runs" / "sweep" / "a=1"
+    (path / "slurm").mkdir(parents=True)
+    (path / "slurm" / "7.log").write_text(LOG)
+    events = [
+        {"time": 1, "job": "7", "restarts": 1, "event": "started", "reason": "", "exit_code": None},
+        {"time": 2, "job": "7", "restarts": 1, "event": "failed", "reason": "exit code 1", "exit_code": 1},
+    ]
+    (path / "slurm" / "events.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in events) + '{"time": 3, "jo'
+    )
+    (path / "training_log.jsonl").write_text(
+        '{"step": 20, "loss": 4.5, "tokens_per_second": 100.0, "step_seconds": 2.0}\n'
+    )
+    (path / "config.yaml").write_text("training: {num_train_steps: 80}\n")
+    return RunDirectory(path)
+
+
+def record(run: RunDirectory, rank: int, time: float, message: str, consequence: bool) -> None:
+    """What a rank leaves that fails."""
+    failure = {"time": time, "rank": rank, "node": f"n{rank + 1}", "message": message, "exit_code": 1}
+    with (run.path / "slurm" / "failures.jsonl").open("a") as file:
+        file.write(json.dumps(failure | {"consequence": consequence}) + "\n")
+
+
+def test_the_first_failing_rank_is_named_not_the_others(run: RunDirectory) -> None:
+    record(run, 0, 10.0, "lost another rank: rank 1 on n2 gave up: CUDA error [connection closed]", consequence=True)
+    record(run, 1, 12.0, "torch.AcceleratorError: CUDA error: device-side assert triggered", consequence=False)
+    record(run, 2, 13.0, "of a later one", consequence=False)
+    assert run.first_failure("7") == "rank 1 (n2): torch.AcceleratorError: CUDA error: device-side assert triggered"
+
+
+def test_without_a_record_the_end_of_the_log_is_shown_and_not_interpreted(run: RunDirectory) -> None:
+    """srun's own failures, and those of an interpreter that cannot start, come before any code of ours."""
+    told = run.first_failure("7")
+    assert told is not None
+    first, *lines = told.splitlines()
+    assert first == "no failure was recorded; the last lines of the log:"
+    assert [line.strip() for line in lines] == LOG.splitlines()[-len(lines) :]
+    assert len(lines) >= 5
+    assert run.first_failure("8") is None, "it has no log"
+
+
+def test_status_from_the_run_directory_alone(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    assert find_runs(run.path.parent.parent) == [run]
+    assert slurm.main(["status", "--json", str(run.path)]) == 0
+    (status,) = json.loads(capsys.readouterr().out)
+    assert {
+        name: status[name]
+        for name in ("job", "state", "alive", "step", "steps", "loss", "seconds_left", "restarts", "reason")
+    } == {
+        "job": "7",
+        "state": "FAILED",
+        "alive": False,
+        "step": 20,
+        "steps": 80,
+        "loss": 4.5,
+        "seconds_left": 120,
+        "restarts": 1,
+        "reason": "exit code 1",
+    }
+    (run.path / "slurm" / "alive").touch()
+    assert run.status({"7": "RUNNING"}).alive
+    os.utime(run.path / "slurm" / "alive", (0, 0))
+    assert not run.status({"7": "RUNNING"}).alive
+
+
+def test_the_outcome_without_accounting(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {})
+    assert run.outcome("7") == "FAILED (exit code 1)"
+    assert run.outcome("8") == "ended without a word (never started) (exit code )"
+
+
+def test_the_outcome_where_accounting_lags(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"7": ("PREEMPTED", "0:0"), "8": ("TIMEOUT", "0:0")})
+    assert run.outcome("7") == "FAILED (exit code 1)"
+    assert run.outcome("8") == "TIMEOUT (exit code 0:0)"
+
+
+def test_a_run_has_one_job_at_a_time(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cyclevae"])
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    monkeypatch.setattr(scheduler, "queued", lambda: {"7": "RUNNING"})
+    where = [f"logging.save_dir={run.path.parent}", f"logging.run_name='{run.path.name}'"]
+    assert slurm.main(["submit", "data=synthetic", *where]) == 1
+    assert f"error: {run.path} is being trained by job 7" in capsys.readouterr().err
+
+
+def test_waiting_ends_when_no_run_is_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that restarts is asked again, a job between two lives is not over, and other jobs do not matter."""
+    answers: list[dict[str, str]] = [
+        {},
+        {"7": "RUNNING"},
+        {"9": "RUNNING"},
+        {"7": "RUNNING"},
+        {"9": "RUNNING"},
+        {"9": "RUNNING"},
+    ]
+
+    def queued() -> dict[str, str]:
+        answer = answers.pop(0)
+        if not answer:
+            raise JobError("squeue: no answer")
+        return answer
+
+    monkeypatch.setattr(scheduler, "queued", queued)
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"7": ("COMPLETED", "0:0")})
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    point = Point(tmp_path, tmp_path, "a=1", [], Config())
+    assert sweep.wait({"7": point}) == [Outcome("7", "a=1", "COMPLETED", None, f"{tmp_path}/slurm/7.log")]
+    assert answers == []

@@ -1,0 +1,51 @@
+"""`cyclevae LAUNCHER submit` as its usage says: options of job.train wherever they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from job import k8s, slurm
+from job.launch.slurm import scheduler
+from job.launch.submission import options_first
+
+COMMANDS = {"slurm": slurm.main, "k8s": k8s.main}
+NEEDED = {"slurm": [], "k8s": ["hydra.launcher.container.image=image:1"]}
+OVERRIDES = ["training.device=cpu", "logging.run_name=r", "logging.save_dir=runs"]
+
+
+@pytest.mark.parametrize("launcher", COMMANDS)
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda overrides: ["--config-name", "demo", *overrides],
+        lambda overrides: [*overrides, "--config-name", "demo"],
+        lambda overrides: [overrides[0], "--config-name=demo", *overrides[1:]],
+        lambda overrides: [overrides[0], "-cn", "demo", *overrides[1:]],
+    ],
+    ids=["first", "last", "between", "short"],
+)
+def test_a_configuration_is_chosen_anywhere(
+    launcher: str,
+    arrange: Callable[[list[str]], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cyclevae"])
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    code = COMMANDS[launcher](["submit", "--dry-run", *arrange([*OVERRIDES, *NEEDED[launcher]])])
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    assert "--config-name" in told.out
+    assert "demo" in told.out
+    assert "training.device=cpu" in told.out
+
+
+def test_options_first() -> None:
+    mixed = ["a=1", "--config-name", "demo", "b=2", "--config-dir", "mine", "--cfg", "job"]
+    assert options_first(mixed) == (["--config-name=demo", "--config-dir=mine"], ["a=1", "b=2", "--cfg", "job"])
+    assert options_first([]) == ([], [])
