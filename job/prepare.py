@@ -52,7 +52,7 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
     elif declared["fraction"]:
         group.add_argument(name, type=float, action=Fraction, default=default, help=text)
     else:
-        group.add_argument(name, choices=declared["choices"], default=default, help=text)
+        group.add_argument(name, choices=declared["choices"], default=default, metavar=declared["metavar"], help=text)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -122,6 +122,7 @@ class Options:
         None,
         "prepared data, a run or an export whose tokenizer and encoder are taken, and whose longest row "
         "unless --max-length is given",
+        metavar="PATH",
     )
     python: str | None = dataclasses.field(init=False)  # whose standard library was read; no option of the command
 

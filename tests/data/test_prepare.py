@@ -22,7 +22,7 @@ from job import prepare
 from job.data import lock, preparation
 from job.data.shards import SPLITS, ShardDataset
 from job.data.tokenizer import of_dataset
-from job.data.work import Preparation
+from job.data.work import Preparation, TextShard
 
 # Those of the fixture `prepared`.
 OPTIONS = ["--vocab-size", "300", "--latent-dim", "8", "--validation-fraction", "0.2", "--shard-size", "100"]
@@ -126,36 +126,43 @@ def test_a_second_preparation_of_a_directory_is_refused_at_once(
     assert content(out) == content(prepared)
 
 
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [(preparation, "read_json"), (Preparation, "shards"), (TextShard, "record_file")],
+    ids=["before the plan is read", "before records are looked for", "between two records"],
+)
 def test_rank_0_may_finish_while_another_rank_still_looks(
-    prepared: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
 ) -> None:
-    """All shards were done in an earlier call, and DIR/work goes at the worst of moments."""
+    """Every shard was done in an earlier call, so rank 0 waits for nobody before it removes DIR/work."""
+    out = tmp_path / "dataset"
+    work = out / "work"
+    work.mkdir(parents=True)
+    shards = {split: len(rows) for split, rows in ShardDataset(prepared, "train").info.shards.items()}
+    plan = {"options": prepared_options(prepared), "encoder": {}, "source_files": [], "shards": shards}
+    (work / "plan.json").write_text(json.dumps(plan))
+    (out / lock.LOCK_FILE).write_text(json.dumps({"run": "localhost:29500 "}))
+    for split, count in shards.items():
+        for number in range(count):
+            TextShard(work, split, number).record_file.touch()
+            TextShard(work, split, number).texts_file.write_text("[]")
+    original = vars(where)[name]
+    is_property = isinstance(original, property)
+
+    def finish_first(*arguments: Any) -> Any:
+        shutil.copytree(prepared, out, dirs_exist_ok=True)
+        if is_property:  # half of DIR/work is removed
+            for file in work.glob("*.record.json"):
+                file.unlink()
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        return original.fget(*arguments) if is_property else original(*arguments)
+
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-
-    for moment in ("shards", "tokenizer", "read_json"):
-        out = tmp_path / moment
-        plan = {"options": prepared_options(prepared), "encoder": {}, "source_files": [], "shards": {"train": 5}}
-        (out / "work").mkdir(parents=True)
-        (out / "work" / "plan.json").write_text(json.dumps(plan | {"shards": {"train": 5, "validation": 2}}))
-        (out / ".lock").write_text(json.dumps({"run": "localhost:29500 "}))
-
-        def finish(out: Path = out) -> bool:
-            shutil.copytree(prepared, out, dirs_exist_ok=True)
-            shutil.rmtree(out / "work", ignore_errors=True)
-            return True
-
-        with monkeypatch.context() as patch:
-            if moment == "shards":  # after the plan was read
-                shards = Preparation.shards
-                patch.setattr(Preparation, "shards", lambda self, plan, f=shards: (f(self, plan), finish())[0])
-            elif moment == "tokenizer":  # between looking for records and reading texts
-                exists = Path.exists
-                patch.setattr(Path, "exists", lambda self, f=exists: (f(self), finish())[0])
-            else:  # between waiting for the plan and reading it
-                patch.setattr(preparation, "_is_planned", lambda _: (True, finish())[0])
-            assert run(out, "--source", str(corpus), *OPTIONS) == 0
-        assert not (out / "work").exists()
+    monkeypatch.setattr(where, name, property(finish_first) if is_property else finish_first)
+    assert run(out, "--source", str(corpus), *OPTIONS) == 0
+    assert not any(work.glob("*.record.json"))
 
 
 def prepared_options(directory: Path) -> dict[str, Any]:
