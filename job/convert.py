@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from job.arguments import Fraction, add_model_options
+from job.arguments import Fraction, add_model_options, at_least
 from job.command import guarded
 from job.errors import UsageError
 from job.export import push, refuse_repository, write_export
@@ -25,6 +25,7 @@ def data(options: argparse.Namespace) -> None:
         pad_token_id=options.pad_token_id,
         vocab_size=options.vocab_size,
         validation_fraction=options.validation_fraction,
+        max_length=options.max_length,
         skip_bad=options.skip_bad,
     )
     print(lgdlm_data.convert(options.token_dir, options.latent_dir, options.out, reading))
@@ -67,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
         action=Fraction,
         default=0.05,
         help="share of samples held out, by the hash of their tokens (0.05)",
+    )
+    c.add_argument(
+        "--max-length", type=int, action=at_least(1), help="leave samples of more real tokens out (none: all are kept)"
     )
     c.add_argument("--skip-bad", action="store_true", help="leave unpaired and corrupt files out instead of failing")
     c.set_defaults(command=data)
