@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from job.config import Config
-from job.data.description import ModelDescription
+from job.data.description import ModelDescription, find_file
+from job.data.encoders import ENCODER_FILE, Encoder, load_encoder
 from job.data.lengths import predicted_lengths
 from job.data.loader import scale_of
 from job.data.tokenizer import TextTokenizer
@@ -174,8 +175,8 @@ class Model:
         None: as long as texts with such a latent are likely to be, by a regression of the lengths on the latents that
         was fitted when training began (`likely_lengths`).
 
-        `steps` passes fill in a share of the tokens each, the surest first; one pass, all tokens at once, is what L2T
-        is trained for. `temperature` 0 takes the likeliest tokens, 1 samples by the predicted probabilities, with draws
+        `steps` passes fill in a share of the tokens each, the surest first; more than one need a model that was trained
+        with loss.text_t_mode=random, since otherwise L2T has seen fully masked texts alone. `temperature` 0 takes the likeliest tokens, 1 samples by the predicted probabilities, with draws
         by `seed` and the latent's place in the call. UserError for latents of another width or that are not finite.
         """
         rows = self.decode_ids(
@@ -256,6 +257,16 @@ class Model:
             batch_size=batch_size,
             progress=progress,
         )
+
+    def encoder(self) -> Encoder:
+        """The encoder that made the training data: its `encode(texts)` gives true latents, which `decode` takes.
+
+        UserError when it is not at hand: not carried by data from before data had it, or a library is not installed.
+        """
+        name = ENCODER_FILE
+        listed = self.description.files.get(name)
+        found = find_file(name, listed, self.trained.directories) if listed else None
+        return load_encoder(found.parent if found else self.trained.path, self.description.encoder)
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text."""

@@ -59,6 +59,14 @@ def test_latents_are_in_the_units_of_the_data(model: Model, data: Path) -> None:
     assert np.abs(latents - raw).mean() < np.abs((latents - mean) / std - raw).mean()
 
 
+def test_the_encoder_of_the_data_travels_with_the_model(model: Model, run: Path, data: Path) -> None:
+    assert (run / "model" / "encoder.safetensors").is_file()
+    held_out = ShardDataset(data, "validation")
+    texts = [model.tokenizer.decode(held_out[index][0]) for index in range(5)]
+    true = np.stack([held_out[index][1] for index in range(5)])
+    np.testing.assert_allclose(model.encoder().encode(texts), true, atol=1e-6)
+
+
 def test_a_result_depends_on_its_own_input_alone(model: Model) -> None:
     together, alone = model.encode(TEXTS, batch_size=2), [model.encode([text])[0] for text in TEXTS]
     np.testing.assert_allclose(together, np.stack(alone), atol=1e-6)

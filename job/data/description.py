@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from job import checkpoint_names
+from job.data.encoders import ENCODER_FILE
 from job.data.lengths import fit_lengths
 from job.data.shards import INFO_FILE, Dataset, DatasetInfo
 from job.data.tokenizer import TextTokenizer, saved
@@ -33,7 +34,6 @@ from job.files import file_entry, write_json, write_whole
 FORMAT_VERSION = 1
 DIRECTORY = "model"  # below the run directory
 DESCRIPTION_FILE = "model.json"
-ENCODER_FILE = "encoder.safetensors"
 SHOWN_DIGITS = 12  # of a hash, in messages
 LENGTH_SAMPLES = 4096  # training rows, the first ones: prepared rows come in the order of their texts' hashes
 
