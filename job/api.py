@@ -176,8 +176,9 @@ class Model:
         was fitted when training began (`likely_lengths`).
 
         `steps` passes fill in a share of the tokens each, the surest first; more than one need a model that was trained
-        with loss.text_t_mode=random, since otherwise L2T has seen fully masked texts alone. `temperature` 0 takes the likeliest tokens, 1 samples by the predicted probabilities, with draws
-        by `seed` and the latent's place in the call. UserError for latents of another width or that are not finite.
+        with loss.text_t_mode=random, since otherwise L2T has seen fully masked texts alone. `temperature` 0 takes the
+        likeliest tokens, 1 samples by the predicted probabilities, with draws by `seed` and the latent's place in the
+        call. UserError for latents of another width or that are not finite.
         """
         rows = self.decode_ids(
             latents,
