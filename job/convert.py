@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from job.arguments import Fraction, add_model_options
+from job.arguments import Fraction, add_model_options, at_least
 from job.command import guarded
+from job.errors import UsageError
+from job.export import push, refuse_repository, write_export
 from job.files import refuse_existing
-from job.inference import CONFIG_FILE, WEIGHTS_FILE, load_trained
 from job.lgdlm import checkpoint as lgdlm_checkpoint
 from job.lgdlm import data as lgdlm_data
+from job.trained import load_trained
 
 
 def data(options: argparse.Namespace) -> None:
@@ -23,6 +25,7 @@ def data(options: argparse.Namespace) -> None:
         pad_token_id=options.pad_token_id,
         vocab_size=options.vocab_size,
         validation_fraction=options.validation_fraction,
+        max_length=options.max_length,
         skip_bad=options.skip_bad,
     )
     print(lgdlm_data.convert(options.token_dir, options.latent_dir, options.out, reading))
@@ -34,12 +37,18 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """The model of a run, or of one of its checkpoints, to a directory for inference."""
+    """The model of a run, or of one of its checkpoints, to a directory for inference, and to the hub if asked."""
+    if not options.push_to and (options.dry_run or options.private):
+        raise UsageError("--dry-run and --private have no effect without --push-to REPO; leave them out")
+    if options.push_to:
+        refuse_repository(options.push_to)
     refuse_existing(options.out)  # before the weights are read
     trained = load_trained(options.path, options.data, options.ema)
-    trained.export(options.out)
+    write_export(trained, options.out)
     averaged = ", averaged weights" if trained.averaged else ""
-    print(f"{options.out}: {WEIGHTS_FILE} and {CONFIG_FILE} of step {trained.step}{averaged}")
+    print(f"{options.out}: the model of step {trained.step}{averaged}")
+    if options.push_to:
+        print(push(options.out, options.push_to, private=options.private, dry_run=options.dry_run))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
         default=0.05,
         help="share of samples held out, by the hash of their tokens (0.05)",
     )
+    c.add_argument(
+        "--max-length", type=int, action=at_least(1), help="leave samples of more real tokens out (none: all are kept)"
+    )
     c.add_argument("--skip-bad", action="store_true", help="leave unpaired and corrupt files out instead of failing")
     c.set_defaults(command=data)
 
@@ -68,10 +80,17 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("out", type=Path, help="safetensors file to write")
     c.set_defaults(command=checkpoint)
 
-    c = commands.add_parser("export", help="a trained model to model.safetensors, config.json and tokenizer.json")
+    c = commands.add_parser(
+        "export",
+        help="a trained model to a directory that needs neither run nor data: weights, configuration, tokenizer, "
+        "latent statistics, encoder and a model card",
+    )
     c.add_argument("path", type=Path, help="run directory or checkpoint")
     c.add_argument("out", type=Path, help="directory to write")
     add_model_options(c)
+    c.add_argument("--push-to", metavar="REPO", help="also upload it to the Hugging Face hub, as OWNER/NAME")
+    c.add_argument("--private", action="store_true", help="if the repository is new, make it private")
+    c.add_argument("--dry-run", action="store_true", help="with --push-to: list what would be sent, and send nothing")
     c.set_defaults(command=export)
     return p
 

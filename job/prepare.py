@@ -13,15 +13,26 @@ from typing import Any, TypeVar
 from job.arguments import Fraction, at_least
 from job.command import guarded
 from job.data import tokenizer as tokenizers
+from job.data.earlier import finished
+from job.data.encoders import SENTENCE_TRANSFORMERS
+from job.data.like import Pattern, read_pattern
 from job.data.options import LocalOptions, Options, flag
-from job.data.preparation import Preparation, finished, prepare
+from job.data.preparation import prepare
 from job.data.shards import DatasetInfo, ShardDataset
+from job.data.work import Preparation
 from job.errors import UsageError, UserError
 from job.runtime.launcher_variables import placement
 
 DECLARED = [f for declaration in (Options, LocalOptions) for f in dataclasses.fields(declaration) if f.init]
 EXAMPLES = 3  # texts shown of a finished dataset
+NOT_SHOWN = ("sha256", "directory")  # of an encoder's description
 T = TypeVar("T", Options, LocalOptions)
+
+
+def settled_late(option: dataclasses.Field[Any]) -> bool:
+    """Whether an option's default depends on another option."""
+    declared = option.metadata
+    return bool(declared["read_if"] or declared["from_like"] or option.name == "max_length")
 
 
 def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]) -> None:
@@ -30,7 +41,7 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
     default, text, low = declared["default"], declared["help"], declared["low"]
     if isinstance(default, (str, int, float)) and not isinstance(default, bool):
         text = f"{text} ({default})"
-    if declared["read_if"]:
+    if settled_late(option):
         default = None  # whether it was given must be seen; `resolve` fills the default in
     if isinstance(default, bool):
         group.add_argument(name, action="store_true", help=text)
@@ -41,7 +52,7 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
     elif declared["fraction"]:
         group.add_argument(name, type=float, action=Fraction, default=default, help=text)
     else:
-        group.add_argument(name, choices=declared["choices"], default=default, help=text)
+        group.add_argument(name, choices=declared["choices"], default=default, metavar=declared["metavar"], help=text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,23 +72,33 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def resolve(arguments: argparse.Namespace) -> None:
+def resolve(arguments: argparse.Namespace, pattern: Pattern | None) -> None:
     """Fill in the defaults of options that depend on another. UsageError for one that nothing reads, or that lacks."""
+    settled = pattern.options() if pattern else {}
     for option in DECLARED:
-        if not option.metadata["read_if"]:
-            continue
-        other, wanted = option.metadata["read_if"]
-        there, given = getattr(arguments, other), getattr(arguments, option.name)
-        if there == wanted and given is None:
-            setattr(arguments, option.name, option.metadata["default"])
-        elif there != wanted and given is not None:
-            raise UsageError(
-                f"{flag(option.name)} has no effect with {flag(other)} {there}; "
-                f"leave it out or give {flag(other)} {wanted}"
-            )
+        name, declared = option.name, option.metadata
+        given = getattr(arguments, name)
+        if pattern and declared["from_like"]:
+            if given is not None:
+                raise UsageError(f"{flag(name)} has no effect with --like, which settles it; leave it out")
+            setattr(arguments, name, settled.get(name))
+        elif declared["read_if"]:
+            other, wanted = declared["read_if"]
+            there = getattr(arguments, other)
+            if there == wanted and given is None:
+                setattr(arguments, name, declared["default"])
+            elif there != wanted and given is not None:
+                raise UsageError(
+                    f"{flag(name)} has no effect with {flag(other)} {there}; "
+                    f"leave it out or give {flag(other)} {wanted}"
+                )
+        elif given is None and name == "max_length" and pattern:
+            arguments.max_length = pattern.max_length
+        elif given is None:
+            setattr(arguments, name, declared["default"])
     if arguments.tokenizer == "train" and (arguments.mask_token or arguments.pad_token):
         raise UsageError("--mask-token and --pad-token have no effect with --tokenizer train; leave them out")
-    if arguments.encoder == "sentence_transformers" and not arguments.encoder_model:
+    if not pattern and arguments.encoder == SENTENCE_TRANSFORMERS and not arguments.encoder_model:
         raise UsageError("--encoder sentence_transformers needs --encoder-model NAME or DIRECTORY")
 
 
@@ -90,12 +111,14 @@ def taken(declaration: type[T], arguments: argparse.Namespace) -> T:
 def summary(out: Path, info: DatasetInfo) -> str:
     """A short account of a finished dataset."""
     made, counts = info.options, info.counts
-    too_long = f"{made['dropped']} longer than --max-length {made['max_length']}"
-    encoder = ", ".join(f"{key} {value}" for key, value in info.encoder.items())
+    dropped = f"{made['duplicates']} duplicates, {made['dropped']} longer than --max-length {made['max_length']}"
+    if made.get("without_latent"):
+        dropped += f", {made['without_latent']} of which the encoder knows no word"
+    encoder = ", ".join(f"{key} {value}" for key, value in info.encoder.items() if key not in NOT_SHOWN)
     mean = sum(info.token_counts) / counts["train"]
     lines = [
         f"{out}: {counts['train']} training and {counts['validation']} validation texts",
-        f"  dropped      {made['duplicates']} duplicates, {too_long}",
+        f"  dropped      {dropped}",
         f"  tokens       vocabulary {info.vocab_size}, {mean:.1f} a text, at most {info.max_length}",
         f"  latents      {info.latent_dim} dimensions from {encoder}",
     ]
@@ -105,13 +128,20 @@ def summary(out: Path, info: DatasetInfo) -> str:
         )
     rows = ShardDataset(out, "validation")
     if tokenizer := tokenizers.of_dataset(out, info):
+        if unknown := made.get("unknown_tokens"):
+            share = info.token_counts[tokenizer.unknown_token_id or 0] / sum(info.token_counts)
+            lines.append(
+                f"  unknown      {unknown} tokens, {share:.1%} in training, stand for what the tokenizer cannot write; "
+                "of these words or characters nothing is learned"
+            )
         lines += [f"  for example  {tokenizer.decode(rows[index][0])}" for index in range(min(EXAMPLES, len(rows)))]
     return "\n".join(lines)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prepare what the command line says, or go on with it."""
-    resolve(arguments)
+    pattern = read_pattern(arguments.like) if arguments.like else None
+    resolve(arguments, pattern)
     here = placement(os.environ, alone=True)
     preparation = Preparation(
         out=arguments.out,
@@ -120,6 +150,8 @@ def run(arguments: argparse.Namespace) -> None:
         rank=here.rank,
         local_rank=here.local_rank,
         world_size=here.world_size,
+        run=f"{here.address}:{here.port} {here.run_id}",
+        pattern=pattern,
     )
     try:
         before = finished(preparation)

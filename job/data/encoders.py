@@ -1,53 +1,84 @@
-"""Text encoders: one latent per text."""
+"""Text encoders: one latent per text. Fitted ones are saved with the dataset; `load_encoder` brings them back."""
 
 from __future__ import annotations
 
-import pickle
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from job.data.optional import import_optional
-from job.data.options import LocalOptions, Options
 from job.errors import UserError
+from job.files import write_whole
 
+ENCODER_FILE = "encoder.safetensors"
+LSA = "lsa"
+SENTENCE_TRANSFORMERS = "sentence_transformers"
 MAX_FEATURES = 50_000  # words of the TF-IDF vocabulary, the most frequent ones
 # Fitting holds the features of all its texts in memory at once, so it takes a sample. The texts come in the order of
 # their hashes (splitting.py), so the first ones are a random sample, and the same one on every machine.
 FIT_SAMPLES = 1_000_000
+# How TF-IDF makes features of a text. A saved encoder relies on it: change it only under another name than `lsa`.
+TFIDF = {"sublinear_tf": True, "token_pattern": r"\w+"}
 
 
 class Encoder(Protocol):
     """Latents of texts."""
 
-    description: dict[str, Any]  # what dataset.json says of it
+    description: dict[str, Any]  # what dataset.json says of it; `sha256` is the same for equal encoders only
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), D]."""
         ...
 
 
+@dataclass(frozen=True)
+class Resources:
+    """How this machine comes by an encoder's latents; they are the same but for rounding."""
+
+    device: str | None = None  # None: a GPU where there is one
+    local_rank: int = 0  # which GPU
+    local_files_only: bool = False
+    batch_size: int = 32  # texts
+
+
 class LsaEncoder:
     """Latent semantic analysis (Deerwester et al. 1990): TF-IDF of words and a truncated SVD.
 
     The default, because it needs no model from elsewhere and is fitted in seconds; its latents know words, not order.
+    A text without a word that was seen in training has the latent zero.
+
+    words str [V], idf float64 [V] and projection float64 [V, D] are all that it is made of.
     """
 
-    def __init__(self, pipeline: Any, description: dict[str, Any]) -> None:
-        self.pipeline = pipeline
-        self.description = description
+    def __init__(self, words: Sequence[str], idf: np.ndarray, projection: np.ndarray, variance: float) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self.words = words
+        self.idf = idf
+        self.projection = np.ascontiguousarray(projection)
+        self.tfidf = TfidfVectorizer(vocabulary=words, **TFIDF)
+        self.tfidf.idf_ = idf
+        self.description = {
+            "name": LSA,
+            "vocabulary": len(words),
+            "explained_variance": variance,
+            "sha256": hashlib.sha256(self.to_bytes()).hexdigest(),
+        }
 
     @classmethod
     def fit(cls, texts: Sequence[str], latent_dim: int, seed: int) -> LsaEncoder:
         """Fit on the training texts. UserError if they have fewer different words than dimensions."""
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.pipeline import make_pipeline
 
-        tfidf = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_features=MAX_FEATURES)
+        tfidf = TfidfVectorizer(max_features=MAX_FEATURES, **TFIDF)
         svd = TruncatedSVD(latent_dim, random_state=seed)
         # One thread: with more, the order of sums, and with it the last bits, depends on the machine's cores and on
         # torchrun, and a dataset prepared again would have another fingerprint.
@@ -62,57 +93,97 @@ class LsaEncoder:
                 svd.fit(features)
             except ValueError as error:
                 raise UserError(f"--encoder lsa: the texts cannot be used ({error})") from error
-        description = {
-            "name": "lsa",
-            "vocabulary": features.shape[1],
-            "explained_variance": round(float(svd.explained_variance_ratio_.sum()), 4),
-        }
-        return cls(make_pipeline(tfidf, svd), description)
+        variance = round(float(svd.explained_variance_ratio_.sum()), 4)
+        return cls(tfidf.get_feature_names_out().tolist(), tfidf.idf_, svd.components_.T, variance)
 
-    def save(self, file: Any) -> None:
-        """Write for `load`. A pickle can run code when it is read: this is a working file, never part of a dataset."""
-        pickle.dump((self.pipeline, self.description), file)
+    def to_bytes(self) -> bytes:
+        """Content for encoder.safetensors; the words are UTF-8, a line each (none has a line end in it)."""
+        words = np.frombuffer("\n".join(self.words).encode(), np.uint8)
+        return safetensors.numpy.save({"words": words, "idf": self.idf, "projection": self.projection})
+
+    def save(self, path: Path) -> None:
+        """Write for `load`, whole or not at all."""
+        write_whole(path, lambda file: file.write(self.to_bytes()))
 
     @classmethod
-    def load(cls, path: Path) -> LsaEncoder:
-        """Read what `save` wrote."""
-        return cls(*pickle.loads(path.read_bytes()))
+    def load(cls, path: Path, description: dict[str, Any]) -> LsaEncoder:
+        """Read what `save` wrote. UserError for a file that is missing, damaged, or of another encoder."""
+        try:
+            arrays = safetensors.numpy.load(path.read_bytes())
+            words = arrays["words"].tobytes().decode().split("\n")
+            encoder = cls(words, arrays["idf"], arrays["projection"], description["explained_variance"])
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: missing, so no text can be encoded as this data was; "
+                "data prepared before November 2026 has no such file: prepare it again"
+            ) from None
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: damaged or no fitted encoder ({error}); prepare the data again") from error
+        _refuse_other(encoder, description, str(path))
+        return encoder
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), D]."""
         with threadpool_limits(1):
-            return np.asarray(self.pipeline.transform(texts), np.float32)
+            return np.asarray(self.tfidf.transform(texts) @ self.projection, np.float32)
 
 
 class SentenceTransformersEncoder:
     """Any model of the sentence-transformers library, by name or directory."""
 
-    def __init__(self, options: Options, local: LocalOptions, local_rank: int) -> None:
+    def __init__(self, model: str, truncate_dim: int | None, dtype: str, resources: Resources) -> None:
         library = import_optional("sentence_transformers", "sentence-transformers")
         import torch  # only here: the other encoder works without loading it
 
-        device = local.encoder_device
+        device = resources.device
         if device is None and torch.cuda.is_available():
-            device = f"cuda:{local_rank % torch.cuda.device_count()}"
+            device = f"cuda:{resources.local_rank % torch.cuda.device_count()}"
         try:
             self.model = library.SentenceTransformer(
-                options.encoder_model,
+                model,
                 device=device,
-                truncate_dim=options.truncate_dim,
-                local_files_only=local.local_files_only,
-                model_kwargs={"torch_dtype": getattr(torch, str(options.encoder_dtype))},
+                truncate_dim=truncate_dim,
+                local_files_only=resources.local_files_only,
+                model_kwargs={"torch_dtype": getattr(torch, dtype)},
             )
         except Exception as error:  # each backend of the library raises its own
+            problem = str(error).splitlines()[0]
+            raise UserError(f"--encoder-model {model}: cannot be loaded ({problem})") from error
+        self.batch_size = resources.batch_size
+        # The library keeps quiet about more dimensions than there are, and so would dataset.json.
+        width = self.encode(["width"]).shape[1]
+        if truncate_dim and truncate_dim > width:
             raise UserError(
-                f"--encoder-model {options.encoder_model}: cannot be loaded ({str(error).splitlines()[0]})"
-            ) from error
-        self.batch_size = options.encoder_batch_size
-        self.description = {
-            "name": "sentence_transformers",
-            "model": options.encoder_model,
-            "truncate_dim": options.truncate_dim,
-            "dtype": options.encoder_dtype,
+                f"--truncate-dim {truncate_dim}: {model} has only {width} dimensions; give fewer or leave it out"
+            )
+        self.description: dict[str, Any] = {
+            "name": SENTENCE_TRANSFORMERS,
+            "model": model,
+            "truncate_dim": truncate_dim,
+            "dtype": dtype,
+            "sha256": self._hash(truncate_dim),
         }
+        if Path(model).is_dir():
+            self.description["directory"] = str(Path(model).resolve())  # `model` may be relative to where that was
+
+    @classmethod
+    def load(cls, description: dict[str, Any], resources: Resources) -> SentenceTransformersEncoder:
+        """The encoder that a description names. UserError if there is another one under its name now."""
+        directory = description.get("directory")
+        model = directory if directory and Path(directory).is_dir() else description["model"]
+        encoder = cls(model, description["truncate_dim"], description["dtype"], resources)
+        _refuse_other(encoder, description, model)
+        return encoder
+
+    def _hash(self, truncate_dim: int | None) -> str:
+        """SHA-256 of the weights, by name, and of what is kept of the output."""
+        import torch
+
+        digest = hashlib.sha256(repr(truncate_dim).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), D]."""
@@ -124,3 +195,26 @@ class SentenceTransformersEncoder:
             convert_to_tensor=True,
         )
         return latents.float().cpu().numpy()
+
+
+def _refuse_other(encoder: Encoder, description: dict[str, Any], where: str) -> None:
+    """UserError where an encoder is not the described one; data of older versions does not say."""
+    wanted = description.get("sha256")
+    if wanted and encoder.description["sha256"] != wanted:
+        raise UserError(
+            f"{where}: not the encoder that made the latents (SHA-256 {encoder.description['sha256'][:12]}..., "
+            f"theirs was {wanted[:12]}...)"
+        )
+
+
+def load_encoder(directory: Path, description: dict[str, Any], resources: Resources | None = None) -> Encoder:
+    """The encoder that `description` (`encoder` of a dataset.json) names; encoder.safetensors is in `directory`.
+
+    UserError when it is not at hand: no file, a library that is not installed, latents that came without an encoder.
+    """
+    name = description.get("name")
+    if name == LSA:
+        return LsaEncoder.load(directory / ENCODER_FILE, description)
+    if name == SENTENCE_TRANSFORMERS:
+        return SentenceTransformersEncoder.load(description, resources or Resources())
+    raise UserError(f"{directory}: its latents were not made by prepare ({name}), so there is no encoder for new texts")

@@ -11,13 +11,14 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+from job.data.encoders import LSA, SENTENCE_TRANSFORMERS
 from job.data.sources import STDLIB
 from job.data.tokenizer import MIN_VOCAB_SIZE
 
 # Choices that other options depend on, for `read_if`: an option of these names, and its value.
 TRAINED_TOKENIZER = ("tokenizer", "train")
-LSA = ("encoder", "lsa")
-SENTENCE_TRANSFORMERS = ("encoder", "sentence_transformers")
+WITH_LSA = ("encoder", LSA)
+WITH_SENTENCE_TRANSFORMERS = ("encoder", SENTENCE_TRANSFORMERS)
 
 
 def option(
@@ -30,13 +31,15 @@ def option(
     low: int | None = None,
     fraction: bool = False,
     read_if: tuple[str, str] | None = None,
+    from_like: bool = False,
 ) -> Any:
     """An option: its default, its help, the group of the help it stands in, and what it may be.
 
     A value lies in `choices` where there are any; it is at least `low`, or between 0 and 1 for a `fraction`. `read_if`
     names the option, and its value, without which nothing reads this one: it is then None, and giving it is refused.
+    So it is with --like for an option that is `from_like`: the model or dataset named there settles it.
     """
-    limits = {"choices": choices, "low": low, "fraction": fraction, "read_if": read_if}
+    limits = {"choices": choices, "low": low, "fraction": fraction, "read_if": read_if, "from_like": from_like}
     return dataclasses.field(metadata={"default": default, "help": help, "group": group, "metavar": metavar, **limits})
 
 
@@ -50,7 +53,8 @@ class Options:
     source: list[str] = option(  # noqa: RUF009 (`option` makes a field)
         [STDLIB],
         "stdlib (sentences from the documentation of Python's own standard library; the default), files, directories "
-        "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH",
+        "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH; a file or glob may also "
+        "be of .text or .md (as .txt), .ndjson or .json (as .jsonl)",
         group="texts",
         metavar="SOURCE",
     )
@@ -64,39 +68,61 @@ class Options:
     max_length: int = option(48, "tokens of a row; longer texts are dropped and counted", group="texts", low=1)
     shard_size: int = option(100_000, "texts of a shard", group="texts", low=1)
     seed: int = option(0, "seed of the encoder's fit", group="texts", low=0)
-    tokenizer: str = option(
-        "train", "tokenizer.json, its directory, a hub name, or train: byte-level BPE", group="tokenizer"
+    tokenizer: str | None = option(
+        "train",
+        "tokenizer.json, its directory, a hub name, or train: byte-level BPE",
+        group="tokenizer",
+        from_like=True,
     )
     vocab_size: int | None = option(
-        4096, "tokens of a trained tokenizer", group="tokenizer", low=MIN_VOCAB_SIZE, read_if=TRAINED_TOKENIZER
+        4096,
+        "tokens of a trained tokenizer",
+        group="tokenizer",
+        low=MIN_VOCAB_SIZE,
+        read_if=TRAINED_TOKENIZER,
+        from_like=True,
     )
     mask_token: str | None = option(
-        None, "the tokenizer's mask token, where its files do not name it", group="tokenizer"
+        None, "the tokenizer's mask token, where its files do not name it", group="tokenizer", from_like=True
     )
     pad_token: str | None = option(
-        None, "the tokenizer's padding token, where its files do not name it", group="tokenizer"
+        None, "the tokenizer's padding token, where its files do not name it", group="tokenizer", from_like=True
     )
-    encoder: str = option("lsa", "what makes the latents", group="latents", choices=("lsa", "sentence_transformers"))
-    latent_dim: int | None = option(64, "lsa: dimensions", group="latents", low=1, read_if=LSA)
+    encoder: str = option(
+        LSA, "what makes the latents", group="latents", choices=(LSA, SENTENCE_TRANSFORMERS), from_like=True
+    )
+    latent_dim: int | None = option(64, "lsa: dimensions", group="latents", low=1, read_if=WITH_LSA, from_like=True)
     encoder_model: str | None = option(
-        None, "sentence_transformers: model name or directory", group="latents", read_if=SENTENCE_TRANSFORMERS
+        None,
+        "sentence_transformers: model name or directory",
+        group="latents",
+        read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
     )
     truncate_dim: int | None = option(
         None,
         "sentence_transformers: keep the first dimensions",
         group="latents",
         low=1,
-        read_if=SENTENCE_TRANSFORMERS,
+        read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
     )
     encoder_batch_size: int | None = option(
-        32, "sentence_transformers: texts of a batch", group="latents", low=1, read_if=SENTENCE_TRANSFORMERS
+        32, "sentence_transformers: texts of a batch", group="latents", low=1, read_if=WITH_SENTENCE_TRANSFORMERS
     )
     encoder_dtype: str | None = option(
         "float32",
         "sentence_transformers: type of the weights",
         group="latents",
         choices=("float32", "bfloat16", "float16"),
-        read_if=SENTENCE_TRANSFORMERS,
+        read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
+    )
+    like: str | None = option(
+        None,
+        "prepared data, a run or an export whose tokenizer and encoder are taken, and whose longest row "
+        "unless --max-length is given",
+        metavar="PATH",
     )
     python: str | None = dataclasses.field(init=False)  # whose standard library was read; no option of the command
 
@@ -112,7 +138,7 @@ class LocalOptions:
         None,
         "sentence_transformers: device (each process its GPU, where there is one)",
         group="latents",
-        read_if=SENTENCE_TRANSFORMERS,
+        read_if=WITH_SENTENCE_TRANSFORMERS,
     )
     local_files_only: bool = option(False, "take tokenizer and model from the local cache")
 

@@ -5,164 +5,93 @@
     rank 0     all records -> dataset.json
 
 Each stage leaves its result in DIR/work, and every file appears whole or not at all, so a file that exists is a stage
-that is done. That is all that the processes know of each other: there is no process group and no lock. Rank 0 writes
-plan.json last of its first stage and the others wait for it; a shard belongs to one rank by its number; its record is
-written after its files. A killed process leaves files without a record, which are written again, to the same bits.
-dataset.json comes last and makes the directory a dataset; then DIR/work goes.
+that is done. Apart from the lock of rank 0, that is all that the processes know of each other: there is no process
+group. Rank 0 writes plan.json last of its first stage and the others wait for it; a shard belongs to one rank by its
+number; its record is written after its files. A killed process leaves files without a record, which are written again,
+to the same bits. dataset.json comes last and makes the directory a dataset; then DIR/work goes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from job.data import lock, source_files
 from job.data import tokenizer as tokenizers
 from job.data.console import CountedWork, say
-from job.data.encoders import Encoder, LsaEncoder, SentenceTransformersEncoder
-from job.data.options import LocalOptions, Options, flag
-from job.data.shards import INFO_FILE, SPLITS, DatasetInfo, read_info
+from job.data.earlier import earlier_plan, finished, is_whole, refuse_other_options
+from job.data.encoders import ENCODER_FILE, LSA, Encoder, load_encoder
+from job.data.fitting import Fitting, chunks, fits
+from job.data.options import Options
+from job.data.shards import DatasetInfo
 from job.data.sources import read_texts
 from job.data.splitting import split_texts
+from job.data.work import Preparation, TextShard, read_json
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UserError
-from job.files import TEMPORARY, write_json, write_text, write_whole
+from job.files import TEMPORARY, write_json
 
-CHUNK = 4096  # texts encoded between two reports of progress
 POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class TextShard:
-    """One shard's worth of texts, and the files of its preparation."""
-
-    work: Path
-    split: str
-    number: int
-
-    @property
-    def texts_file(self) -> Path:
-        """Its texts, a JSON list."""
-        return self.work / f"{self.split}-{self.number:05d}.texts.json"
-
-    @property
-    def record_file(self) -> Path:
-        """Its ShardRecord, written when the shard is finished."""
-        return self.work / f"{self.split}-{self.number:05d}.record.json"
-
-
-@dataclass
-class Preparation:
-    """One process's part in the preparation of a dataset."""
-
-    out: Path
-    options: Options
-    local: LocalOptions
-    rank: int
-    local_rank: int  # on this machine
-    world_size: int
-
-    @property
-    def work(self) -> Path:
-        """Directory of unfinished work."""
-        return self.out / "work"
-
-    @property
-    def plan_file(self) -> Path:
-        """What rank 0 tells the others, and a later call: options, shards, counts."""
-        return self.work / "plan.json"
-
-    @property
-    def encoder_file(self) -> Path:
-        """The fitted encoder."""
-        return self.work / "encoder.pickle"
-
-    @property
-    def encoder_description_file(self) -> Path:
-        """What dataset.json says of the encoder."""
-        return self.work / "encoder.json"
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """The tokenizer, already at its place in the dataset."""
-        return self.out / tokenizers.TOKENIZER_FILE
-
-    def shards(self, plan: dict[str, Any]) -> list[TextShard]:
-        """All shards of a plan."""
-        return [TextShard(self.work, split, number) for split in SPLITS for number in range(plan["shards"][split])]
-
-    def tokenizer(self, plan: dict[str, Any]) -> tokenizers.TextTokenizer:
-        """The tokenizer that the first stage wrote."""
-        return tokenizers.saved(self.tokenizer_file, plan["mask_token_id"], plan["pad_token_id"])
-
-    def encoder(self) -> Encoder:
-        """The encoder: fitted by the first stage, or a model of a library."""
-        if self.options.encoder == "lsa":
-            return LsaEncoder.load(self.encoder_file)
-        return SentenceTransformersEncoder(self.options, self.local, self.local_rank)
-
-
-def finished(preparation: Preparation) -> DatasetInfo | None:
-    """The dataset in the directory, if it is there. UserError if it was prepared with other options."""
-    if not (preparation.out / INFO_FILE).is_file():
-        return None
-    info = read_info(preparation.out)
-    refuse_other_options(preparation, info.options)
-    return info
+# A file system of a network shows a new file this late at worst, where it was looked for in vain before.
+LATE_SECONDS = 60
 
 
 def prepare(preparation: Preparation) -> DatasetInfo | None:
     """Do this process's part. Returns the finished dataset's description on rank 0, None on the others."""
-    if preparation.rank == 0 and preparation.plan_file.is_file():
-        refuse_other_options(preparation, _read_json(preparation.plan_file)["options"])
-        say(f"going on with the work in {preparation.out}")
-    elif preparation.rank == 0:
-        _plan(preparation)
-    else:
-        info_file = preparation.out / INFO_FILE
-        _wait(lambda: preparation.plan_file.is_file() or info_file.is_file())
-        if info_file.is_file():  # rank 0 finished the work of an earlier call before this process came to look
-            return None
-    plan = _read_json(preparation.plan_file)
-    refuse_other_options(preparation, plan["options"])
-    _write_shards(preparation, plan)
-    return _finish(preparation, plan) if preparation.rank == 0 else None
+    if preparation.rank:
+        _help(preparation)
+        return None
+    with lock.held(preparation.out, preparation.run):
+        if info := finished(preparation):  # by a preparation that held the lock until now
+            return info
+        plan = earlier_plan(preparation) or _plan(preparation)
+        _write_shards(preparation, plan)
+        return _finish(preparation, plan)
 
 
-def refuse_other_options(preparation: Preparation, there: dict[str, Any]) -> None:
-    """UserError naming the first option in which a directory differs from this command."""
-    for name, value in dataclasses.asdict(preparation.options).items():
-        if there.get(name) != value:
-            raise UserError(
-                f"{preparation.out}: was prepared with {flag(name)} {there.get(name)}, not {value}; "
-                "give the same options, another --out, or delete the directory"
-            )
+def _help(preparation: Preparation) -> None:
+    """The part of a rank other than 0.
+
+    Where every shard was done in an earlier call, rank 0 needs nobody: it may write dataset.json and remove DIR/work
+    at any moment, also between two files that are read here. Then this rank is done too.
+    """
+    _wait(lambda: preparation.info_file.is_file() or _is_planned(preparation))
+    try:
+        if not preparation.info_file.is_file():
+            plan = read_json(preparation.plan_file)
+            refuse_other_options(preparation, plan["options"])
+            _write_shards(preparation, plan)
+    except FileNotFoundError:
+        if not _wait(preparation.info_file.is_file, LATE_SECONDS):
+            raise
 
 
-def _plan(preparation: Preparation) -> None:
+def _is_planned(preparation: Preparation) -> bool:
+    """Whether rank 0 of this very run holds the directory, and a plan is there."""
+    if not lock.is_held_for(preparation.out, preparation.run):
+        return False
+    try:
+        return is_whole(read_json(preparation.plan_file))
+    except FileNotFoundError:
+        return False
+
+
+def _plan(preparation: Preparation) -> dict[str, Any]:
     """Rank 0's first stage: everything that needs all the texts."""
     options = preparation.options
     # Without a plan, what lies here is a first stage that was killed. It starts anew: nothing says with what options.
     shutil.rmtree(preparation.work, ignore_errors=True)
-    # What can be missing is looked for before the texts are read, which may take an hour.
-    given = None if options.tokenizer == "train" else _given_tokenizer(preparation)
-    if options.encoder != "lsa":
-        preparation.encoder()
+    fitting = Fitting(options, preparation.local, preparation.pattern, preparation.resources)
+    files = source_files.entries(options.source)
     splits, duplicates = _read_splits(options)
-    tokenizer = given or tokenizers.train(splits["train"], options.vocab_size or 0)
-    write_text(preparation.tokenizer_file, tokenizer.to_json())
-    say(f"tokenizer of {tokenizer.vocab_size} tokens")
-    if options.encoder == "lsa":
-        encoder = LsaEncoder.fit(splits["train"], options.latent_dim or 0, options.seed)
-        write_whole(preparation.encoder_file, encoder.save)
-        say("encoder fitted")
+    source_files.refuse_touched(files)
+    fitted = fitting.fit(preparation.out, splits)
     counts: dict[str, int] = {}
     for split, texts in splits.items():
         shards = [texts[start : start + options.shard_size] for start in range(0, len(texts), options.shard_size)]
@@ -171,22 +100,13 @@ def _plan(preparation: Preparation) -> None:
         counts[split] = len(shards)
     plan = {
         "options": dataclasses.asdict(options),
+        "source_files": files,
         "duplicates": duplicates,
-        "mask_token_id": tokenizer.mask_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
         "shards": counts,
+        **fitted,
     }
     write_json(preparation.plan_file, plan)
-
-
-def _given_tokenizer(preparation: Preparation) -> tokenizers.TextTokenizer:
-    options = preparation.options
-    return tokenizers.load(
-        options.tokenizer,
-        local_files_only=preparation.local.local_files_only,
-        mask_token=options.mask_token,
-        pad_token=options.pad_token,
-    )
+    return plan
 
 
 def _read_splits(options: Options) -> tuple[dict[str, list[str]], int]:
@@ -198,13 +118,19 @@ def _read_splits(options: Options) -> tuple[dict[str, list[str]], int]:
         split_sentences=options.split_sentences,
     )
     splits, duplicates = split_texts(texts, options.max_samples, options.validation_fraction)
+    different = sum(map(len, splits.values()))
+    source = f"--source {' '.join(options.source)}"
+    if different == 1 and duplicates:
+        raise UserError(
+            f"{source}: all {duplicates + 1} texts are the same but for case and white space; give different ones"
+        )
     for split, of_split in splits.items():
         if not of_split:
             raise UserError(
-                f"--source {' '.join(options.source)}: no text for the {split} split; "
+                f"{source}: no text for the {split} split, of {different} different ones ({duplicates} duplicates); "
                 "give more texts or another --validation-fraction"
             )
-    say(f"{sum(map(len, splits.values()))} texts, {duplicates} duplicates dropped")
+    say(f"{different} texts, {duplicates} duplicates dropped")
     return splits, duplicates
 
 
@@ -216,24 +142,37 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
     """
     share = preparation.shards(plan)[preparation.rank :: preparation.world_size]
     left = [shard for shard in share if not shard.record_file.exists()]
-    if not left:
+    # Records that are missing since rank 0 has finished and removes them (see `_help`) are not work left to do.
+    if not left or preparation.info_file.is_file():
         return  # without loading the encoder
-    encoder = preparation.encoder()
-    write_json(preparation.encoder_description_file, encoder.description)  # every rank writes the same
+    read_json(left[0].texts_file)
+    encoder = load_encoder(preparation.out, plan["encoder"], preparation.resources)
     tokenizer = preparation.tokenizer(plan)
     for shard in left:
-        texts = _read_json(shard.texts_file)
+        texts = read_json(shard.texts_file)
         name = f"{shard.split} shard {shard.number}"
         with CountedWork(name, len(texts)) as work:
-            rows, latents = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
+            encoded = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
         # Half precision overflows in some models. Written down, such a latent would show only in training, as a loss
         # that is not finite at whatever step draws it.
-        if not np.isfinite(latents).all():
+        if not np.isfinite(encoded.latents).all():
             raise UserError(f"the encoder gave a latent that is not finite, in {name}; try --encoder-dtype float32")
-        record = write_shard(preparation.out, shard.split, shard.number, rows, latents, tokenizer.vocab_size)
-        record.dropped = len(texts) - len(rows)
+        record = write_shard(
+            preparation.out, shard.split, shard.number, encoded.rows, encoded.latents, plan["vocab_size"]
+        )
+        record.without_latent = encoded.without_latent
+        record.dropped = len(texts) - len(encoded.rows) - encoded.without_latent
         write_json(shard.record_file, dataclasses.asdict(record))
         say(f"{name}: {record.rows} rows")
+
+
+@dataclass
+class Encoded:
+    """Token rows, int64 [L] each, and latents, float32 [rows, D], of a shard's texts."""
+
+    rows: list[np.ndarray]
+    latents: np.ndarray
+    without_latent: int  # texts left out since their latent is zero
 
 
 def _encode(
@@ -242,54 +181,60 @@ def _encode(
     encoder: Encoder,
     max_length: int,
     work: CountedWork,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Token rows, int64 [L] each, and latents, float32 [rows, D], of the texts that fit into `max_length` tokens.
+) -> Encoded:
+    """The texts that fit into `max_length` tokens and have a latent.
 
     Longer texts are dropped. Cut instead, a text would have the latent of words that are not there, and two texts
-    that differ behind the cut could become one row in both splits.
+    that differ behind the cut could become one row in both splits. A text of which the encoder knows nothing is
+    dropped too: its latent, zero, would be paired with any such text.
     """
     rows: list[np.ndarray] = []
     latents: list[np.ndarray] = []
-    for chunk in _chunks(texts):
+    without_latent = 0
+    for chunk in chunks(texts):
         tokens = tokenizer.encode(chunk)
-        fitting = [index for index, row in enumerate(tokens) if 0 < len(row) <= max_length]
+        fitting = [index for index, row in enumerate(tokens) if fits(row, max_length)]
         if fitting:
-            rows += [tokens[index] for index in fitting]
-            latents.append(encoder.encode([chunk[index] for index in fitting]))
+            found = encoder.encode([chunk[index] for index in fitting])
+            known = (found != 0).any(axis=1)
+            rows += [tokens[index] for index, is_known in zip(fitting, known, strict=True) if is_known]
+            latents.append(found[known])
+            without_latent += int((~known).sum())
         work.add(len(chunk))
     if not latents:  # a shard of long texts alone still has latents of the right dimension
         latents.append(encoder.encode(texts[:1])[:0].astype(np.float32))
-    return rows, np.concatenate(latents)
-
-
-def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(texts), CHUNK):
-        yield texts[start : start + CHUNK]
+    return Encoded(rows, np.concatenate(latents), without_latent)
 
 
 def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     """Rank 0's last stage: wait for the other ranks' records, and make the directory a dataset."""
     files = [shard.record_file for shard in preparation.shards(plan)]
     _wait(lambda: all(file.exists() for file in files))
-    records = [ShardRecord(**_read_json(file)) for file in files]
+    records = [ShardRecord(**read_json(file)) for file in files]
     if not any(record.rows for record in records if record.split == "train"):
         raise UserError(
             f"every text is longer than --max-length {preparation.options.max_length} tokens; "
             "raise it, or cut texts with --split-sentences"
         )
+    tokenizer = preparation.tokenizer(plan)
+    unknown = tokenizer.unknown_token_id
     options = dataclasses.asdict(preparation.options)
     options["duplicates"] = plan["duplicates"]
     options["dropped"] = sum(record.dropped for record in records)
+    options["without_latent"] = sum(record.without_latent for record in records)
+    options["unknown_tokens"] = 0 if unknown is None else sum(record.token_counts[unknown] for record in records)
+    options["source_files"] = source_files.contents(plan["source_files"])
     info = write_info(
         preparation.out,
         records,
-        vocab_size=preparation.tokenizer(plan).vocab_size,
+        vocab_size=plan["vocab_size"],
         mask_token_id=plan["mask_token_id"],
         pad_token_id=plan["pad_token_id"],
         tokenizer=preparation.tokenizer_file.name,
-        encoder=_read_json(preparation.encoder_description_file),
+        encoder=plan["encoder"],
         options=options,
         generated_by="python -m job.prepare",
+        encoder_file=ENCODER_FILE if plan["encoder"]["name"] == LSA else None,
     )
     shutil.rmtree(preparation.work, ignore_errors=True)
     for leftover in preparation.out.glob(f".*{TEMPORARY}"):  # of a process killed while it wrote
@@ -297,11 +242,14 @@ def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     return info
 
 
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_bytes())
+def _wait(ready: Callable[[], bool], seconds: float = float("inf")) -> bool:
+    """Wait for other processes. Returns whether they were `ready` in time.
 
-
-def _wait(ready: Callable[[], bool]) -> None:
-    """Wait for other processes. Polling a shared directory is all that works on every cluster's file system."""
+    Polling a shared directory is all that works on every cluster's file system.
+    """
+    end = time.monotonic() + seconds
     while not ready():
+        if time.monotonic() > end:
+            return False
         time.sleep(POLL_SECONDS)
+    return True

@@ -2,6 +2,7 @@
 
 DIR/dataset.json                  DatasetInfo
 DIR/tokenizer.json                absent when the tokens came without a tokenizer
+DIR/encoder.safetensors           the fitted encoder of `--encoder lsa` (job.data.encoders)
 DIR/train-00000.tokens.npy        all rows after each other, smallest sufficient unsigned type
 DIR/train-00000.offsets.npy       int64 [rows + 1], row i is tokens[offsets[i]:offsets[i + 1]]
 DIR/train-00000.latents.npy       float32 [rows, latent_dim]

@@ -37,9 +37,24 @@ class TextTokenizer:
         self.pad_token_id = pad_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps, so not the number of tokens
 
+    @property
+    def unknown_token_id(self) -> int | None:
+        """Id of the token that stands for whatever the tokenizer cannot write; None if it has none."""
+        model = json.loads(self.tokenizer.to_str())["model"]
+        if "unk_id" in model:  # Unigram
+            return model["unk_id"]
+        token = model.get("unk_token")
+        return None if token is None else self.tokenizer.token_to_id(token)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int64 [L]."""
-        return [np.array(encoding.ids, np.int64) for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+        """Token ids of each text, int64 [L]. UserError for a character that the tokenizer has no token for at all."""
+        try:
+            encodings = self.tokenizer.encode_batch_fast(list(texts))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"the tokenizer cannot encode these texts ({str(error).splitlines()[0]}); use another one"
+            ) from error
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -120,7 +135,14 @@ def load(
     masks = [mask_token] if mask_token else [named.get("mask_token"), *MASK_NAMES]
     pads = [pad_token] if pad_token else [named.get("pad_token"), *PAD_NAMES]
     mask_token_id = _special_id(tokenizer, source, "mask", masks)
-    return TextTokenizer(tokenizer, mask_token_id, _special_id(tokenizer, source, "pad", pads))
+    pad_token_id = _special_id(tokenizer, source, "pad", pads)
+    if mask_token_id == pad_token_id:
+        # The model would fill in the padding, and take masked positions for the end of the text.
+        raise UserError(
+            f"tokenizer {source}: {tokenizer.id_to_token(mask_token_id)} is both mask and padding token; "
+            "name two different tokens with --mask-token and --pad-token"
+        )
+    return TextTokenizer(tokenizer, mask_token_id, pad_token_id)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

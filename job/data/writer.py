@@ -30,6 +30,7 @@ class ShardRecord:
     latent_square_sum: list[float]
     files: dict[str, dict[str, Any]]
     dropped: int = 0  # texts too long for a row
+    without_latent: int = 0  # texts that the encoder knows nothing of
 
 
 def _save(array: np.ndarray, file: BinaryIO) -> None:
@@ -84,6 +85,7 @@ def write_info(
     encoder: dict[str, Any],
     options: dict[str, Any],
     generated_by: str,
+    encoder_file: str | None = None,
 ) -> DatasetInfo:
     """Write dataset.json, which turns the shards of `records` (in order within each split) into a dataset.
 
@@ -96,14 +98,14 @@ def write_info(
     for split, count in counts.items():
         if not count:
             raise UserError(
-                f"{directory}: no sample is left for the {split} split; "
-                "give more texts or change the validation fraction or the maximum length"
+                f"no sample is left for the {split} split; "
+                "give more texts, another --validation-fraction or a larger --max-length"
             )
     train = of_split["train"]
     mean, std = _latent_statistics(train)
     files = {name: entry for record in records for name, entry in record.files.items()}
-    if tokenizer:
-        files[tokenizer] = file_entry(directory / tokenizer)
+    for name in filter(None, (tokenizer, encoder_file)):
+        files[name] = file_entry(directory / name)
     info = DatasetInfo(
         vocab_size=vocab_size,
         latent_dim=len(mean),

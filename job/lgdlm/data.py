@@ -36,6 +36,7 @@ class DataOptions:
     pad_token_id: int | None = None
     vocab_size: int | None = None
     validation_fraction: float = 0.05
+    max_length: int | None = None  # longer samples are left out; None: all are kept
     skip_bad: bool = False
 
 
@@ -188,6 +189,8 @@ def special_tokens(tokenizer: tokenizers.TextTokenizer | None, options: DataOpti
         raise UsageError("without --tokenizer, give --mask-token-id, --pad-token-id and --vocab-size")
     if not (0 <= mask < size and 0 <= pad < size):
         raise UsageError(f"--mask-token-id {mask} and --pad-token-id {pad} must lie in the vocabulary of {size}")
+    if mask == pad:
+        raise UsageError(f"--mask-token-id and --pad-token-id are both {mask}; they must be two different tokens")
     return mask, pad, size
 
 
@@ -201,22 +204,32 @@ def convert(token_dir: Path, latent_dir: Path, out: Path, options: DataOptions) 
     mask_token_id, pad_token_id, vocab_size = special_tokens(tokenizer, options)
     problems = Problems()
     pairs = find_pairs(token_dir, latent_dir, problems)
+    kept, too_long = 0, 0
     with whole_directory(out) as partial:
         writer = ShardWriter(partial, vocab_size, options.validation_fraction)
         # After the first bad file nothing is kept, but the rest is still read: one run names all bad files.
         for tokens, latent in read_samples(pairs, vocab_size, problems):
-            if options.skip_bad or not problems.count:
+            # Left out, not cut: the latent is one of the whole text.
+            if options.max_length and len(tokens) > options.max_length:
+                too_long += 1
+            elif options.skip_bad or not problems.count:
                 writer.add(tokens, latent)
+                kept += 1
         problems.report()
         if problems.count and not options.skip_bad:
             raise UserError(
                 f"{token_dir}: {problems.count} unpaired or corrupt files; "
                 "mend or remove them, or leave them out with --skip-bad"
             )
+        if too_long and not kept:
+            raise UserError(f"{token_dir}: every sample is longer than --max-length {options.max_length}; raise it")
         for split in SPLITS:
             writer.flush(split)
         if tokenizer:
             write_text(partial / tokenizers.TOKENIZER_FILE, tokenizer.to_json())
+        made_with = {"validation_fraction": options.validation_fraction, "skipped": problems.count}
+        if options.max_length:
+            made_with |= {"max_length": options.max_length, "dropped": too_long}
         info = write_info(
             partial,
             writer.records,
@@ -225,10 +238,12 @@ def convert(token_dir: Path, latent_dir: Path, out: Path, options: DataOptions) 
             pad_token_id=pad_token_id,
             tokenizer=tokenizers.TOKENIZER_FILE if tokenizer else None,
             encoder={"name": "lgdlm"},
-            options={"validation_fraction": options.validation_fraction, "skipped": problems.count},
+            options=made_with,
             generated_by="python -m job.convert data",
         )
+    longer = f"{too_long} longer than --max-length {options.max_length}, " if options.max_length else ""
     return (
         f"{out}: {info.counts['train']} training and {info.counts['validation']} validation samples, "
-        f"{problems.count} bad files left out, at most {info.max_length} tokens, {info.latent_dim} latent dimensions"
+        f"{problems.count} bad files left out, {longer}at most {info.max_length} tokens, "
+        f"{info.latent_dim} latent dimensions"
     )

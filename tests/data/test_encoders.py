@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from job.data.encoders import LsaEncoder
+from job.data.encoders import (
+    ENCODER_FILE,
+    LsaEncoder,
+    Resources,
+    SentenceTransformersEncoder,
+    load_encoder,
+)
 from job.data.optional import import_optional
+from job.data.shards import ShardDataset
+from job.data.tokenizer import of_dataset
 from job.errors import UserError
 
 
@@ -21,9 +33,8 @@ def test_lsa_is_the_same_for_any_number_of_threads(tmp_path: Path) -> None:
     for threads in (2, 1):
         with threadpool_limits(threads):
             encoder = LsaEncoder.fit(texts, 64, seed=1)
-            with (tmp_path / "encoder").open("wb") as file:
-                encoder.save(file)
-            latents.append(LsaEncoder.load(tmp_path / "encoder").encode(texts))
+            encoder.save(tmp_path / ENCODER_FILE)
+            latents.append(load_encoder(tmp_path, encoder.description).encode(texts))
             # A shard's latents do not depend on what else is encoded with it.
             assert np.array_equal(latents[-1][700:703], encoder.encode(texts[700:703]))
     assert np.array_equal(latents[0], latents[1])
@@ -34,3 +45,61 @@ def test_a_missing_library_names_the_command() -> None:
     assert importlib.util.find_spec("no_such_library") is None
     with pytest.raises(UserError, match="pip install no-such-library"):
         import_optional("no_such_library", "no-such-library")
+
+
+def test_the_encoder_of_a_dataset_makes_its_latents(prepared: Path) -> None:
+    dataset = ShardDataset(prepared, "validation")
+    tokenizer = of_dataset(prepared, dataset.info)
+    assert tokenizer
+    texts = [tokenizer.decode(dataset[index][0]) for index in range(len(dataset))]
+    encoder = load_encoder(prepared, dataset.info.encoder)
+    assert np.array_equal(encoder.encode(texts), np.stack([dataset[index][1] for index in range(len(dataset))]))
+    assert encoder.description == dataset.info.encoder
+    assert ENCODER_FILE in dataset.info.files
+    assert not encoder.encode(["?!"]).any()
+
+
+def test_another_encoder_or_a_damaged_one_is_refused(prepared: Path, tmp_path: Path) -> None:
+    description = ShardDataset(prepared, "train").info.encoder
+    content = (prepared / ENCODER_FILE).read_bytes()
+    for changed, message in (
+        (content[:-1] + bytes([content[-1] ^ 1]), "not the encoder that made the latents"),
+        (content[:500], "damaged or no fitted encoder"),
+        (b"", "damaged or no fitted encoder"),
+    ):
+        (tmp_path / ENCODER_FILE).write_bytes(changed)
+        with pytest.raises(UserError, match=message):
+            load_encoder(tmp_path, description)
+    with pytest.raises(UserError, match=r"encoder\.safetensors: missing"):
+        load_encoder(tmp_path / "nowhere", description)
+    with pytest.raises(UserError, match=r"were not made by prepare \(lgdlm\)"):
+        load_encoder(prepared, {"name": "lgdlm"})
+
+
+class Model(torch.nn.Linear):
+    """Stands in for a sentence-transformers model of five dimensions."""
+
+    scale = 1.0
+
+    def __init__(self, name: str, truncate_dim: int | None, **options: Any) -> None:
+        super().__init__(1, 5, bias=False)
+        torch.nn.init.constant_(self.weight, self.scale)
+        self.truncate_dim = truncate_dim
+
+    def encode(self, texts: list[str], **options: Any) -> torch.Tensor:
+        lengths = torch.tensor([[float(len(text))] for text in texts])
+        return self(lengths).detach()[:, : self.truncate_dim]
+
+
+def test_a_model_is_known_by_its_weights_and_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Model))
+    with pytest.raises(UserError, match="--truncate-dim 6: name has only 5 dimensions"):
+        SentenceTransformersEncoder("name", 6, "float32", Resources())
+    three = SentenceTransformersEncoder("name", 3, "float32", Resources()).description
+    loaded = load_encoder(Path("nowhere"), three)
+    assert loaded.encode(["four", "a"]).tolist() == [[4.0] * 3, [1.0] * 3]
+    assert loaded.description == three
+    assert SentenceTransformersEncoder("name", 5, "float32", Resources()).description["sha256"] != three["sha256"]
+    monkeypatch.setattr(Model, "scale", 2.0)
+    with pytest.raises(UserError, match="name: not the encoder that made the latents"):
+        load_encoder(Path("nowhere"), three)

@@ -4,20 +4,25 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from job import prepare
-from job.data.shards import ShardDataset
+from job.data import lock, preparation
+from job.data.shards import SPLITS, ShardDataset
 from job.data.tokenizer import of_dataset
+from job.data.work import Preparation, TextShard
 
 # Those of the fixture `prepared`.
 OPTIONS = ["--vocab-size", "300", "--latent-dim", "8", "--validation-fraction", "0.2", "--shard-size", "100"]
@@ -104,6 +109,114 @@ def test_processes_share_the_work_with_the_same_bits(prepared: Path, corpus: Pat
     assert content(out) == content(prepared)
 
 
+def test_a_second_preparation_of_a_directory_is_refused_at_once(
+    prepared: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dataset"
+    command = ("--source", str(corpus), *OPTIONS)
+    with lock.held(out, "another"):
+        assert run(out, *command) == 1
+        assert "another preparation is at work here" in capsys.readouterr().err
+        other_rank = start(out, *command, rank=1, world_size=2)  # of a run whose rank 0 is refused
+        with pytest.raises(subprocess.TimeoutExpired):
+            other_rank.wait(4)
+        assert not any(out.rglob("*.record.json"))
+    assert start(out, *command, rank=0, world_size=2).wait() == 0  # now with its rank 0
+    assert other_rank.wait() == 0
+    assert content(out) == content(prepared)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [(preparation, "read_json"), (Preparation, "shards"), (TextShard, "record_file")],
+    ids=["before the plan is read", "before records are looked for", "between two records"],
+)
+def test_rank_0_may_finish_while_another_rank_still_looks(
+    prepared: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
+) -> None:
+    """Every shard was done in an earlier call, so rank 0 waits for nobody before it removes DIR/work."""
+    out = tmp_path / "dataset"
+    work = out / "work"
+    work.mkdir(parents=True)
+    shards = {split: len(rows) for split, rows in ShardDataset(prepared, "train").info.shards.items()}
+    plan = {"options": prepared_options(prepared), "encoder": {}, "source_files": [], "shards": shards}
+    (work / "plan.json").write_text(json.dumps(plan))
+    (out / lock.LOCK_FILE).write_text(json.dumps({"run": "localhost:29500 "}))
+    for split, count in shards.items():
+        for number in range(count):
+            TextShard(work, split, number).record_file.touch()
+            TextShard(work, split, number).texts_file.write_text("[]")
+    original = vars(where)[name]
+    is_property = isinstance(original, property)
+
+    def finish_first(*arguments: Any) -> Any:
+        shutil.copytree(prepared, out, dirs_exist_ok=True)
+        if is_property:  # half of DIR/work is removed
+            for file in work.glob("*.record.json"):
+                file.unlink()
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        return original.fget(*arguments) if is_property else original(*arguments)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(where, name, property(finish_first) if is_property else finish_first)
+    assert run(out, "--source", str(corpus), *OPTIONS) == 0
+    assert not any(work.glob("*.record.json"))
+
+
+def prepared_options(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "dataset.json").read_text())["options"])
+
+
+def test_a_changed_source_is_noticed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "a.txt", tmp_path / "dataset"
+    shutil.copy(corpus, source)
+    assert run(out, "--source", str(source), *OPTIONS) == 0
+    assert run(out, "--source", f"{tmp_path}/../{tmp_path.name}/a.txt", *OPTIONS) == 0
+    assert "finished already" in capsys.readouterr().out
+    with source.open("r+") as file:  # of the same size
+        file.write("X")
+    for spelling in (str(source), f"{tmp_path}/./a.txt"):
+        assert run(out, "--source", spelling, *OPTIONS) == 1
+        assert f"{source} has changed since {out} was prepared" in capsys.readouterr().err
+    source.unlink()  # a finished dataset needs it no more
+    assert run(out, "--source", str(source), *OPTIONS) == 0
+    assert "note: " in capsys.readouterr().err
+    assert run(out, "--source", "elsewhere.txt", *OPTIONS) == 1
+
+
+def test_a_source_that_changes_before_the_work_is_resumed_is_noticed(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "a.txt", tmp_path / "dataset"
+    shutil.copy(corpus, source)
+    process = start(out, "--source", str(source), *OPTIONS, rank=0, world_size=2)  # waits for rank 1
+    while not (out / "work" / "plan.json").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with source.open("a") as file:
+        file.write("One more line.\n")
+    assert run(out, "--source", str(source), *OPTIONS) == 1
+    assert f"{source} has changed" in capsys.readouterr().err
+
+
+def test_unknown_tokens_of_a_given_tokenizer_are_told(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = {word: number for number, word in enumerate(["[MASK]", "[PAD]", "?", *corpus.read_text().split()[:4]])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    out = tmp_path / "out"
+    assert run(out, "--source", str(corpus), "--tokenizer", str(tmp_path), *OPTIONS[2:]) == 0
+    splits = [ShardDataset(out, split) for split in SPLITS]
+    unknown = sum(int((rows[index][0] == 2).sum()) for rows in splits for index in range(len(rows)))
+    assert unknown == prepared_options(out)["unknown_tokens"] > 1000
+    assert f"unknown      {unknown} tokens" in capsys.readouterr().out
+
+
 def test_an_unfinished_directory_with_other_options_is_refused(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +251,7 @@ def test_other_sources_give_the_same_dataset(prepared: Path, corpus: Path, tmp_p
         pq.write_table(pa.table({"body": lines, "other": range(len(lines))}), folder / "a.parquet")
     else:
         (folder / "a.txt").write_text("\n\n".join(lines[:300]))
-        (folder / "b.md").write_text("\n".join(lines[300:]))
+        (folder / ("b.txt" if kind == "directory" else "b.md")).write_text("\n".join(lines[300:]))
     source = {"directory": str(folder), "glob": str(folder / "*")}.get(kind, str(folder / f"a.{kind}"))
     assert run(tmp_path / "out", "--source", source, "--text-key", "body", *OPTIONS) == 0
     there, here = content(prepared), content(tmp_path / "out")
@@ -173,6 +286,7 @@ BAD_FILES = {
     "utf.txt": (b"\xff\xfe", "not UTF-8"),
     "damaged.parquet": (b"PAR1 no", "cannot be read as parquet"),
     "empty.txt": (b"\n", "no text for the train split"),
+    "same.txt": (b"Hello, world.\n" * 500, "all 500 texts are the same"),
     "few.txt": (b"\n".join(b"word %d" % n for n in range(50)), "--latent-dim 64"),
 }
 

@@ -69,3 +69,20 @@ def test_a_bad_tokenizer_is_one_line(tmp_path: Path, content: str | None, messag
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message):
         tokenizer.load(str(tmp_path))
+
+
+def test_unknown_tokens_are_known_as_such(tmp_path: Path) -> None:
+    loaded = tokenizer.load(str(words(tmp_path, "[MASK]", "[PAD]")))
+    assert loaded.unknown_token_id == 4
+    assert loaded.encode(["dog cat fox"])[0].tolist() == [2, 4, 3]
+    assert tokenizer.train(CORPUS, 300).unknown_token_id is None
+    made = Tokenizer(models.WordLevel({"[MASK]": 0, "[PAD]": 1, "dog": 2}, unk_token="[UNK]"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"cannot encode these texts \(.*\[UNK\]"):
+        tokenizer.load(str(tmp_path)).encode(["cat"])
+
+
+def test_one_token_cannot_be_mask_and_padding(tmp_path: Path) -> None:
+    directory = words(tmp_path, "[MASK]", "[PAD]")
+    with pytest.raises(UserError, match=r"\[PAD\] is both mask and padding token"):
+        tokenizer.load(str(directory), mask_token="[PAD]")

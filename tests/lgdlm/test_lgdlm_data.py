@@ -11,6 +11,7 @@ from job.data.tokenizer import train
 from job.errors import UsageError, UserError
 from job.lgdlm.data import DataOptions, convert
 
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 SAMPLES, VOCAB, LENGTH, DIM = 40, 50, 12, 6
 OPTIONS = DataOptions(mask_token_id=1, pad_token_id=0, vocab_size=VOCAB, validation_fraction=0.25)
 
@@ -92,6 +93,36 @@ def test_bad_files_can_be_left_out(directories: tuple[Path, Path], tmp_path: Pat
     spoil(*directories)
     assert "7 bad files left out" in convert(*directories, tmp_path / "out", replace(OPTIONS, skip_bad=True))
     assert sum(ShardDataset(tmp_path / "out", "train").info.counts.values()) == SAMPLES - 7
+
+
+def test_longer_samples_are_left_out_whole(directories: tuple[Path, Path], tmp_path: Path) -> None:
+    longest = LENGTH // 2
+    summary = convert(*directories, tmp_path / "out", replace(OPTIONS, max_length=longest))
+    info = ShardDataset(tmp_path / "out", "train").info
+    masks = [np.load(path)["attention_mask"] for path in directories[0].iterdir()]
+    fitting = sum(int(mask.sum()) <= longest for mask in masks)
+    assert 0 < fitting == sum(info.counts.values()) < SAMPLES
+    assert info.max_length <= longest
+    assert f"{SAMPLES - fitting} longer than --max-length {longest}" in summary
+    assert info.options["dropped"] == SAMPLES - fitting
+    with pytest.raises(UserError, match="every sample is longer than --max-length 2"):
+        convert(*directories, tmp_path / "none", replace(OPTIONS, max_length=2))
+
+
+def test_mask_and_padding_are_two_tokens(directories: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are both 1"):
+        convert(*directories, tmp_path / "out", replace(OPTIONS, pad_token_id=1))
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="shared/golden is not here")
+def test_the_golden_pair_fits_the_golden_model(tmp_path: Path) -> None:
+    options = DataOptions(
+        mask_token_id=3, pad_token_id=0, vocab_size=97, validation_fraction=0.3, max_length=12, skip_bad=True
+    )
+    data = GOLDEN / "lgdlm_data"
+    convert(data / "tokens", data / "latents", tmp_path / "out", options)
+    info = ShardDataset(tmp_path / "out", "train").info
+    assert (sum(info.counts.values()), info.max_length, info.latent_dim) == (7, 11, 16)
 
 
 def test_ids_come_from_the_tokenizer_or_must_be_given(directories: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Whether the files that texts came from are still the same ones: by content, under whatever name they are given.
+
+An entry is a file {path, name, bytes, modified, sha256}, or the {name} of a source that is not made of files (the
+standard library, a dataset of the hub). Path and time stay in the plan: a dataset is a function of the texts alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from job.data.sources import HUGGING_FACE, STDLIB, find_files, is_saved
+from job.errors import UserError
+
+Entry = dict[str, Any]
+# Of a larger file only the beginning is hashed; its size and its time are still compared. Hashing a terabyte would
+# take longer than preparing the few texts of it that --max-samples asks for.
+HASHED_BYTES = 2**30
+
+
+def entries(sources: Sequence[str], known: Sequence[Entry] = ()) -> list[Entry]:
+    """One entry for every file of the sources, in reading order. UserError where a source is not there.
+
+    Files of the same path, size and time as in `known` are not hashed again.
+    """
+    of_path = {entry["path"]: entry for entry in known if "path" in entry}
+    found: list[Entry] = []
+    for source in sources:
+        name = source.removeprefix(HUGGING_FACE)
+        if source == STDLIB:
+            found.append({"name": source})
+        elif name == source:
+            found += [_file_entry(path, of_path) for path in find_files(source)]
+        elif is_saved(name):
+            found += [_file_entry(path, of_path) for path in sorted(Path(name).rglob("*.arrow"))]
+        else:
+            found.append({"name": source})
+    return found
+
+
+def _file_entry(path: Path, known: dict[str, Entry]) -> Entry:
+    entry = _file_state(path)
+    before = known.get(entry["path"])
+    if before and {**before, "sha256": None} == {**entry, "sha256": None}:
+        return before
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            left = HASHED_BYTES
+            while left and (block := file.read(min(left, 2**20))):
+                digest.update(block)
+                left -= len(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return {**entry, "sha256": digest.hexdigest()}
+
+
+def _file_state(path: Path) -> Entry:
+    state = path.stat()
+    return {"path": str(path.resolve()), "name": path.name, "bytes": state.st_size, "modified": state.st_mtime_ns}
+
+
+def refuse_touched(there: Sequence[Entry]) -> None:
+    """UserError for a file that was written while it was read: some texts would be the old ones, some the new."""
+    for entry in there:
+        if "path" in entry and {**entry, "sha256": None} != {**_file_state(Path(entry["path"])), "sha256": None}:
+            raise UserError(f"{entry['path']}: changed while it was read; give the same command again")
+
+
+def contents(there: Sequence[Entry]) -> list[Entry]:
+    """The entries without what differs from one machine to the next."""
+    return [{key: value for key, value in entry.items() if key not in ("path", "modified")} for entry in there]
+
+
+def difference(before: Sequence[Entry], now: Sequence[Entry]) -> str | None:
+    """What is not as it was, in words; None if all contents are the same, in the same order."""
+    for old, new in zip(before, now, strict=False):
+        if _identity(old) != _identity(new):
+            same_name = old["name"] == new["name"]
+            return f"{new.get('path', new['name'])} " + ("has changed" if same_name else f"is not {old['name']}")
+    if len(before) != len(now):
+        return f"{len(now)} sources instead of {len(before)}"
+    return None
+
+
+def _identity(entry: Entry) -> tuple[Any, ...]:
+    if "sha256" in entry:
+        return entry["bytes"], entry["sha256"]
+    return (entry["name"],)
