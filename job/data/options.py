@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.data.encoders import LSA, SENTENCE_TRANSFORMERS
-from job.data.sources import STDLIB
+from job.data.sources import EMBEDDED, STDLIB
 from job.data.tokenizer import MIN_VOCAB_SIZE
 
 # Choices that other options depend on, for `read_if`: an option of these names, and its value.
@@ -52,7 +52,8 @@ class Options:
 
     source: list[str] = option(  # noqa: RUF009 (`option` makes a field)
         [STDLIB],
-        "stdlib (sentences from the documentation of Python's own standard library; the default), files, directories "
+        "stdlib (sentences from the documentation of Python's own standard library; the default), unicode (names of "
+        "characters: short, and soon learned), files, directories "
         "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH; a file or glob may also "
         "be of .text or .md (as .txt), .ndjson or .json (as .jsonl)",
         group="texts",
@@ -127,7 +128,7 @@ class Options:
     python: str | None = dataclasses.field(init=False)  # whose standard library was read; no option of the command
 
     def __post_init__(self) -> None:
-        self.python = platform.python_version() if STDLIB in self.source else None
+        self.python = platform.python_version() if set(EMBEDDED) & set(self.source) else None
 
 
 @dataclass

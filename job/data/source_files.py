@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from job.data.sources import HUGGING_FACE, STDLIB, find_files, is_saved
+from job.data.sources import EMBEDDED, HUGGING_FACE, find_files, is_saved
 from job.errors import UserError
 
 Entry = dict[str, Any]
@@ -29,7 +29,7 @@ def entries(sources: Sequence[str], known: Sequence[Entry] = ()) -> list[Entry]:
     found: list[Entry] = []
     for source in sources:
         name = source.removeprefix(HUGGING_FACE)
-        if source == STDLIB:
+        if source in EMBEDDED:
             found.append({"name": source})
         elif name == source:
             found += [_file_entry(path, of_path) for path in find_files(source)]

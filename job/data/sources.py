@@ -1,4 +1,4 @@
-"""Where texts come from: the standard library, files, Hugging Face datasets. `read_texts` chooses."""
+"""Where texts come from: Python itself, files, Hugging Face datasets. `read_texts` chooses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 from job.data.optional import import_optional
 from job.data.stdlib_text import sentences, stdlib_sentences
+from job.data.unicode_names import character_names
 from job.errors import UserError
 
 STDLIB = "stdlib"
+UNICODE = "unicode"
+EMBEDDED = (STDLIB, UNICODE)  # made of the running Python; they come in samples
 HUGGING_FACE = "hf:"
 LINES = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -180,10 +183,12 @@ def read_texts(sources: list[str], *, text_key: str, hf_split: str, split_senten
     for source in sources:
         if source == STDLIB:
             texts = stdlib_sentences()
+        elif source == UNICODE:
+            texts = character_names()
         elif source.startswith(HUGGING_FACE):
             texts = _hugging_face(source.removeprefix(HUGGING_FACE), text_key, hf_split)
         else:
             texts = _files(source, text_key)
-        if split_sentences and source != STDLIB:  # which comes in sentences
+        if split_sentences and source not in EMBEDDED:
             texts = (sentence for text in texts for sentence in sentences(text))
         yield from filter(None, (text.removeprefix(BYTE_ORDER_MARK).strip() for text in texts))
