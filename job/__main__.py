@@ -12,10 +12,12 @@ COMMANDS = {
     "prepare": "turn text into shards",
     "evaluate": "measure a run's model on held-out text",
     "sample": "read and write texts through a run's model",
+    "encode": "texts to latents, from file to file",
+    "decode": "latents to texts, from file to file",
     "benchmark": "measure the speed of settings against each other",
     "slurm": "submit runs to a SLURM cluster, watch, cancel and resume them",
     "k8s": "the same on a Kubernetes cluster",
-    "convert": "LGDLM data and checkpoints to ours; export for inference",
+    "convert": "LGDLM data and checkpoints to ours; export a model, push it to the Hugging Face hub",
 }
 
 

@@ -61,6 +61,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """--steps, --seed and --batch-size: how a trained model is applied to what is in a file."""
+    parser.add_argument(
+        "--steps", type=int, action=at_least(1), default=1, help="passes (1, the one-shot form that cycle_vae trains)"
+    )
+    parser.add_argument("--seed", type=int, action=at_least(0), default=0, help="seed of the noise (0)")
+    parser.add_argument("--batch-size", type=int, action=at_least(1), default=64, help="rows per pass (64)")
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """--device: where a trained model runs."""
     parser.add_argument(

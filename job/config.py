@@ -189,7 +189,10 @@ class TrainingConfig:
         "keep no activations inside blocks, compute them again in backward",
         read_if=FAST,
     )
-    init_from: str | None = key(None, "weights to start from: a file written by `python -m job.convert`")
+    init_from: str | None = key(
+        None,
+        "weights to start from: a run, a checkpoint, an exported model, or a weight file of `python -m job.convert`",
+    )
     resume: str = key("auto", "auto: the run directory's newest valid checkpoint; never; or a checkpoint directory")
     allow_changed: list[str] = key([], "keys that may differ from the checkpoint's configuration on resume")
     max_minutes: float | None = key(None, "stop, resumable, after this many minutes", above=0)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from job.arguments import Fraction, add_model_options, at_least
 from job.command import guarded
+from job.errors import UsageError
+from job.export import push, refuse_repository, write_export
 from job.files import refuse_existing
-from job.inference import CONFIG_FILE, WEIGHTS_FILE, load_trained
 from job.lgdlm import checkpoint as lgdlm_checkpoint
 from job.lgdlm import data as lgdlm_data
+from job.trained import load_trained
 
 
 def data(options: argparse.Namespace) -> None:
@@ -35,12 +37,18 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """The model of a run, or of one of its checkpoints, to a directory for inference."""
+    """The model of a run, or of one of its checkpoints, to a directory for inference, and to the hub if asked."""
+    if not options.push_to and (options.dry_run or options.private):
+        raise UsageError("--dry-run and --private have no effect without --push-to REPO; leave them out")
+    if options.push_to:
+        refuse_repository(options.push_to)
     refuse_existing(options.out)  # before the weights are read
     trained = load_trained(options.path, options.data, options.ema)
-    trained.export(options.out)
+    write_export(trained, options.out)
     averaged = ", averaged weights" if trained.averaged else ""
-    print(f"{options.out}: {WEIGHTS_FILE} and {CONFIG_FILE} of step {trained.step}{averaged}")
+    print(f"{options.out}: the model of step {trained.step}{averaged}")
+    if options.push_to:
+        print(push(options.out, options.push_to, private=options.private, dry_run=options.dry_run))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,10 +80,17 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("out", type=Path, help="safetensors file to write")
     c.set_defaults(command=checkpoint)
 
-    c = commands.add_parser("export", help="a trained model to model.safetensors, config.json and tokenizer.json")
+    c = commands.add_parser(
+        "export",
+        help="a trained model to a directory that needs neither run nor data: weights, configuration, tokenizer, "
+        "latent statistics, encoder and a model card",
+    )
     c.add_argument("path", type=Path, help="run directory or checkpoint")
     c.add_argument("out", type=Path, help="directory to write")
     add_model_options(c)
+    c.add_argument("--push-to", metavar="REPO", help="also upload it to the Hugging Face hub, as OWNER/NAME")
+    c.add_argument("--private", action="store_true", help="if the repository is new, make it private")
+    c.add_argument("--dry-run", action="store_true", help="with --push-to: list what would be sent, and send nothing")
     c.set_defaults(command=export)
     return p
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from job.arguments import add_device_option, add_model_options, at_least
 from job.command import guarded
-from job.inference import choose_device, first_batches, load_trained
 from job.monitoring.evaluation_table import table
 from job.objective.evaluation import evaluate
 from job.runtime.precision import autocast
+from job.trained import choose_device, first_batches, load_trained
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained, device = load_trained(options.path, options.data, options.ema), choose_device(options.device)
     logging, training = trained.config.logging, trained.config.training
     count = options.num_samples or logging.num_eval_batches * training.eval_batch_size
-    batches = first_batches(trained.held_out(), trained.config, count, options.batch_size)
+    batches = first_batches(trained.held_out, trained.format, count, options.batch_size or training.eval_batch_size)
     with autocast(training.dtype, device):
         metrics = evaluate(trained.objective(device), batches, training.seed)
     if options.json:

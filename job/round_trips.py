@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.config import Config
+from job.data.loader import BatchFormat
 from job.data.shards import Dataset
 from job.data.tokenizer import TextTokenizer
 from job.files import write_text
-from job.inference import first_batches, tokenizer_of
 from job.objective.objective import Objective
 from job.objective.sampling import generate
+from job.trained import first_batches, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,13 @@ class RoundTrip:
     from_text: str
 
 
-def decode_latents(objective: Objective, latent: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
-    """L2T: tokens [B, S] from latents [B, D], of the lengths in mask [B, S]."""
+def decode_latents(
+    objective: Objective, latent: Tensor, mask: Tensor, decoding: Decoding, numbers: Tensor | None = None
+) -> Tensor:
+    """L2T: tokens [B, S] from standardized latents [B, D], of the lengths in mask [B, S].
+
+    With a temperature, `numbers` [B] are those by which the rows' draws are made (None: 0, 1, ...).
+    """
     tokens, _ = generate(
         objective,
         mask,
@@ -56,13 +61,18 @@ def decode_latents(objective: Objective, latent: Tensor, mask: Tensor, decoding:
         steps=decoding.steps,
         temperature=decoding.temperature,
         seed=decoding.seed,
+        numbers=numbers,
     )
     return tokens
 
 
 def encode_texts(objective: Objective, tokens: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
-    """T2L: latents [B, D] predicted from tokens [B, S]."""
-    _, latent = generate(objective, mask, tokens=tokens, steps=decoding.steps, seed=decoding.seed)
+    """T2L: standardized latents [B, D] predicted from tokens [B, S].
+
+    All rows start from the same noise. So a text has one latent, whatever its place among others.
+    """
+    same = torch.zeros(len(mask), dtype=torch.int64)
+    _, latent = generate(objective, mask, tokens=tokens, steps=decoding.steps, seed=decoding.seed, numbers=same)
     return latent
 
 
@@ -91,14 +101,19 @@ def as_texts(tokenizer: TextTokenizer | None, rows: Tensor, mask: Tensor) -> lis
 
 
 def round_trips(
-    objective: Objective, dataset: Dataset, config: Config, count: int, decoding: Decoding = ONE_SHOT
+    objective: Objective,
+    dataset: Dataset,
+    format: BatchFormat,
+    count: int,
+    batch_size: int,
+    decoding: Decoding = ONE_SHOT,
 ) -> list[RoundTrip]:
     """The first `count` texts of a dataset, decoded from their latents and from the latents predicted from them."""
     device, was_training = next(objective.parameters()).device, objective.training
     tokenizer = tokenizer_of(dataset)
     trips: list[RoundTrip] = []
     objective.eval()  # no dropout; the caller may be in the middle of training, so its mode comes back below
-    for batch in first_batches(dataset, config, count):
+    for batch in first_batches(dataset, format, count, batch_size):
         tokens, mask, latent = (batch[name].to(device) for name in ("input_ids", "attention_mask", "latent"))
         texts = as_texts(tokenizer, tokens, mask)
         from_latents = as_texts(tokenizer, decode_latents(objective, latent, mask, decoding), mask)

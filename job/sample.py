@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from job.api import Model
 from job.arguments import add_device_option, add_model_options, at_least
 from job.command import guarded
 from job.errors import UsageError, UserError
-from job.inference import Trained, choose_device, load_trained
-from job.objective.objective import Objective
 from job.objective.sampling import generate
 from job.round_trips import (
     ONE_SHOT,
@@ -23,44 +22,45 @@ from job.round_trips import (
     as_paragraphs,
     as_texts,
     length_mask,
-    padded,
     round_trips,
-    text_to_text,
 )
 from job.runtime.precision import autocast
+from job.trained import choose_device, load_trained
 
 TRAINED_ON_NOISE = ("unconditional", "random", "sequential")  # values of loss.loss_type
 
 
-def given_texts(objective: Objective, trained: Trained, texts: Sequence[str], decoding: Decoding) -> list[RoundTrip]:
+def given_texts(model: Model, texts: Sequence[str], decoding: Decoding) -> list[RoundTrip]:
     """Round trips of texts of the user's own."""
-    if trained.tokenizer is None:
-        raise UserError(
-            "--text needs a tokenizer, and the data of this run came without one; "
-            "leave --text out to see held-out samples"
-        )
-    rows = trained.tokenizer.encode(texts)
-    for text, row in zip(texts, rows, strict=True):
-        if not 0 < len(row) <= objective.max_seq_len:
-            raise UserError(f"--text {text[:40]!r}: {len(row)} tokens; this model takes 1 to {objective.max_seq_len}")
-    tokens, mask = padded(rows, next(objective.parameters()).device)
-    decoded = as_texts(trained.tokenizer, text_to_text(objective, tokens, mask, decoding), mask)
+    decoded = model.round_trip(
+        texts, steps=decoding.steps, temperature=decoding.temperature, seed=decoding.seed, batch_size=len(texts)
+    )
     return [RoundTrip(text, None, back) for text, back in zip(texts, decoded, strict=True)]
 
 
-def texts_from_noise(objective: Objective, trained: Trained, count: int, decoding: Decoding) -> list[str]:
+def held_out_texts(model: Model, count: int, decoding: Decoding) -> list[RoundTrip]:
+    """Round trips of the first held-out texts."""
+    trained, batch_size = model.trained, model.config.training.eval_batch_size
+    with autocast(model.dtype, model.device):
+        return round_trips(model.objective, trained.held_out, trained.format, count, batch_size, decoding)
+
+
+def texts_from_noise(model: Model, count: int, decoding: Decoding) -> list[str]:
     """Texts made together with their latents from noise, of the lengths of held-out texts."""
-    loss_type = trained.config.loss.loss_type
+    trained, loss_type = model.trained, model.config.loss.loss_type
     if loss_type not in TRAINED_ON_NOISE:
         raise UserError(
             f"--unconditional: a run with loss.loss_type={loss_type} was never trained on noise in both; "
             "train with loss=unconditional or loss=random"
         )
-    dataset, device = trained.held_out(), next(objective.parameters()).device
+    dataset = trained.held_out
     # The model does not choose lengths, so they are those of real texts, from the start again where there are too few.
     lengths = torch.from_numpy(dataset.lengths(np.arange(count) % len(dataset)))
-    mask = length_mask(lengths).to(device)
-    tokens, _ = generate(objective, mask, steps=decoding.steps, temperature=decoding.temperature, seed=decoding.seed)
+    mask = length_mask(lengths).to(model.device)
+    with autocast(model.dtype, model.device):
+        tokens, _ = generate(
+            model.objective, mask, steps=decoding.steps, temperature=decoding.temperature, seed=decoding.seed
+        )
     return as_texts(trained.tokenizer, tokens, mask)
 
 
@@ -118,16 +118,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.unconditional and options.text:
         raise UsageError("--unconditional makes texts from noise and takes no --text; leave one of them out")
     decoding = decoding_of(options)
-    trained, device = load_trained(options.path, options.data, options.ema), choose_device(options.device)
-    objective = trained.objective(device)
-    with autocast(trained.config.training.dtype, device):
-        if options.unconditional:
-            print("\n".join(texts_from_noise(objective, trained, options.count, decoding)))
-        elif options.text:
-            print(as_paragraphs(given_texts(objective, trained, options.text, decoding)))
-        else:
-            held_out = trained.held_out()
-            print(as_paragraphs(round_trips(objective, held_out, trained.config, options.count, decoding)))
+    trained = load_trained(options.path, options.data, options.ema)
+    model = Model(trained, choose_device(options.device), trained.config.training.dtype)
+    if options.unconditional:
+        print("\n".join(texts_from_noise(model, options.count, decoding)))
+    elif options.text:
+        print(as_paragraphs(given_texts(model, options.text, decoding)))
+    else:
+        print(as_paragraphs(held_out_texts(model, options.count, decoding)))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from job import checkpoint_names
 from job.command import guarded, refuse_unknown_keys
 from job.config import Config, config_dir
 from job.config_checks import validate
+from job.data.description import DIRECTORY, ModelDescription, to_values, write_model_files
 from job.data.loader import (
     Batch,
     BatchFormat,
@@ -58,6 +59,7 @@ from job.objective.build import build_objective
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.objective.objective import Objective
+from job.origin import InitialWeights, describe_run, load_initial, sources
 from job.round_trips import round_trips, write_samples
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
@@ -70,6 +72,7 @@ from job.runtime.precision import autocast, compute_dtype
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.sharding import whole
 from job.runtime.watchdog import Watchdog
+from job.trained import RECORD_KEY
 
 RESULT = "result.json"  # of the run directory, written last: the run is finished
 
@@ -100,6 +103,7 @@ class TrainingRun:
     config: Config
     run_dir: Path
     process: Process
+    description: ModelDescription  # what the model takes along of its data
     loader: Loader  # of the training split
     held_out: Dataset
     learner: Learner
@@ -144,7 +148,6 @@ def train_watched(
     """`train`, while a watchdog looks on: it ends the process when nothing moves any more."""
     total = config.training.num_train_steps
     train_data, held_out = open_datasets(config)
-    loader = new_loader(config, train_data, process)
     checkpointer = Checkpointer(
         run_dir / checkpoint_names.DIRECTORY,
         process,
@@ -154,16 +157,22 @@ def train_watched(
         beat=watchdog.beat,
     )
     checkpoint = find_checkpoint(config, checkpointer)
-    global_batch_size = loader.sampler.global_batch_size
+    global_batch_size, _ = batch_sizes(config.training, process.world_size)
     if checkpoint is not None:
-        refuse_another_run(checkpoint.record, config, train_data.fingerprint, global_batch_size)
+        for note in refuse_another_run(checkpoint.record, config, train_data.fingerprint, global_batch_size):
+            say(note)
         if checkpoint.step >= total and (run_dir / RESULT).exists():
             say(f"{run_dir} is finished: {checkpoint.step} steps; give the run another logging.run_name to train again")
             return ExitCode.FINISHED
+    initial = load_initial(config) if checkpoint is None else None
+    description = describe_run(config, train_data, checkpoint, initial, say)
+    loader = new_loader(config, train_data, description, process)
     if process.is_main:
+        (run_dir / RESULT).unlink(missing_ok=True)  # of a finished run that is trained further
         write_description(config, run_dir, process.device, process.world_size)
+        write_model_files(run_dir / DIRECTORY, description, sources(train_data, initial))
 
-    learner = new_learner(config, train_data, process, initialize=checkpoint is None)
+    learner = new_learner(config, train_data, process, initial)
     model = learner.objective.model
     with Reporter(
         config,
@@ -177,7 +186,9 @@ def train_watched(
         gather=distributed.gather,
         started=started,
     ) as reporter:
-        run = TrainingRun(config, run_dir, process, loader, held_out, learner, checkpointer, watchdog, reporter)
+        run = TrainingRun(
+            config, run_dir, process, description, loader, held_out, learner, checkpointer, watchdog, reporter
+        )
         start = restore(run, checkpoint) if checkpoint is not None else 0
         checkpointer.prepare(learner.tensors())
         parameters = sum(p.numel() for p in learner.objective.parameters()) / 1e6
@@ -196,14 +207,14 @@ def train_watched(
     return ExitCode.FINISHED
 
 
-def new_loader(config: Config, data: Dataset, process: Process) -> Loader:
+def new_loader(config: Config, data: Dataset, description: ModelDescription, process: Process) -> Loader:
     """This rank's batches of the training split."""
     training = config.training
     global_batch_size, accumulation = batch_sizes(training, process.world_size)
     return Loader(
         data,
         Sampler(data, len(data), global_batch_size, training.seed, config.data.length_bucketing),
-        BatchFormat.of(config),
+        BatchFormat.of(config, description),
         BatchSplit(process.rank, process.world_size, training.train_batch_size, accumulation),
         num_workers=config.data.num_workers,
         pin_memory=process.device.type == "cuda",
@@ -211,11 +222,11 @@ def new_loader(config: Config, data: Dataset, process: Process) -> Loader:
     )
 
 
-def new_learner(config: Config, data: Dataset, process: Process, initialize: bool) -> Learner:
-    """Objective, model and optimizer on their device; with `initialize` from the weights of training.init_from."""
+def new_learner(config: Config, data: Dataset, process: Process, initial: InitialWeights | None) -> Learner:
+    """Objective, model and optimizer on their device, from the weights of training.init_from where there are any."""
     objective = build_objective(config, data.info)
-    if initialize and config.training.init_from:
-        apply_weights(objective.model, Path(config.training.init_from))
+    if initial is not None:
+        apply_weights(objective.model, initial.weights, initial.path)
     blocks: Any = objective.model.mmdit.blocks
     module = distribute(objective, blocks, config, process)
     optimizer = Optimizer(objective.model, config, process.device)
@@ -356,8 +367,9 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
     run.watchdog.beat(done, "saving")
     sampler = run.loader.sampler
     kept = record(done, run.config, run.loader.dataset.fingerprint, sampler.global_batch_size)
+    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description)}
     with run.reporter.phases("checkpoint"):
-        run.checkpointer.save(done, run.learner.tensors(), kept | {"evaluated": run.evaluated}, blocking=blocking)
+        run.checkpointer.save(done, run.learner.tensors(), kept, blocking=blocking)
 
 
 def describe_nonfinite(run: TrainingRun) -> str:
@@ -392,7 +404,7 @@ def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | No
         return None
     batches = evaluation_batches(
         run.held_out,
-        BatchFormat.of(c),
+        run.loader.format,
         num_samples=c.logging.num_eval_batches * c.training.eval_batch_size,
         batch_size=c.training.eval_batch_size,
         rank=run.process.rank,
@@ -446,7 +458,9 @@ def finish(run: TrainingRun) -> None:
     trips = []
     with for_evaluation(run) as objective:
         if run.process.is_main:
-            trips = round_trips(objective, run.held_out, c, c.logging.num_samples)
+            trips = round_trips(
+                objective, run.held_out, run.loader.format, c.logging.num_samples, c.training.eval_batch_size
+            )
     if not run.process.is_main:
         return
     samples = run.run_dir / "samples.txt"

@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "job").rglob("*.py"))
 MAY_IMPORT = {
     "model": {"config", "errors", "files", "model"},
     "objective": {"config", "errors", "model", "objective"},
-    "data": {"config", "errors", "files", "data"},
+    "data": {"checkpoint_names", "config", "errors", "files", "data"},
     "lgdlm": {"config", "data", "errors", "files", "lgdlm", "model"},
     "runtime": {"checkpoint_names", "config", "errors", "files", "runtime"},
     "monitoring": {"checkpoint_names", "config", "errors", "files", "metric_names", "monitoring"},

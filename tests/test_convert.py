@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from job import convert, evaluate, inference, sample
+from job import convert, evaluate, export, sample
 from job.config import Config, DataConfig, LoggingConfig, LossConfig, ModelConfig, TrainingConfig
 from job.data.loader import open_datasets
 from job.data.shards import ShardDataset, Split
 from job.errors import ExitCode, UsageError, UserError
-from job.inference import load_trained
 from job.model.build import build_model
-from job.model.weights import apply_weights
+from job.model.weights import apply_weights, load_weights
 from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 from job.runtime.resume import record
+from job.trained import load_trained
 
 MODEL = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, head_dim=8, cond_dim=16, max_seq_len=8)
 VOCAB, DIM = 64, 6
@@ -80,24 +80,83 @@ def test_run_checkpoint_and_average_are_found(tmp_path: Path, run: Path, config:
 
 def test_an_exported_model_is_the_same_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed(capsys, convert, "export", run, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     from_run, from_export = (json.loads(printed(capsys, evaluate, path, "--json")) for path in (run, tmp_path / "out"))
     assert from_export == from_run
     assert from_run["step"] == 2
     assert from_run["samples"] == 8  # num_eval_batches x eval_batch_size
     assert printed(capsys, sample, tmp_path / "out", "--count", 2) == printed(capsys, sample, run, "--count", 2)
     fresh = build_model(MODEL, VOCAB, DIM, seed=5)
-    apply_weights(fresh, tmp_path / "out")  # training.init_from takes it too
+    apply_weights(fresh, load_weights(tmp_path / "out")[0], tmp_path / "out")  # training.init_from takes it too
     assert same(fresh.state_dict(), weights_of(2))
     with pytest.raises(UserError, match="exists already"):
         convert.main(["export", str(run), str(tmp_path / "out")])
+
+
+def test_the_model_card_is_one_that_the_hub_reads(run: Path, config: Config, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    figures = {"step": 2, "l2t/latent_gain": 0.7, "t2l/text_gain": 0.5, "t2l/x0_mse": 1.0, "t2l/x0_cos": 0.6}
+    figures |= {"t2l2t/token_acc": 0.1, "text/most_frequent_token_acc": 0.05, "samples": 8, "tokens": 50}
+    (run / "evaluation.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(figures) + "\n")
+    convert.main(["export", str(run), str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "cyclevae"
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["l2t/latent_gain"] == 0.7
+    for words in (
+        'load("out")',
+        "| latents | 6 dimensions |",
+        "| model.hidden_size | 16 |",
+        "| torch |",
+        "loss_type=cycle_vae",
+    ):
+        assert words in card.text
+    assert "the decoder uses the latent" in card.text  # the table of the evaluation with its verdicts
+    convert.main(["export", str(tmp_path / "out"), str(tmp_path / "again")])
+    again = ModelCard.load(tmp_path / "again" / "README.md")
+    named = ("out", "again")
+    lines, lines_again = ([t for t in c.text.splitlines() if not any(n in t for n in named)] for c in (card, again))
+    assert lines == lines_again
+    convert.main(["export", str(run / "checkpoints" / "step_00000001"), str(tmp_path / "first")])
+    assert "The run did not evaluate these weights." in (tmp_path / "first" / "README.md").read_text()
+
+
+def test_a_dry_push_lists_what_would_be_sent(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    called: list[tuple[str, object]] = []
+
+    class Hub:
+        def create_repo(self, repository: str, private: bool | None, exist_ok: bool) -> None:
+            called.append((repository, private))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            called.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    files = ["README.md", "config.json", "model.json", "model.safetensors"]
+    words = printed(capsys, convert, "export", run, tmp_path / "out", "--push-to", "me/texts", "--dry-run")
+    assert "me/texts: would be sent" in words
+    assert [line.split()[-1] for line in words.splitlines()[-4:]] == files
+    assert called == []
+    words = printed(capsys, convert, "export", run, tmp_path / "sent", "--push-to", "me/texts", "--private")
+    assert "me/texts: sent" in words
+    assert called == [("me/texts", True), ("me/texts", files)]
+    with pytest.raises(UserError, match="--push-to no/such/name: "):
+        convert.main(["export", str(run), str(tmp_path / "bad"), "--push-to", "no/such/name", "--dry-run"])
+    assert not (tmp_path / "bad").exists()
+    with pytest.raises(UsageError, match="--dry-run and --private have no effect without --push-to"):
+        convert.main(["export", str(run), str(tmp_path / "other"), "--dry-run"])
 
 
 def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(inference, "write_json", full_disk)
+    monkeypatch.setattr(export, "write_json", full_disk)
     with pytest.raises(OSError, match="No space"):
         convert.main(["export", str(run), str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -121,7 +180,7 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path, config: Config) -
     save_run(tmp_path / "other", config, average=False)
     with pytest.raises(UserError, match=r"moved: the run's data directory is not here; name it with --data"):
         load_trained(tmp_path / "other")
-    with pytest.raises(UserError, match="--text needs a tokenizer"):
+    with pytest.raises(UserError, match="texts need a tokenizer, and the data of this run came without one"):
         sample.main([str(run), "--text", "hello"])
     with pytest.raises(UserError, match="never trained on noise"):
         sample.main([str(run), "--unconditional"])
@@ -151,7 +210,7 @@ def test_lgdlm_checkpoint_to_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "keys of mmdit 0.3" in words
     assert "model.hidden_size=16" in words
     model = build_model(MODEL, VOCAB, DIM, seed=4)
-    apply_weights(model, tmp_path / "w.safetensors")
+    apply_weights(model, load_weights(tmp_path / "w.safetensors")[0], tmp_path)
     assert same(model.state_dict(), weights_of(3))
     with pytest.raises(UserError, match="is a directory"):
         convert.main(["checkpoint", str(tmp_path), str(tmp_path)])

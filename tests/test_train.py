@@ -15,8 +15,8 @@ from job.command import guarded
 from job.config import Config, config_dir, from_dict
 from job.data.shards import ShardDataset, shard_file
 from job.errors import ExitCode, UserError
-from job.inference import load_trained
 from job.train import train
+from job.trained import load_trained
 
 TINY = [
     "data=synthetic",

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from job.config import Config
+from job.data.description import ModelDescription
 from job.data.sampler import Sampler
 from job.data.shards import Dataset, DatasetInfo, ShardDataset, Split
 from job.data.synthetic import SyntheticDataset
@@ -22,17 +23,57 @@ LENGTH_MULTIPLE = 8  # row lengths are rounded up to it: aligned for tensor core
 
 
 @dataclass(frozen=True)
+class LatentScale:
+    """How latents are standardized: (raw - mean) / std, with the statistics [D] of the data that a model knows."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    @classmethod
+    def of(cls, statistics: DatasetInfo | ModelDescription) -> LatentScale:
+        """Mean and standard deviation of the training latents."""
+        return cls(torch.tensor(statistics.latent_mean), torch.tensor(statistics.latent_std))
+
+    def standardized(self, raw: torch.Tensor) -> torch.Tensor:
+        """Latents [N, D] as a model sees them."""
+        return (raw - self.mean) / self.std
+
+    def raw(self, standardized: torch.Tensor) -> torch.Tensor:
+        """Latents [N, D] in the encoder's own units."""
+        return standardized * self.std + self.mean
+
+
+def scale_of(description: ModelDescription) -> LatentScale | None:
+    """How a model's latents are standardized; None: not at all.
+
+    UserError for a model that was exported before exports had statistics.
+    """
+    if not description.standardize:
+        return None
+    if not description.latent_mean:
+        raise UserError(
+            "this model was exported without its latents' mean and standard deviation; export it again from its run, "
+            "or name the run's data with --data DIR"
+        )
+    return LatentScale.of(description)
+
+
+@dataclass(frozen=True)
 class BatchFormat:
     """How samples become the rows of a batch."""
 
     max_seq_len: int
     pad_to_max: bool = False  # to max_seq_len, instead of to the longest row
-    standardize: bool = True  # latents: minus the stored mean, by the stored standard deviation
+    scale: LatentScale | None = None  # how latents are standardized; None: left as they are
 
     @classmethod
-    def of(cls, config: Config) -> BatchFormat:
-        """What a configuration says."""
-        return cls(config.model.max_seq_len, config.data.pad_to_max, config.data.standardize_latents)
+    def of(cls, config: Config, description: ModelDescription) -> BatchFormat:
+        """What a configuration says, with the statistics of the model: not those of the data that is read.
+
+        A model knows latents as its own training standardized them. With the statistics of other data they would move,
+        and nothing would show it but worse figures.
+        """
+        return cls(config.model.max_seq_len, config.data.pad_to_max, scale_of(description))
 
     def seq_len(self, lengths: np.ndarray) -> int:
         """Row length S that holds the longest of `lengths`."""
@@ -92,18 +133,13 @@ def _synthetic(config: Config, split: Split) -> SyntheticDataset:
     )
 
 
-def latent_scale(info: DatasetInfo) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the training latents, float32 [D] each: standardized = (raw - mean) / std."""
-    return torch.tensor(info.latent_mean), torch.tensor(info.latent_std)
-
-
 def collate(
     dataset: Dataset,
     indices: np.ndarray,
     positions: np.ndarray,
     global_lengths: np.ndarray,
     seq_len: int,
-    standardize: bool,
+    scale: LatentScale | None,
 ) -> Batch:
     """Samples `indices` as one batch of rows padded to `seq_len`.
 
@@ -116,9 +152,8 @@ def collate(
     for row, (tokens, _) in zip(input_ids, rows, strict=True):
         row[: len(tokens)] = tokens
     latent = torch.from_numpy(np.stack([latent for _, latent in rows]))
-    if standardize:
-        mean, std = latent_scale(dataset.info)
-        latent = (latent - mean) / std
+    if scale is not None:
+        latent = scale.standardized(latent)
     lengths = np.array([len(tokens) for tokens, _ in rows])
     return {
         "input_ids": torch.from_numpy(input_ids),
@@ -164,7 +199,7 @@ class Loader(TorchDataset["Batch | JobError"]):
         start = (number * self.split.world_size + self.split.rank) * self.split.batch_size
         positions = np.arange(start, start + self.split.batch_size)
         seq_len = self.format.seq_len(lengths)
-        return collate(self.dataset, indices[positions], positions, lengths, seq_len, self.format.standardize)
+        return collate(self.dataset, indices[positions], positions, lengths, seq_len, self.format.scale)
 
     def __getitem__(self, number: int) -> Batch | JobError:
         """Micro-batch `number` counted from step 0.
@@ -229,4 +264,4 @@ def evaluation_batches(
     lengths = dataset.lengths(chosen)
     for start in range(rank * batch_size, len(chosen), world_size * batch_size):
         places = chosen[start : start + batch_size]
-        yield collate(dataset, places, places, lengths, format.seq_len(lengths[places]), format.standardize)
+        yield collate(dataset, places, places, lengths, format.seq_len(lengths[places]), format.scale)

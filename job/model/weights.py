@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from job.errors import UserError
 
+WEIGHTS_FILE = "model.safetensors"  # of an exported directory
 HEAD_DIM = 64  # of mmdit's attention unless it is told otherwise
 NAMED = 3  # differing keys named in an error
 
@@ -70,7 +71,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises UserError when the file is missing, damaged or something else.
     """
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = path / WEIGHTS_FILE if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -86,14 +87,19 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: {error}") from error
 
 
-def apply_weights(model: nn.Module, path: Path) -> None:
-    """Copy a weight file into a model.
+def read_header(path: Path) -> dict[str, str]:
+    """The texts in a weight file's header, by name; among them what `serialize` was given as `metadata`."""
+    with safe_open(path / WEIGHTS_FILE if path.is_dir() else path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def apply_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Copy weights that were read from `path` into a model.
 
     Raises UserError, with nothing copied, that names the settings or else the keys that differ.
     """
-    weights, there = load_weights(path)
     own = model.state_dict()
-    here = describe(own)
+    here, there = describe(own), describe(weights)
     different = {name: value for name, value in there.items() if value != here[name]}
     if different:
         differences = ", ".join(f"{name} is {value} there and {here[name]} here" for name, value in different.items())

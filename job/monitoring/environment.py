@@ -38,7 +38,7 @@ def source() -> dict[str, str]:
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Versions, commit, command line and device of this process."""
+    """Versions, commit, command line, working directory and device of this process."""
     code = source()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -49,6 +49,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "git_commit": code["revision"] or None,
         "built": code["built"] or None,
         "command": sys.argv,
+        "directory": str(Path.cwd()),
         "device": device.type,
         "gpu": gpu,
         "cuda": torch.version.cuda,

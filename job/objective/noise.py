@@ -42,3 +42,24 @@ class StepNoise:
         return torch.randn(self.global_size, *shape, generator=self._generator(name), device=self.position.device)[
             self.position
         ]
+
+
+class RowNoise:
+    """Named draws for the rows of a batch, each of which depends on the seed and on the row's own number only.
+
+    So what is made of a row is the same in whatever batch it is. `numbers` [B] may repeat: then rows share their draws.
+    """
+
+    def __init__(self, seed: int, numbers: Tensor) -> None:
+        self.seed, self.numbers = seed, numbers.tolist()
+
+    def _generators(self, name: str) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed_for(name, self.seed, number)) for number in self.numbers]
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        """Uniform draws in [0, 1), [B, *shape] float32; a longer first dimension of `shape` only adds draws."""
+        return torch.stack([torch.rand(*shape, generator=generator) for generator in self._generators(name)])
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """Standard normal draws, [B, *shape] float32."""
+        return torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators(name)])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from job.model.groups import Group, Padding
-from job.objective.noise import StepNoise
+from job.objective.noise import RowNoise
 from job.objective.objective import Objective
 from job.objective.schedule import LatentSchedule
 
@@ -21,6 +21,7 @@ def generate(
     steps: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, S] and latents [B, D] for texts of the lengths in mask [B, S] (True on real tokens); what is given is
     kept.
@@ -29,10 +30,13 @@ def generate(
     latent along the deterministic path (DDIM, Song et al. 2021). One pass is what l2t, t2l and cycle_vae train; more
     need a model that was trained on partly noisy input (unconditional steps; for latents also
     loss.latent_t_mode=random). Temperature 0 takes the likeliest tokens.
+
+    A row's noise is drawn by the seed and its number in `numbers` [B]; None counts the rows from 0.
     """
     device, rows = mask.device, len(mask)
     model, mask_token_id = objective.model, objective.mask_token_id
-    noise = StepNoise(seed, 0, torch.arange(rows), rows)  # drawn on the CPU, the same for every device
+    # Drawn on the CPU, the same for every device.
+    noise = RowNoise(seed, torch.arange(rows) if numbers is None else numbers)
     padding = Padding(mask, keep=False, lengths=mask.sum(1).tolist())
     words = torch.where(mask, mask_token_id, 0) if tokens is None else tokens
     z = noise.normal("sample_latent", model.latent_dim).to(device) if latent is None else latent
@@ -54,7 +58,7 @@ def generate(
     return words, z
 
 
-def gumbel(noise: StepNoise, name: str, *shape: int) -> Tensor:
+def gumbel(noise: RowNoise, name: str, *shape: int) -> Tensor:
     """Gumbel draws [B, *shape]: the likeliest token of logits + temperature * draw is a sample of softmax(logits /
     temperature).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from job.config import FREE_ON_RESUME, Config, get, keys, to_dict
 from job.errors import UserError
 from job.runtime.checkpoint import Checkpoint, open_checkpoint
 from job.runtime.checkpointer import Checkpointer
+from job.runtime.optimizer import learning_rate
 
 
 def record(step: int, config: Config, data_fingerprint: str, global_batch_size: int) -> dict[str, Any]:
@@ -16,19 +18,23 @@ def record(step: int, config: Config, data_fingerprint: str, global_batch_size: 
     return {"step": step, "config": to_dict(config), "data": data_fingerprint, "global_batch_size": global_batch_size}
 
 
-def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: str, global_batch_size: int) -> None:
+def refuse_another_run(
+    saved: dict[str, Any], config: Config, data_fingerprint: str, global_batch_size: int
+) -> list[str]:
     """Refuse a checkpoint whose configuration, data or global batch would change what the run computes.
 
     A run that went on with, say, another learning rate or dataset would be neither the old run nor the new one, and
     nothing in its logs would show where it changed. Keys that change nothing of the numbers (FREE_ON_RESUME: where logs
-    go, how often it saves) are free. Raises UserError naming the differing keys and how to allow them.
+    go, how often it saves) are free, and so is training longer, of which the returned notes tell what becomes of the
+    learning rate. Raises UserError naming the differing keys and how to allow them.
     """
     different = {}
     present = to_dict(config)
     for key in keys():
         section, name = key.split(".")
         before, now = saved["config"].get(section, {}).get(name), present[section][name]
-        if key not in FREE_ON_RESUME and before != now:
+        longer = key == "training.num_train_steps" and before is not None and now > before
+        if key not in FREE_ON_RESUME and before != now and not longer:
             different[key] = f"{before} -> {get(config, key)}"
     if saved["data"] != data_fingerprint:
         different["data"] = "another dataset or tokenizer (dataset.json differs)"
@@ -41,6 +47,22 @@ def refuse_another_run(saved: dict[str, Any], config: Config, data_fingerprint: 
             f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
             f"or allow the change with training.allow_changed=[{','.join(refused)}]"
         )
+    before = saved["config"].get("training", {}).get("num_train_steps", 0)
+    return [_longer(saved["step"], before, config)] if config.training.num_train_steps > before else []
+
+
+def _longer(step: int, before: int, config: Config) -> str:
+    """What training to more steps than `before` does to the learning rate of a run that has done `step`."""
+    training = config.training
+    line = f"training.num_train_steps raised from {before} to {training.num_train_steps}: "
+    if training.lr_schedule == "constant":
+        return line + f"the learning rate stays {config.optimizer.lr:.3g}"
+    shorter = dataclasses.replace(training, num_train_steps=before)
+    then, now = (learning_rate(max(0, step - 1), config.optimizer, t) for t in (shorter, training))
+    return line + (
+        f"the {training.lr_schedule} schedule is stretched over all of them, so the learning rate goes on at {now:.3g} "
+        f"where it was {then:.3g}, and falls to 0 at the new end"
+    )
 
 
 def find_checkpoint(config: Config, checkpointer: Checkpointer) -> Checkpoint | None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config import Config
-from job.data.loader import Batch, BatchFormat, BatchSplit, Loader, evaluation_batches, latent_scale, open_datasets
+from job.data.loader import Batch, BatchFormat, BatchSplit, LatentScale, Loader, evaluation_batches, open_datasets
 from job.data.sampler import Sampler
 from job.data.shards import ShardDataset
 from job.data.synthetic import SyntheticDataset
@@ -34,7 +34,7 @@ def loader(
     bucketing: bool = False,
 ) -> Loader:
     sampler = Sampler(dataset, len(dataset), world_size * batch_size * accumulation, 7, length_bucketing=bucketing)
-    batch_format = BatchFormat(48, pad_to_max, standardize)
+    batch_format = BatchFormat(48, pad_to_max, LatentScale.of(DATASET.info) if standardize else None)
     return Loader(
         dataset,
         sampler,
@@ -94,10 +94,10 @@ def test_rows_are_padded_masked_and_placed() -> None:
 
 
 def test_latents_are_standardized_on_request() -> None:
-    mean, std = latent_scale(DATASET.info)
+    scale = LatentScale.of(DATASET.info)
     raw, scaled = (next(loader(standardize=standardize).steps(2, 3))[0] for standardize in (False, True))
     assert torch.equal(raw["latent"][0], torch.from_numpy(DATASET[int(raw["index"][0])][1]))
-    torch.testing.assert_close(scaled["latent"] * std + mean, raw["latent"])
+    torch.testing.assert_close(scaled["latent"] * scale.std + scale.mean, raw["latent"])
 
 
 def test_workers_give_the_same_batches_from_any_start() -> None:
@@ -148,7 +148,7 @@ def test_a_dead_worker_is_one_line_worth_a_retry() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_takes_the_first_samples_once(world_size: int) -> None:
-    as_it_is = BatchFormat(48, standardize=False)
+    as_it_is = BatchFormat(48)
     batches = [
         batch
         for rank in range(world_size)

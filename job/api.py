@@ -1,0 +1,321 @@
+"""A trained model for programs: texts to latents and back.
+
+    from job import load
+
+    model = load("runs/demo")                        # a run, one of its checkpoints, or an exported directory
+    latents = model.encode(["The first text.", "Another one."])       # float32 [2, D]
+    texts = model.decode(latents)                                     # two texts
+
+Latents go in and come out in the units of the encoder that made the training data: the model's own statistics are
+applied inside. Nothing else is needed: no configuration files, no data, no process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from tqdm import tqdm
+
+from job.config import Config
+from job.data.description import ModelDescription
+from job.data.lengths import predicted_lengths
+from job.data.loader import scale_of
+from job.data.tokenizer import TextTokenizer
+from job.errors import UserError
+from job.round_trips import Decoding, decode_latents, encode_texts, length_mask, padded
+from job.runtime.precision import autocast
+from job.trained import Trained, choose_device, load_trained
+
+Lengths = int | Sequence[int] | np.ndarray | None
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | None = None,
+    average: bool | None = None,
+    data: str | Path | None = None,
+) -> Model:
+    """The model of a run directory, of one of its checkpoints, or of an exported directory.
+
+    device: "auto" takes a GPU where there is one; "cpu", "cuda", or a torch.device.
+    dtype: "auto" (bf16 on GPUs that have it), "bf16" or "fp32" to compute in; None: as the model was trained.
+    average: the moving average of the weights; None: where there is one.
+    data: the prepared data of a run from before runs carried their tokenizer and statistics.
+
+    Raises UserError (job.errors), whose text is one line, for a path without a model or files that are damaged.
+    """
+    trained = load_trained(Path(path), Path(data) if data is not None else None, average)
+    place = device if isinstance(device, torch.device) else choose_device(device)
+    return Model(trained, place, dtype or trained.config.training.dtype)
+
+
+class Model:
+    """A trained model on a device.
+
+    Every method takes any number of inputs and computes them in batches. A result depends on its own input and on
+    `seed` only, not on what else is in the call (but for the last bits, which differ between batches).
+    """
+
+    def __init__(self, trained: Trained, device: torch.device, dtype: str) -> None:
+        """Move weights that were read to a device; programs call `load` instead."""
+        self.trained, self.device, self.dtype = trained, device, dtype
+        self.objective = trained.objective(device)
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run."""
+        return self.trained.config
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the weights have seen."""
+        return self.trained.step
+
+    @property
+    def description(self) -> ModelDescription:
+        """What the model knows of its data: statistics, special tokens, encoder."""
+        return self.trained.description
+
+    @property
+    def latent_dim(self) -> int:
+        """D, the dimension of the latents."""
+        return self.trained.latent_dim
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a text may have."""
+        return self.objective.max_seq_len
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer. UserError when the model came without one."""
+        if self.trained.tokenizer is None:
+            reason = "the data of this run came without one"
+            if self.description.tokenizer:
+                reason = f"{self.description.tokenizer} is not beside it; name the run's data with --data DIR"
+            raise UserError(f"{self.trained.path}: texts need a tokenizer, and {reason}")
+        return self.trained.tokenizer
+
+    # Texts to latents.
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool = False,
+        steps: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Latents, float32 [N, D] in the encoder's own units, predicted from texts (T2L).
+
+        A prediction starts from noise, which is the same for every text and drawn by `seed`. `steps` is the number of
+        passes: more than one need a model that was trained with loss.latent_t_mode=random. `truncate` cuts texts of
+        more than `max_length` tokens. `progress` draws a bar on standard error.
+
+        UserError for an empty text, one that is too long, or a model without a tokenizer.
+        """
+        rows = self._rows(texts, truncate)
+        return self.encode_ids(rows, steps=steps, seed=seed, batch_size=batch_size, progress=progress)
+
+    def encode_ids(
+        self,
+        rows: Sequence[np.ndarray],
+        *,
+        steps: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """`encode` of token ids, int [L] each."""
+        decoding = Decoding(steps=steps, seed=seed)
+        latents = np.empty((len(rows), self.latent_dim), np.float32)
+
+        def encode_batch(chosen: np.ndarray) -> None:
+            tokens, mask = padded([rows[index] for index in chosen], self.device)
+            latents[chosen] = encode_texts(self.objective, tokens, mask, decoding).float().cpu()
+
+        self._in_batches([len(row) for row in rows], encode_batch, batch_size, "encode" if progress else None)
+        scale = scale_of(self.description)
+        return latents if scale is None else scale.raw(torch.from_numpy(latents)).numpy()
+
+    # Latents to texts.
+
+    def decode(
+        self,
+        latents: ArrayLike,
+        lengths: Lengths = None,
+        *,
+        steps: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> list[str]:
+        """Texts decoded (L2T) from latents [N, D] in the encoder's own units.
+
+        The model does not choose how long a text is. `lengths` gives the tokens of each text, or one number for all.
+        None: as long as texts with such a latent are likely to be, by a regression of the lengths on the latents that
+        was fitted when training began (`likely_lengths`).
+
+        `steps` passes fill in a share of the tokens each, the surest first; one pass, all tokens at once, is what L2T
+        is trained for. `temperature` 0 takes the likeliest tokens, 1 samples by the predicted probabilities, with draws
+        by `seed` and the latent's place in the call. UserError for latents of another width or that are not finite.
+        """
+        rows = self.decode_ids(
+            latents,
+            lengths,
+            steps=steps,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return [self.tokenizer.decode(row) for row in rows]
+
+    def decode_ids(
+        self,
+        latents: ArrayLike,
+        lengths: Lengths = None,
+        *,
+        steps: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> list[np.ndarray]:
+        """`decode` to token ids, int64 [L] each; needs no tokenizer."""
+        decoding = Decoding(steps=steps, temperature=temperature, seed=seed)
+        raw = self._checked(latents)
+        counts = self._counts(raw, lengths)
+        scale = scale_of(self.description)
+        z = torch.from_numpy(raw) if scale is None else scale.standardized(torch.from_numpy(raw))
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(raw)
+
+        def decode_batch(chosen: np.ndarray) -> None:
+            numbers = torch.from_numpy(chosen)
+            mask = length_mask(torch.from_numpy(counts[chosen])).to(self.device)
+            tokens = decode_latents(self.objective, z[numbers].to(self.device), mask, decoding, numbers)
+            for index, row in zip(chosen, tokens.cpu().numpy(), strict=True):
+                rows[index] = row[: counts[index]]
+
+        self._in_batches(counts.tolist(), decode_batch, batch_size, "decode" if progress else None)
+        return rows
+
+    def likely_lengths(self, latents: ArrayLike) -> np.ndarray:
+        """Likely token counts, int64 [N], of the texts that belong to latents [N, D] in the encoder's own units.
+
+        UserError for a model from before models carried what this needs.
+        """
+        if not self.description.length_weights:
+            raise UserError(
+                f"{self.trained.path}: this model does not know how long texts are; give lengths, "
+                "or export it again from its run"
+            )
+        longest = min(self.max_length, self.description.max_length)
+        return predicted_lengths(self.description.length_weights, self._checked(latents), longest)
+
+    # Both.
+
+    def round_trip(
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool = False,
+        steps: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> list[str]:
+        """Texts decoded from the latents predicted from texts (T2L2T), each with as many tokens as it had."""
+        rows = self._rows(texts, truncate)
+        latents = self.encode_ids(rows, steps=steps, seed=seed, batch_size=batch_size, progress=progress)
+        return self.decode(
+            latents,
+            [len(row) for row in rows],
+            steps=steps,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text."""
+        return [len(row) for row in self.tokenizer.encode(texts)]
+
+    # What the methods share.
+
+    def _rows(self, texts: Sequence[str], truncate: bool) -> list[np.ndarray]:
+        """Token ids of texts. UserError for an empty text, and for one that is too long."""
+        if isinstance(texts, str):
+            raise UserError("give a list of texts, not a single one")
+        rows = self.tokenizer.encode(texts)
+        if truncate:
+            rows = [row[: self.max_length] for row in rows]
+        bad = [number for number, row in enumerate(rows) if not 0 < len(row) <= self.max_length]
+        if bad:
+            first = bad[0]
+            more = f" ({len(bad) - 1} more such texts)" if len(bad) > 1 else ""
+            raise UserError(
+                f"text {first + 1}, {texts[first][:40]!r}: {len(rows[first])} tokens; "
+                f"this model takes 1 to {self.max_length}{more}"
+            )
+        return rows
+
+    def _checked(self, latents: ArrayLike) -> np.ndarray:
+        """Latents as float32 [N, D]. UserError when they are no such thing."""
+        try:
+            raw = np.array(latents, np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"latents are not rows of numbers of one length ({error})") from error
+        if raw.size == 0:
+            return np.empty((0, self.latent_dim), np.float32)
+        if raw.ndim != 2 or raw.shape[1] != self.latent_dim:
+            raise UserError(f"latents of shape {list(raw.shape)}; this model takes [N, {self.latent_dim}]")
+        bad = np.flatnonzero(~np.isfinite(raw).all(1))
+        if len(bad):
+            raise UserError(f"latent {bad[0] + 1} holds a number that is not finite")
+        return raw
+
+    def _counts(self, raw: np.ndarray, lengths: Lengths) -> np.ndarray:
+        """Token counts, int64 [N], of the texts to decode from raw latents [N, D]."""
+        if lengths is None:
+            return self.likely_lengths(raw)
+        counts = np.array(lengths)
+        if counts.dtype.kind not in "iu" and counts.size:
+            raise UserError(f"lengths are counts of tokens, not {counts.dtype}")
+        if counts.ndim == 0:
+            counts = np.full(len(raw), counts)
+        if counts.shape != (len(raw),):
+            raise UserError(f"{counts.size} lengths for {len(raw)} latents")
+        wrong = np.flatnonzero((counts < 1) | (counts > self.max_length))
+        if len(wrong):
+            raise UserError(
+                f"length {counts[wrong[0]]} of text {wrong[0] + 1}: this model takes 1 to {self.max_length} tokens"
+            )
+        return counts.astype(np.int64)
+
+    def _in_batches(
+        self, lengths: Sequence[int], compute: Callable[[np.ndarray], None], batch_size: int, bar: str | None
+    ) -> None:
+        """Call `compute` with the places [B] of a batch at a time, rows of similar lengths together."""
+        # The longest first, so that a batch which does not fit into memory is met at once.
+        order = np.argsort(-np.array(lengths, np.int64), kind="stable")
+        with autocast(self.dtype, self.device), tqdm(desc=bar, total=len(order), disable=bar is None) as shown:
+            for chosen in _chunks(order, batch_size):
+                compute(chosen)
+                shown.update(len(chosen))
+
+
+def _chunks(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,163 @@
+"""Texts and latents in files: what `cyclevae encode` and `cyclevae decode` read and write.
+
+texts.txt         a text a line
+texts.jsonl       an object a line, the text under "text" (--text-key)
+latents.npy       numpy array [N, D]
+latents.jsonl     an object a line: "latent", a list of D numbers, and "length", the tokens of its text, if known
+-                 standard input or output: texts a line each, or latents as in .jsonl
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from job.errors import UserError
+from job.files import write_whole
+
+STANDARD = "-"
+NPY_MAGIC = b"\x93NUMPY"
+
+
+def _content(name: str) -> bytes:
+    """All of a file, or of standard input."""
+    if name == STANDARD:
+        return sys.stdin.buffer.read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}") from error
+
+
+def _shown(name: str) -> str:
+    return "standard input" if name == STANDARD else name
+
+
+def _write(name: str, content: bytes) -> None:
+    """Write a file, whole or not at all, or to standard output."""
+    if name == STANDARD:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        write_whole(Path(name), lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}") from error
+
+
+def say_written(what: str, name: str) -> None:
+    """Tell on standard error what was written; nothing of standard output, where it is seen."""
+    if name != STANDARD:
+        print(f"{what} in {name}", file=sys.stderr)
+
+
+def refuse_suffix(name: str, suffixes: Sequence[str]) -> None:
+    """UserError for a file name whose ending says none of the formats."""
+    if name != STANDARD and Path(name).suffix not in suffixes:
+        raise UserError(
+            f"{name}: give a name that ends with {' or '.join(suffixes)}, or - for standard input or output"
+        )
+
+
+def _lines(name: str, content: bytes) -> list[str]:
+    try:
+        # Not splitlines: it also splits at characters, such as U+2028, that may stand inside a text.
+        text = content.decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_shown(name)}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+
+def _objects(name: str, content: bytes, key: str) -> list[dict[str, Any]]:
+    """The objects of JSON lines, each with `key`."""
+    objects = []
+    for number, line in enumerate(_lines(name, content), 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(f'{_shown(name)}: line {number} is no JSON object with "{key}"')
+        objects.append(value)
+    return objects
+
+
+def read_texts(name: str, key: str = "text") -> list[str]:
+    """Texts of a .jsonl file, or of the lines of any other file or of standard input."""
+    content = _content(name)
+    if Path(name).suffix != ".jsonl":
+        return _lines(name, content)
+    texts = [value[key] for value in _objects(name, content, key)]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise UserError(f'{name}: "{key}" of line {number} is no text')
+    return texts
+
+
+def write_texts(name: str, texts: Sequence[str]) -> None:
+    """Write texts as .jsonl, or a line each; there a line break inside a text becomes a space."""
+    if Path(name).suffix == ".jsonl":
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    else:
+        lines = [" ".join(text.splitlines()) for text in texts]
+    _write(name, "".join(line + "\n" for line in lines).encode())
+
+
+def read_latents(name: str) -> tuple[np.ndarray, list[int] | None]:
+    """Latents [N, D] of an .npy file or of JSON lines, and the tokens of their texts where every line says them."""
+    content = _content(name)
+    if content.startswith(NPY_MAGIC) or Path(name).suffix == ".npy":
+        return _read_array(name, content), None
+    objects = _objects(name, content, "latent")
+    try:
+        latents = np.array([value["latent"] for value in objects], np.float32)
+        lengths = [int(value["length"]) for value in objects] if all("length" in v for v in objects) else None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{_shown(name)}: latents are not lists of numbers of one length ({error})") from error
+    return latents, lengths
+
+
+def _read_array(name: str, content: bytes) -> np.ndarray:
+    try:
+        # A pickle could run code.
+        array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{_shown(name)}: damaged, or not a file of numpy ({error})") from error
+    return array
+
+
+def write_latents(name: str, latents: np.ndarray, lengths: Sequence[int]) -> None:
+    """Write latents [N, D] as .npy, or as JSON lines with the tokens of their texts."""
+    if Path(name).suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, latents, allow_pickle=False)
+        _write(name, buffer.getvalue())
+        return
+    # float32 as the shortest text that gives the same float32 back.
+    rows = ([float(str(number)) for number in row] for row in latents)
+    lines = [json.dumps({"latent": row, "length": length}) for row, length in zip(rows, lengths, strict=True)]
+    _write(name, "".join(line + "\n" for line in lines).encode())
+
+
+def read_lengths(name: str) -> int | np.ndarray:
+    """Token counts: a number for all texts, or a file with one a line (.txt) or as an array (.npy)."""
+    if name.isdecimal():
+        return int(name)
+    content = _content(name)
+    if content.startswith(NPY_MAGIC):
+        return _read_array(name, content)
+    try:
+        return np.array([int(line) for line in _lines(name, content)], np.int64)
+    except ValueError as error:
+        raise UserError(f"{_shown(name)}: not a number of tokens a line ({error})") from error
+
+
+def write_lengths(name: str, lengths: Sequence[int]) -> None:
+    """Write token counts, one a line."""
+    _write(name, "".join(f"{length}\n" for length in lengths).encode())

@@ -1,0 +1,276 @@
+"""A trained model as it lies on disk: a run directory, one of its checkpoints, or an exported directory.
+
+An exported directory (`job.export` writes it) holds all that a program needs of a run, and no data:
+
+    model.safetensors    weights, with the settings that their shapes mean, and the description, in the header
+    config.json          the run's configuration, the step, whether the weights are the moving average
+    model.json, tokenizer.json, encoder.safetensors    as in RUN/model (job.data.description)
+    README.md            the model card
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from job import checkpoint_names
+from job.config import Config, from_dict
+from job.data.description import (
+    DESCRIPTION_FILE,
+    DIRECTORY,
+    ModelDescription,
+    describe_dataset,
+    find_tokenizer,
+    from_values,
+    read_description,
+    refuse_other_data,
+)
+from job.data.loader import Batch, BatchFormat, evaluation_batches, open_datasets
+from job.data.shards import Dataset, ShardDataset
+from job.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load, of_dataset
+from job.errors import UserError
+from job.files import file_entry
+from job.model.build import build_model
+from job.model.weights import WEIGHTS_FILE, describe
+from job.objective.objective import Objective
+from job.runtime.checkpoint import Checkpoint, open_checkpoint, read_weights
+
+CONFIG_FILE = "config.json"
+RECORD_KEY = "description"  # of the ModelDescription in a checkpoint's record and in the header of exported weights
+
+
+@dataclass
+class Trained:
+    """What a run learned, and what is needed to use it."""
+
+    path: Path
+    config: Config
+    step: int
+    weights: dict[str, Tensor]  # on the CPU, by the names of the model's parameters
+    averaged: bool  # the weights are the moving average
+    description: ModelDescription
+    directories: list[Path]  # where the description's files may be
+    data: Path | None  # prepared data to use instead of the run's own
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the model's vocabulary, which may be larger than the tokenizer's."""
+        return int(describe(self.weights)["vocab_size"])
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension of the latents."""
+        return int(describe(self.weights)["latent_dim"])
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """The tokenizer; None when the data came without one, or when it is nowhere to be found."""
+        return find_tokenizer(self.description, self.directories)
+
+    @cached_property
+    def format(self) -> BatchFormat:
+        """How samples become what the model sees, with its own statistics."""
+        return BatchFormat.of(self.config, self.description)
+
+    def objective(self, device: torch.device) -> Objective:
+        """The model inside its objective, on a device, in evaluation mode."""
+        model = build_model(self.config.model, self.vocab_size, self.latent_dim, seed=0)
+        model.load_state_dict(self.weights)
+        return Objective(model, self.config, self.description.mask_token_id).to(device).eval()
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """The validation split of `data`, or else of the run's own data.
+
+        Notes go to standard error. UserError where there is none, and for data that the model cannot read.
+        """
+        if self.data is None and (self.path / CONFIG_FILE).is_file() and self.config.data.source == "shards":
+            raise UserError(f"{self.path}: an exported model comes without data; name a prepared directory: --data DIR")
+        dataset = open_data(self.config, self.data, self.path)[1]
+        directory = dataset.directory if isinstance(dataset, ShardDataset) else "the synthetic data"
+        for note in refuse_other_data(self.description, dataset.info, (str(self.path), str(directory))):
+            print(f"note: {note}", file=sys.stderr)
+        return dataset
+
+
+def load_trained(path: Path, data: Path | None = None, average: bool | None = None) -> Trained:
+    """What `path` holds: a run directory, a checkpoint, or a directory written by `python -m job.convert export`.
+
+    `data` replaces the data directory of the run; `average` takes the moving average of the weights (None: where there
+    is one). Raises UserError, in one line, when there is no valid checkpoint, no average, or data of another kind.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such directory; give a run directory like runs/demo or a checkpoint in it")
+    is_export = (path / CONFIG_FILE).is_file()
+    trained = _load_export(path, data, average) if is_export else _load_checkpoint(path, data, average)
+    if data is not None:
+        _ = trained.held_out  # whoever names data is told at once what is wrong with it
+    return trained
+
+
+# A run or a checkpoint.
+
+
+def run_directory(checkpoint: Path) -> Path:
+    """The run directory of RUN/checkpoints/step_N; of a checkpoint that was copied alone, its own directory."""
+    return checkpoint.parent.parent if checkpoint.parent.name == checkpoint_names.DIRECTORY else checkpoint
+
+
+def open_saved(path: Path) -> Checkpoint:
+    """The checkpoint of a path, as `open_checkpoint` finds it. UserError also for a run that has saved none yet."""
+    for run in (path, path.parent):
+        checkpoints = run / checkpoint_names.DIRECTORY
+        is_run = (run / "config.yaml").is_file() and path in (run, checkpoints)
+        if is_run and not checkpoint_names.steps(checkpoints):
+            raise UserError(
+                f"{run}: no checkpoint in this run yet; it saves every logging.save_freq steps, at its end and when it "
+                "is stopped"
+            )
+    return open_checkpoint(path)
+
+
+def described(checkpoint: Checkpoint) -> ModelDescription | None:
+    """What a checkpoint says of its data; None in one from before checkpoints did."""
+    values = checkpoint.record.get(RECORD_KEY)
+    return from_values(values, checkpoint.path / checkpoint_names.COMMIT_FILE) if values else None
+
+
+def weights_of(checkpoint: Checkpoint, average: bool | None = None) -> tuple[dict[str, Tensor], bool]:
+    """Weights of a checkpoint on the CPU, and whether they are the moving average (None: where there is one).
+
+    UserError when an average is asked for and there is none.
+    """
+    averaged = {} if average is False else read_weights(checkpoint, "optimizer.average.")
+    if average and not averaged:
+        raise UserError(
+            f"{checkpoint.path} holds no moving average; leave out --ema, or train with training.ema_decay above 0"
+        )
+    # The average is of parameters only; buffers are the model's.
+    return read_weights(checkpoint, "model.") | averaged, bool(averaged)
+
+
+def _load_checkpoint(path: Path, data: Path | None, average: bool | None) -> Trained:
+    checkpoint = open_saved(path)
+    config = from_dict(checkpoint.record["config"])
+    weights, averaged = weights_of(checkpoint, average)
+    run = run_directory(checkpoint.path)
+    # A checkpoint from before checkpoints described their data needs that data, as it always did.
+    description = described(checkpoint) or _described_by_data(config, data, weights, checkpoint.path)
+    given = [data] if data else []
+    own = [Path(config.data.dir)] if config.data.dir else []
+    return Trained(path, config, checkpoint.step, weights, averaged, description, [run / DIRECTORY, *given, *own], data)
+
+
+def _described_by_data(config: Config, data: Path | None, weights: dict[str, Tensor], path: Path) -> ModelDescription:
+    """The description that a model's data gives. UserError where it is not here, or cannot be the model's."""
+    description = describe_dataset(open_data(config, data, path)[0], config.data.standardize_latents)
+    latent_dim, vocab_size = (int(describe(weights)[name]) for name in ("latent_dim", "vocab_size"))
+    # The model's vocabulary may be larger: it is rounded up to model.vocab_multiple.
+    if description.latent_dim != latent_dim or description.vocab_size > vocab_size:
+        raise UserError(
+            f"--data {config.data.dir}: vocabulary of {description.vocab_size} and latents of {description.latent_dim} "
+            f"dimensions do not fit {path}; give the data that the run was trained on"
+        )
+    return description
+
+
+def open_data(config: Config, data: Path | None, path: Path) -> tuple[Dataset, Dataset]:
+    """Training and validation split of the data of the run at `path`, or of `data` in its place.
+
+    The run's data may be named relative to the directory it was started in, which environment.json knows.
+    """
+    if data is not None:
+        config.data.source, config.data.dir = "shards", str(data)
+    elif config.data.source == "shards" and not Path(config.data.dir or "").is_dir():
+        there = _started_in(path) / (config.data.dir or "")
+        if not there.is_dir():
+            raise UserError(f"{config.data.dir}: the run's data directory is not here; name it with --data DIR")
+        config.data.dir = str(there)
+    return open_datasets(config)
+
+
+def _started_in(path: Path) -> Path:
+    """The directory that a run was started in, or else the present one."""
+    for directory in (path, *path.parents[:2]):
+        try:
+            return Path(json.loads((directory / "environment.json").read_text())["directory"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return Path()
+
+
+# An exported model.
+
+
+def _load_export(path: Path, data: Path | None, average: bool | None) -> Trained:
+    if average:
+        raise UserError(f"{path} is an exported model: export it again with --ema instead")
+    try:
+        values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
+        config, step, averaged = from_dict(values["config"]), values["step"], values["averaged"]
+        mask_token_id = values["mask_token_id"]
+        weights = load_file(path / WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: not a whole exported model ({error}); export it again with `python -m job.convert export`"
+        ) from error
+    if (path / DESCRIPTION_FILE).is_file():
+        description = read_description(path)
+    elif data is not None:
+        description = _described_by_data(config, data, weights, path)
+    else:
+        description = _of_old_export(path, config, weights, mask_token_id)
+    directories = [path, data] if data else [path]
+    return Trained(path, config, step, weights, averaged, description, directories, data)
+
+
+def _of_old_export(path: Path, config: Config, weights: dict[str, Tensor], mask_token_id: int) -> ModelDescription:
+    """The description of a model that was exported before exports had one: without statistics and encoder."""
+    tokenizer = load(str(path / TOKENIZER_FILE)) if (path / TOKENIZER_FILE).is_file() else None
+    settings = describe(weights)
+    return ModelDescription(
+        vocab_size=tokenizer.vocab_size if tokenizer else settings["vocab_size"],
+        latent_dim=settings["latent_dim"],
+        max_length=settings["max_seq_len"],
+        samples=0,
+        mask_token_id=mask_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer else 0,
+        standardize=config.data.standardize_latents,
+        latent_mean=[],
+        latent_std=[],
+        length_weights=[],
+        encoder={},
+        tokenizer=TOKENIZER_FILE if tokenizer else None,
+        files={TOKENIZER_FILE: file_entry(path / TOKENIZER_FILE)} if tokenizer else {},
+    )
+
+
+# Samples.
+
+
+def tokenizer_of(dataset: Dataset) -> TextTokenizer | None:
+    """The tokenizer of a dataset; None for synthetic data and for data converted without one."""
+    return of_dataset(dataset.directory, dataset.info) if isinstance(dataset, ShardDataset) else None
+
+
+def first_batches(dataset: Dataset, format: BatchFormat, count: int, batch_size: int) -> Iterator[Batch]:
+    """The first `count` samples of a split, as an evaluation in one process sees them."""
+    return evaluation_batches(dataset, format, num_samples=count, batch_size=batch_size)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device; `auto` takes a GPU where there is one. UserError for `cuda` without one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: no GPU is visible here; use --device cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")

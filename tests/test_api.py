@@ -1,0 +1,242 @@
+"""What a program, the commands and an export make of a trained model: the same, also without the run and its data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import tiny_run
+
+from job import convert, decode, encode, evaluate, load, sample
+from job.api import Model
+from job.data.shards import ShardDataset
+from job.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+TEXTS = ["The parser returns the first line.", "A thread opens an empty list.", "Every test checks each value."]
+
+
+@pytest.fixture(scope="module")
+def data(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared data at a place of its own, from which tests may take it away."""
+    copy = tmp_path_factory.mktemp("data") / "sentences"
+    shutil.copytree(prepared, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("runs") / "demo", data, "training.ema_decay=0.5")
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Model:
+    return load(run, device="cpu")
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import sys, job; assert 'torch' not in sys.modules; job.load; assert 'torch' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_latents_are_in_the_units_of_the_data(model: Model, data: Path) -> None:
+    """As training standardizes them: what `encode` gives, standardized, is what an evaluation compares."""
+    held_out = ShardDataset(data, "validation")
+    texts = [model.tokenizer.decode(held_out[index][0]) for index in range(48)]
+    latents = model.encode(texts)
+    assert latents.dtype == np.float32
+    assert latents.shape == (48, 8)
+    raw = np.stack([held_out[index][1] for index in range(48)])
+    mean, std = (np.array(values) for values in (model.description.latent_mean, model.description.latent_std))
+    # The untrained head predicts around zero in standardized units, which is the mean in the data's own.
+    assert np.abs(latents.mean(0) - mean).max() < std.max()
+    assert np.abs(latents - raw).mean() < np.abs((latents - mean) / std - raw).mean()
+
+
+def test_a_result_depends_on_its_own_input_alone(model: Model) -> None:
+    together, alone = model.encode(TEXTS, batch_size=2), [model.encode([text])[0] for text in TEXTS]
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-6)
+    assert not np.allclose(together, model.encode(TEXTS, seed=1))
+    sampled = model.decode_ids(together, 7, temperature=2.0, batch_size=2)
+    first = model.decode_ids(together[:1], 7, temperature=2.0)
+    assert first[0].tolist() == sampled[0].tolist()
+    assert sampled[0].tolist() != model.decode_ids(together[:1], 7, temperature=2.0, seed=1)[0].tolist()
+
+
+def test_lengths_are_given_or_likely(model: Model, data: Path) -> None:
+    held_out = ShardDataset(data, "validation")
+    rows = np.arange(len(held_out))
+    latents, true = np.stack([held_out[int(row)][1] for row in rows]), held_out.lengths(rows)
+    assert [len(row) for row in model.decode_ids(latents[:3], [3, 1, 9])] == [3, 1, 9]
+    assert [len(row) for row in model.decode_ids(latents[:3], 5)] == [5, 5, 5]
+    likely = model.likely_lengths(latents)
+    assert [len(row) for row in model.decode_ids(latents[:3])] == likely[:3].tolist()
+    assert np.abs(likely - true).mean() < np.abs(round(true.mean()) - true).mean()  # better than one for all
+
+
+def test_a_round_trip_is_both_ways_with_the_own_lengths(model: Model) -> None:
+    counts = model.token_counts(TEXTS)
+    assert model.round_trip(TEXTS) == model.decode(model.encode(TEXTS), counts)
+    assert model.encode([]).shape == (0, 8)
+    assert model.decode([]) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: model.encode("one text"), "list of texts"),
+        (lambda model: model.encode(["fine", "", ""]), r"text 2, '': 0 tokens; this model takes 1 to 32 \(1 more"),
+        (lambda model: model.encode(["word " * 50]), "this model takes 1 to 32"),
+        (lambda model: model.decode(np.zeros((2, 7))), r"\[2, 7\]; this model takes \[N, 8\]"),
+        (lambda model: model.decode(np.zeros(8)), r"\[8\]; this model takes \[N, 8\]"),
+        (lambda model: model.decode(np.full((1, 8), np.nan)), "latent 1 holds a number that is not finite"),
+        (lambda model: model.decode([["a"] * 8]), "not rows of numbers"),
+        (lambda model: model.decode(np.zeros((2, 8)), [3]), "1 lengths for 2 latents"),
+        (lambda model: model.decode(np.zeros((2, 8)), 33), "length 33 of text 1: this model takes 1 to 32"),
+        (lambda model: model.decode(np.zeros((2, 8)), 2.5), "counts of tokens"),
+    ],
+)
+def test_what_cannot_be_used_is_named(call: object, words: str, model: Model) -> None:
+    with pytest.raises(UserError, match=words):
+        call(model)  # type: ignore[operator]
+
+
+def test_a_text_is_cut_on_request(model: Model) -> None:
+    assert model.encode(["word " * 50], truncate=True).shape == (1, 8)
+
+
+# From file to file.
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    return tmp_path
+
+
+def test_encode_decode_encode_through_files(elsewhere: Path, run: Path, model: Model) -> None:
+    encode.main([str(run), "texts.txt", "latents.npy", "--lengths", "lengths.txt"])
+    np.testing.assert_allclose(np.load("latents.npy"), model.encode(TEXTS), atol=1e-6)
+    decode.main([str(run), "latents.npy", "back.txt", "--lengths", "lengths.txt"])
+    assert Path("back.txt").read_text().splitlines() == model.round_trip(TEXTS)
+    encode.main([str(run), "texts.txt", "latents.jsonl"])
+    decode.main([str(run), "latents.jsonl", "back.jsonl"])  # which says the lengths itself
+    assert [json.loads(line)["text"] for line in Path("back.jsonl").read_text().splitlines()] == model.round_trip(TEXTS)
+    encode.main([str(run), "back.jsonl", "again.jsonl"])
+    again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["latent"] for line in again], model.encode(model.round_trip(TEXTS)), atol=1e-6)
+
+
+def test_standard_input_and_output(run: Path, elsewhere: Path, model: Model) -> None:
+    def command(name: str, given: bytes) -> bytes:
+        arguments = [sys.executable, "-m", "job", name, str(run), "-", "-", "--device", "cpu"]
+        done = subprocess.run(arguments, input=given, capture_output=True, env={"PYTHONPATH": str(ROOT)}, timeout=120)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    back = command("decode", command("encode", Path("texts.txt").read_bytes()))
+    assert back.decode().splitlines() == model.round_trip(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "content", "words"),
+    [
+        (encode, ["in.txt", "out.txt"], b"text\n", "out.txt: give a name that ends with .npy or .jsonl"),
+        (encode, ["in.txt", "out.npy"], b"", "in.txt: no texts"),
+        (encode, ["in.txt", "out.npy"], b"\xff\n", "in.txt: not UTF-8"),
+        (encode, ["absent.txt", "out.npy"], b"", "absent.txt: No such file"),
+        (encode, ["in.jsonl", "out.npy"], b'{"a": 1}\n', 'in.jsonl: line 1 is no JSON object with "text"'),
+        (encode, ["in.jsonl", "out.npy"], b'{"text": 5}\n', 'in.jsonl: "text" of line 1 is no text'),
+        (decode, ["in.npy", "out.txt"], b"text\n", "in.npy: damaged, or not a file of numpy"),
+        (decode, ["in.jsonl", "out.txt"], b'{"latent": "x"}\n', "in.jsonl: latents are not lists of numbers"),
+        (decode, ["in.jsonl", "out.txt"], b'{"latent": [1, 2]}\n', "this model takes \\[N, 8\\]"),
+        (decode, ["in.jsonl", "out.csv"], b"", "out.csv: give a name that ends with .txt or .jsonl"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(
+    command: object, arguments: list[str], content: bytes, words: str, elsewhere: Path, run: Path
+) -> None:
+    for name in ("in.txt", "in.jsonl", "in.npy"):
+        (elsewhere / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        command.main([str(run), *arguments])  # type: ignore[attr-defined]
+    assert not list(elsewhere.glob("out.*"))
+
+
+# Without the run, and without the data.
+
+
+def test_a_run_needs_its_data_for_held_out_texts_alone(
+    run: Path, data: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main([str(run), "--json"])
+    with_data = json.loads(capsys.readouterr().out)
+    result = json.loads((run / "result.json").read_text())
+    assert with_data == pytest.approx({key: result[key] for key in with_data})
+    sample.main([str(run), "--text", TEXTS[0]])
+    printed = capsys.readouterr().out
+    data.rename(data.with_name("away"))
+    try:
+        sample.main([str(run), "--text", TEXTS[0]])
+        assert capsys.readouterr().out == printed
+        with pytest.raises(UserError, match="the run's data directory is not here; name it with --data"):
+            sample.main([str(run)])
+        evaluate.main([str(run), "--json", "--data", str(data.with_name("away"))])
+        assert json.loads(capsys.readouterr().out) == with_data
+    finally:
+        data.with_name("away").rename(data)
+
+
+def test_an_export_needs_neither_run_nor_data(run: Path, data: Path, elsewhere: Path, model: Model) -> None:
+    convert.main(["export", str(run), "exported"])
+    np.save("expected.npy", model.encode(TEXTS))
+    code = (
+        "import json, sys, numpy as np; from job import load; m = load('exported', device='cpu'); "
+        "texts = open('texts.txt').read().splitlines(); "
+        "print(json.dumps([float(np.abs(m.encode(texts) - np.load('expected.npy')).max()), m.round_trip(texts), "
+        "m.decode(np.load('expected.npy'))]))"
+    )
+    hidden = [path.rename(path.with_name("away")) for path in (run, data)]
+    try:
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=120)
+    finally:
+        hidden[0].rename(run)
+        hidden[1].rename(data)
+    assert done.returncode == 0, done.stderr.decode()
+    difference, trips, decoded = json.loads(done.stdout)
+    assert difference < 1e-6
+    assert trips == model.round_trip(TEXTS)
+    assert decoded == model.decode(np.load("expected.npy"))
+
+
+def test_a_checkpoint_that_was_copied_alone_knows_its_statistics(
+    run: Path, data: Path, tmp_path: Path, model: Model
+) -> None:
+    checkpoint = next((run / "checkpoints").glob("step_*"))
+    shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    data.rename(data.with_name("away"))
+    try:
+        alone = load(tmp_path / checkpoint.name, device="cpu")
+        assert alone.description == model.description
+        latents = model.encode(TEXTS)
+        assert [row.tolist() for row in alone.decode_ids(latents)] == [r.tolist() for r in model.decode_ids(latents)]
+        with pytest.raises(UserError, match=r"tokenizer\.json is not beside it; name the run's data with --data"):
+            alone.encode(TEXTS)
+    finally:
+        data.with_name("away").rename(data)
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(UserError, match=r"run: no checkpoint in this run yet; it saves every logging\.save_freq"):
+            sample.main([str(path)])
