@@ -107,17 +107,17 @@ def _parquet(path: Path, key: str) -> Iterator[str]:
 
 
 def _saved_split(rows: Any, split: str, name: str) -> Any:
-    """One split of what `load_from_disk` read: a dictionary of splits, or a single one."""
+    """One split of what `load_from_disk` read: a dictionary of splits, or a single one, which may have no name."""
     if isinstance(rows, dict):
-        there = [str(key) for key in rows]
-        rows = rows.get(split)
+        there = f"it has {', '.join(map(str, rows))}; give one of them with --hf-split"
+        chosen = rows.get(split)
     else:
-        there = [str(rows.split)]
-        # A dataset saved alone is usually no one's `train`, so only a split that was asked for must be there.
-        rows = rows if split in (DEFAULT_SPLIT, *there) or rows.split is None else None
-    if rows is None:
-        raise UserError(f"{HUGGING_FACE}{name}: no split {split!r}, it has {', '.join(there)}; give --hf-split")
-    return rows
+        there = "it was saved as a single one; leave --hf-split out"
+        # Only a split that was asked for must be the one that is there.
+        chosen = rows if split in (DEFAULT_SPLIT, str(rows.split)) else None
+    if chosen is None:
+        raise UserError(f"{HUGGING_FACE}{name}: no split {split!r}, {there}")
+    return chosen
 
 
 def _hugging_face(name: str, key: str, split: str) -> Iterator[str]:
