@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from job.data import tokenizer as tokenizers
-from job.data.shards import INFO_FILE, read_info
+from job.data.description import ModelDescription, description_of, read_description
+from job.data.shards import INFO_FILE, DatasetInfo, read_info
 from job.errors import UserError
 from job.files import file_entry
 
@@ -60,19 +61,23 @@ class Pattern:
 
 def read_pattern(source: str) -> Pattern:
     """The tokenizer and encoder of what `source` names. UserError if it has none, or is neither data nor a model."""
-    path = Path(source)
-    if not (path / INFO_FILE).is_file():
-        raise UserError(f"--like {source}: no prepared data here ({INFO_FILE} is missing)")
-    info = read_info(path)
-    if info.tokenizer is None:
+    directory = description_of(Path(source))
+    known: DatasetInfo | ModelDescription
+    if (directory / INFO_FILE).is_file():
+        known = read_info(directory)
+        max_length = known.options.get("max_length") or known.max_length
+    else:
+        known = read_description(directory)
+        max_length = known.max_length
+    if known.tokenizer is None:
         raise UserError(f"--like {source}: this data came without a tokenizer, so new texts cannot become its tokens")
     return Pattern(
         source=source,
-        directory=path,
-        tokenizer=info.tokenizer,
-        mask_token_id=info.mask_token_id,
-        pad_token_id=info.pad_token_id,
-        vocab_size=info.vocab_size,
-        max_length=info.options.get("max_length") or info.max_length,
-        encoder=info.encoder,
+        directory=directory,
+        tokenizer=known.tokenizer,
+        mask_token_id=known.mask_token_id,
+        pad_token_id=known.pad_token_id,
+        vocab_size=known.vocab_size,
+        max_length=max_length,
+        encoder=known.encoder,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from job import prepare
+from job.data.description import describe_dataset, write_model_files
 from job.data.encoders import ENCODER_FILE, load_encoder
 from job.data.shards import ShardDataset
 from job.data.tokenizer import TOKENIZER_FILE, of_dataset
@@ -41,6 +42,19 @@ def test_new_texts_get_that_tokenizer_and_encoder(prepared: Path, new_texts: Pat
     texts = [tokenizer.decode(new[index][0]) for index in range(20)]
     expected = load_encoder(prepared, old.info.encoder).encode(texts)
     assert np.array_equal(np.stack([new[index][1] for index in range(20)]), expected)
+
+
+def test_a_run_and_an_export_carry_both(prepared: Path, new_texts: Path, tmp_path: Path) -> None:
+    run, export = tmp_path / "run", tmp_path / "export"
+    description = describe_dataset(ShardDataset(prepared, "train"), standardize=True)
+    for directory in (run / "model", export):
+        write_model_files(directory, description, [prepared])
+    assert like(prepared, tmp_path / "data", new_texts, "--max-length", str(description.max_length)) == 0
+    for source in (run, run / "checkpoints" / "step_00000004", export):
+        out = tmp_path / "out" / source.name
+        assert like(source, out, new_texts) == 0
+        for name in (TOKENIZER_FILE, ENCODER_FILE, "train-00000.tokens.npy", "train-00000.latents.npy"):
+            assert (out / name).read_bytes() == (tmp_path / "data" / name).read_bytes()
 
 
 def test_the_same_again_is_known_by_content(
@@ -86,4 +100,4 @@ def test_what_has_no_encoder_or_tokenizer_is_refused(
         assert message in error[-1]
         assert not out.exists()
     assert like(tmp_path, out, new_texts) == 1
-    assert f"--like {tmp_path}" in capsys.readouterr().err
+    assert f"{tmp_path}: no run, exported model or prepared dataset" in capsys.readouterr().err
