@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from job.key_help import answer_help
+from job.output import open_standard_descriptors
 from job.runtime.launcher_variables import status_lines, use_huge_pages
 from job.runtime.stop import StopSignals, ignore_in_worker
 
 signals = StopSignals()
 if __name__ == "__main__":
+    open_standard_descriptors()  # before anything opens a file or a socket
+    answer_help()  # at once: torch takes seconds to load
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
     use_huge_pages()  # before torch is imported: it reads the variable once
 
@@ -19,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,11 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from job import checkpoint_names
-from job.command import guarded, refuse_unknown_keys
+from job.command import explain, guarded, refuse_unknown_keys
 from job.config import Config, config_dir
 from job.config_checks import validate
 from job.data.loader import (
@@ -43,8 +49,8 @@ from job.data.loader import (
 )
 from job.data.sampler import Sampler, batch_sizes
 from job.data.shards import Dataset
-from job.errors import ExitCode, JobError, UserError
-from job.files import json_lines, write_json
+from job.errors import ExitCode, JobError, UsageError, UserError
+from job.files import json_lines, storage_problem, write_json
 from job.model.weights import apply_weights
 from job.monitoring.accumulator import Accumulator
 from job.monitoring.curves import write_curves
@@ -126,7 +132,8 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     warnings = validate(config)
     timeout = config.training.sick_rank_timeout_seconds
     process = distributed.start(config.training.device, timeout)  # type: ignore[arg-type]
-    say: Callable[[str], None] = print if process.is_main else lambda _: None
+    # Flushed: who waits for a run wants to know for what.
+    say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
         say(f"warning: {warning}")
     with Watchdog(timeout) as watchdog:
@@ -152,6 +159,7 @@ def train_watched(
         keep_every=config.logging.keep_every,
         log=say,
         beat=watchdog.beat,
+        stop=lambda: signals.requested,
     )
     checkpoint = find_checkpoint(config, checkpointer)
     global_batch_size = loader.sampler.global_batch_size
@@ -160,6 +168,7 @@ def train_watched(
         if checkpoint.step >= total and (run_dir / RESULT).exists():
             say(f"{run_dir} is finished: {checkpoint.step} steps; give the run another logging.run_name to train again")
             return ExitCode.FINISHED
+    checkpointer.refuse_unwritable()
     if process.is_main:
         write_description(config, run_dir, process.device, process.world_size)
 
@@ -476,12 +485,19 @@ def run_from_hydra(values: DictConfig) -> None:
     except JobError as error:
         # Kept until the sweep is over: its other runs may do better. And Hydra would print its own words about it.
         failures.append(error)
-    except (RuntimeError, MemoryError) as error:
+    except OmegaConfBaseException as error:  # a value that is missing inside a list, which composing lets pass
+        failures.append(UsageError(explain(error)))
+    except (RuntimeError, MemoryError, OSError) as error:
         failures.append(known_failure(error))
 
 
-def known_failure(error: RuntimeError | MemoryError) -> JobError:
-    """One line for what the system took away: memory, or a loader process. Other errors are raised again."""
+def known_failure(error: RuntimeError | MemoryError | OSError) -> JobError:
+    """One line for what the system took away: memory, room on a disk, or a loader process.
+
+    Other errors are raised again.
+    """
+    if problem := storage_problem(error):
+        return UserError(problem)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         detail = str(error).splitlines()[0][:120] if str(error) else "on the host"
         return UserError(
@@ -505,4 +521,4 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, output_is_result=False))
