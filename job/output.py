@@ -84,7 +84,7 @@ def tolerated_output(end_with_reader: bool) -> Iterator[ToleratedStream]:
     """Have sys.stdout and sys.stderr be tolerated streams; gives that of sys.stdout."""
     before = sys.stdout, sys.stderr
     output, errors = ToleratedStream(sys.stdout, end_with_reader), ToleratedStream(sys.stderr)
-    sys.stdout, sys.stderr = output, errors  # type: ignore[assignment]
+    sys.stdout, sys.stderr = output, errors
     try:
         yield output
     finally:

@@ -77,6 +77,10 @@ from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.sharding import whole
 from job.runtime.watchdog import Watchdog
 
+# How long a step may take that runs the blocks compiled for the first time in this process. Compiling took 301 s for a
+# small model on a busy machine, while the watchdog's default is 300 s: it ended a run that was well, and would have
+# ended each further attempt. The price: a rank that hangs in such a step is found that much later.
+COMPILE_SECONDS = 1800.0
 RESULT = "result.json"  # of the run directory, written last: the run is finished
 
 
@@ -112,6 +116,7 @@ class TrainingRun:
     checkpointer: Checkpointer
     watchdog: Watchdog
     reporter: Reporter
+    compiled: set[str] = field(default_factory=set)  # kinds of steps that ran compiled in this process
     evaluated: int = -1  # steps done at the last evaluation
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, on rank 0
 
@@ -131,7 +136,9 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     started = started or time.time()
     warnings = validate(config)
     timeout = config.training.sick_rank_timeout_seconds
-    process = distributed.start(config.training.device, timeout)  # type: ignore[arg-type]
+    # Another rank may compile that much longer; in all other steps the watchdogs keep to their own timeout.
+    patience = max(timeout, COMPILE_SECONDS) if config.training.compile_model else timeout
+    process = distributed.start(config.training.device, patience)  # type: ignore[arg-type]
     # Flushed: who waits for a run wants to know for what.
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
@@ -260,13 +267,16 @@ def loop(run: TrainingRun, start: int) -> str | None:
     learner.module.train()
     stopping = evaluate_if_due(run, start, progress) if start else None
 
+    if c.training.compile_model and not stopping:
+        progress.say("compiling: the first step takes a minute or more")
     for step in range(start, total):
         if stopping:
             break
+        began = time.monotonic()
         run.watchdog.beat(step, "waiting for data")
         with reporter.phases("data_wait"):
             micro_batches = next(batches)
-        run.watchdog.beat(step, "training")
+        run.watchdog.beat(step, "training", compile_patience(run, str(learner.objective.passes(step))))
         with reporter.phases("step"):
             reporter.work.add(micro_batches[0]["global_lengths"].numpy(), learner.objective.passes(step))
             train_step(run, step, micro_batches)
@@ -278,6 +288,8 @@ def loop(run: TrainingRun, start: int) -> str | None:
         if done % c.logging.log_freq == 0 or done == total:
             progress.log(done, report_interval(run, done, done - logged))
             logged = done
+        elif step == start:
+            progress.first_step(done, time.monotonic() - began)
         stopping = signals.agreed(distributed.agree_max, c.training.max_minutes)
         stopping = stopping or evaluate_if_due(run, done, progress)
         if stopping or done == total or save_is_due(run, done, last_save):
@@ -294,6 +306,18 @@ def loop(run: TrainingRun, start: int) -> str | None:
             "earlier ones are kept"
         )
     return stopping
+
+
+def compile_patience(run: TrainingRun, kind: str) -> float:
+    """Seconds that the watchdog allows a step of this kind; 0, its own timeout alone, unless it may be compiling.
+
+    Steps with other passes are of another kind: cycle terms set in late, and the shapes that come with them are new.
+    Evaluations do not run compiled.
+    """
+    if not run.config.training.compile_model or kind in run.compiled:
+        return 0.0
+    run.compiled.add(kind)
+    return COMPILE_SECONDS
 
 
 def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
