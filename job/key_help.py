@@ -23,10 +23,10 @@ usage: python -m job.train [--config-name NAME] [GROUP=OPTION ...] [KEY=VALUE ..
 Trains a model. The same command again goes on from the run's last checkpoint.
 """
 MORE = """\
-More: --help loss, or --help loss.loss_type   all about a section's keys or a key: choices, limits, when it is read
-      ... --cfg job                           the configuration that a command line makes
-      --multirun KEY=A,B                      one run after the other, or hydra/launcher=slurm (slurm/README.md)
-      --hydra-help                            Hydra's own options"""
+More: --help loss, --help loss.loss_type   all about a section or a key: choices, limits
+      --cfg job                            the configuration that a command line makes
+      --multirun KEY=A,B                   several runs; on a cluster: slurm/README.md, k8s/README.md
+      --hydra-help                         Hydra's own options"""
 
 
 def answer_help() -> None:

@@ -45,7 +45,7 @@ def fitted(values: Mapping[str, float], room: int) -> str:
         f"{terms(values, digits=4)}  {speed}",
         f"{terms(values, digits=3)}  {speed}",
         f"{terms(values, digits=3, gap=' ')}  {speed}",
-        terms(values, digits=3, gap=" "),
+        *(terms(values, digits, gap=" ") for digits in (3, 2, 1)),
     ]
     return next((text for text in renderings if len(text) <= room), renderings[-1])
 
@@ -87,8 +87,9 @@ class Progress:
     def first_step(self, step: int, seconds: float) -> None:
         """Tell that the first step of this process is done, long before the first log interval may be.
 
-        A bar shows it by itself.
+        A bar shows it by itself. The pace counts from here on: the first step may have compiled for minutes.
         """
+        self.first, self.started = step, time.monotonic()
         if self.show and self.bar is None:
             self._print(f"step {step}/{self.total}  first step done in {seconds:.1f} s")
 
@@ -104,7 +105,7 @@ class Progress:
             self.bar.close()
 
     def _seconds_left(self, step: int) -> float:
-        """At the mean pace since this process began, evaluations and saves included."""
+        """At the mean pace since this process began to step, evaluations and saves included."""
         steps_here = max(1, step - self.first)
         return (time.monotonic() - self.started) / steps_here * (self.total - step)
 

@@ -62,7 +62,7 @@ def find_checkpoint(config: Config, checkpointer: Checkpointer) -> Checkpoint | 
     elif own is None and checkpointer.damaged:
         # A run that began at step 0 here would remove them one by one as it came by their steps.
         raise UserError(
-            f"all {len(checkpointer.damaged)} checkpoints in {checkpointer.directory} are damaged; restore one, or "
+            f"{checkpointer.directory}: none of the {len(checkpointer.damaged)} checkpoints is valid; restore one, or "
             "begin anew: with training.resume=never (they are kept under other names) or another logging.run_name"
         )
     if own is None and config.training.resume not in ("auto", "never"):
