@@ -17,6 +17,16 @@ from job.errors import UsageError
 COLUMNS = 100
 GROUPS = ("data", "model", "loss", "compat", "hydra/launcher")
 DEFAULT_CONFIGURATION = "mmdit_cycle_vae"
+HYDRA_OPTIONS = (
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--config-dir",
+    "-cd",
+    "--package",
+    "-p",
+)  # with a value
 INTRODUCTION = """\
 usage: python -m job.train [--config-name NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
 
@@ -25,7 +35,7 @@ Trains a model. The same command again goes on from the run's last checkpoint.
 MORE = """\
 More: --help loss, --help loss.loss_type   all about a section or a key: choices, limits
       --cfg job                            the configuration that a command line makes
-      --multirun KEY=A,B                   several runs; on a cluster: slurm/README.md, k8s/README.md
+      --multirun KEY=A,B                   several runs; clusters: slurm/README.md, k8s/README.md
       --hydra-help                         Hydra's own options"""
 
 
@@ -33,7 +43,11 @@ def answer_help() -> None:
     """Print help and end the program where the command line asks for it."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        topics = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
+        topics = [
+            argument
+            for argument, before in zip(arguments, ["", *arguments], strict=False)
+            if not argument.startswith("-") and "=" not in argument and before not in HYDRA_OPTIONS
+        ]
         sys.exit(guarded(lambda: print("\n\n".join(map(about, topics)) if topics else overview())))
 
 

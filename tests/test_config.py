@@ -96,7 +96,7 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides: list
 
 @pytest.mark.parametrize("name", ["", " ", ".", "../x", "a/../../x", "/x", "a//b"])
 def test_a_run_name_that_leads_elsewhere_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="logging.run_name="):
+    with pytest.raises(UserError, match=r"logging\.run_name="):
         validate(composed("mmdit_cycle_vae", "data.dir=somewhere", f"logging.run_name='{name}'"))
 
 

@@ -130,7 +130,7 @@ def test_a_file_that_does_not_fit_on_the_disk_is_named(tmp_path: Path) -> None:
     def refuse(_file: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError) as failed:
+    with pytest.raises(OSError, match="No space left") as failed:
         write_whole(tmp_path / "config.yaml", refuse)
     assert storage_problem(failed.value) == f"{tmp_path}/config.yaml: No space left on device"
 
@@ -163,8 +163,7 @@ def test_output_that_cannot_be_written(redirection: str, is_result: bool, code: 
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" "{script}" {redirection}'],
         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stderr) == (code, said)

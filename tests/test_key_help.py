@@ -30,7 +30,7 @@ def test_every_key_and_configuration_is_listed() -> None:
 def test_a_key_or_a_section_is_told_in_full() -> None:
     assert about("loss.cycle_text_weight").splitlines()[0] == "loss.cycle_text_weight=0.1"
     assert "read only with loss.loss_type=cycle_vae" in about("loss.cycle_text_weight")
-    assert "one of auto, bf16, fp32" in about("training.dtype")
+    assert "one of auto, cpu, cuda" in about("training.device")
     assert about("optimizer").count("\noptimizer.") + 1 == sum(name.startswith("optimizer.") for name in keys())
     with pytest.raises(UsageError, match="did you mean optimizer"):
         about("optimiser")

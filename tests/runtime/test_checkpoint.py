@@ -270,7 +270,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_trained_over(tmp_path: P
     if action == "refused":
         for resume in ("auto", str(tmp_path / "elsewhere")):
             config.training.resume = resume
-            with pytest.raises(UserError, match="none of the 2 checkpoints is valid.*training.resume=never"):
+            with pytest.raises(UserError, match=r"none of the 2 checkpoints is valid.*training\.resume=never"):
                 find_checkpoint(config, again)
         assert len(list(tmp_path.glob("step_*/share*"))) == 2
     else:
