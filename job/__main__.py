@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib import metadata
 
 from job.errors import ExitCode
 
@@ -11,6 +12,7 @@ COMMANDS = {
     "train": "train a model",
     "prepare": "turn text into shards",
     "evaluate": "measure a run's model on held-out text",
+    "curves": "draw the curves of a run, also of one that is running or was stopped",
     "sample": "read and write texts through a run's model",
     "encode": "texts to latents, from file to file",
     "decode": "latents to texts, from file to file",
@@ -24,7 +26,7 @@ COMMANDS = {
 def usage() -> str:
     """The commands with a line for each."""
     commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-    return f"usage: cyclevae COMMAND ...\n\n{commands}\n\n`cyclevae COMMAND --help` tells more."
+    return f"usage: cyclevae COMMAND ...\n\n{commands}\n\n`cyclevae COMMAND --help` tells more; `cyclevae --version`"
 
 
 def main() -> None:
@@ -32,6 +34,9 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("-h", "--help"):
         print(usage())
+        sys.exit(ExitCode.FINISHED)
+    if command == "--version":
+        print(f"cyclevae {metadata.version('cyclevae')}")
         sys.exit(ExitCode.FINISHED)
     if command not in COMMANDS:
         print(usage(), file=sys.stderr)

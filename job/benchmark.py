@@ -12,7 +12,6 @@ if __name__ == "__main__":
     use_huge_pages()  # before torch is imported: it reads the variable once
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from job.benchmarking.paper import count
 from job.benchmarking.ranks import step_seconds
 from job.command import guarded
 from job.errors import UsageError, UserError
+from job.files import write_json
 
 NO_CYCLE = "loss.cycle_text_weight=0,loss.cycle_latent_weight=0"
 # LGDLM decodes the predicted latent whatever the cycle's weight is. A weight too small to show in the loss makes the
@@ -199,7 +199,13 @@ def figures_of(options: argparse.Namespace, shape: Shape) -> Any:
 
 def machine_name(device: str) -> str:
     """What the figures were measured on. UserError for a GPU that is not there."""
-    if not device.startswith("cuda"):
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: give cpu, cuda or cuda:1") from error
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: give cpu, cuda or cuda:1")
+    if kind == "cpu":
         return f"{platform.machine()}, {torch.get_num_threads()} threads"
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no GPU here; check the driver, or measure with --device cpu")
@@ -212,13 +218,15 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 < options.fill <= 1 or options.repeats < 1:
         raise UsageError("--fill lies between 0 and 1, and --repeats is at least 1")
     shape = Shape(options.batch, options.seq_len, options.vocab, options.latent_dim, options.fill)
+    if options.out and options.out.is_dir():  # before minutes of measuring
+        raise UsageError(f"--out {options.out}: is a directory; give a file to write")
     machine = machine_name(options.device)
     print(f"{machine}, torch {torch.__version__}, {shape}")
     figures = figures_of(options, shape)
     if options.out:
         date = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"machine": machine, "date": date, "torch": torch.__version__, "command": sys.argv, "figures": figures}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.out, record, indent=1)
         if options.grow:
             report.plot(options.grow, figures, options.out.with_suffix(".png"))
 

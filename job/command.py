@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import errno
-import os
 import re
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from job.config import keys
+from job.config import default_of, keys
 from job.errors import ExitCode, JobError, LostRankError, UsageError
+from job.files import storage_problem
 from job.lgdlm.keys import LGDLM_KEYS
+from job.output import tolerated_output
 from job.runtime.failures import record_failure
 from job.runtime.launcher_variables import let_hydra_raise
-
-NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(error: BaseException) -> str:
@@ -30,6 +30,13 @@ def explain(error: BaseException) -> str:
     # Hydra and OmegaConf raise a few classes for everything and give the key and the choices only in their English
     # text, over several lines. Where these patterns no longer match, after an upgrade, the first lines are still shown.
     texts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
+    if quoted := quoting(error):
+        return quoted
+    if inside := inside_a_list(texts):
+        return inside
+    raised_here = re.match(r"UserError raised while resolving interpolation: (.*)", texts[0])
+    if raised_here:  # by a resolver of job.config; OmegaConf keeps its text alone
+        return raised_here.group(1)
     unknown = re.search(r"Could not override '([^']+)'", texts[0]) or re.search(r"full_key: (\S+)", texts[-1])
     if unknown and re.search(r"not in (struct|')|Could not override", texts[-1]):
         return unknown_key(unknown.group(1))
@@ -37,6 +44,51 @@ def explain(error: BaseException) -> str:
     options = re.search(r"Available options in '\S+:\s*(.*?)\s*Config search path", texts[0], re.DOTALL)
     choices = f"; choose one of {', '.join(options.group(1).split())}" if options else ""
     return ": ".join(first_lines) + choices
+
+
+def quoting(error: BaseException) -> str | None:
+    """How to write an override whose value Hydra took for syntax; None when that is not what is wrong."""
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'$", str(error).splitlines()[0])
+    if isinstance(error, OverrideParseException):
+        override = error.override
+    elif ambiguous:
+        override = ambiguous.group(1)
+    else:
+        return None
+    key, equals, value = override.partition("=")
+    if not equals:
+        return None
+    if value[:1] in ("[", "{"):
+        return (
+            f"{override}: Hydra reads some characters of the value as syntax; put double quotes around the parts that "
+            f"""hold them and single quotes around all of it: '{key}=["A","B"]'"""
+        )
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    try:
+        understood = OverridesParser.create().parse_override(quoted).value() == value
+    except HydraException:
+        return None
+    if not understood:
+        return None
+    # Two pairs of quotes: the shell takes off the outer one.
+    return f"{override}: Hydra reads some characters of the value as syntax; write it as {shlex.quote(quoted)}"
+
+
+def inside_a_list(texts: list[str]) -> str | None:
+    """What is wrong with a part of a key's list, such as training.sequential_schedule; None for other errors."""
+    outer = re.search(r"override '?([\w.]+)", texts[0])
+    inner = re.search(r"full_key: (\S+)", texts[-1])
+    missing = re.search(r"full_key: ([\w.]+)\[\d+\]\.(\w+)", texts[-1])
+    named = missing or outer
+    key = named.group(1) if named else ""
+    if inner is None or key not in keys() or not isinstance(default_of(keys()[key]), list):
+        return None
+    unknown = re.match(r"Key '(\w+)' not in '(\w+)'", texts[-1])
+    what = f"unknown key {unknown.group(1)} in a part of it" if unknown else texts[-1].splitlines()[0].strip()
+    where = "" if unknown else f" (in {inner.group(1)})"
+    example = "; a part looks like {type: l2t, steps: 1000}" if key == "training.sequential_schedule" else ""
+    return f"{key}: {what}{where}{example}"
 
 
 def unknown_key(key: str) -> str:
@@ -59,12 +111,25 @@ def refuse_unknown_keys(values: DictConfig) -> None:
                 raise UsageError(unknown_key(f"{section}.{name}".rstrip(".")))
 
 
-def guarded(command: Callable[[], object]) -> int:
+def guarded(command: Callable[[], object], output_is_result: bool = True) -> int:
     """Run a command; returns its exit code. A known failure ends in one line on stderr, anything else in a traceback.
 
-    Every failure is also noted for the launcher (job.runtime.failures), and the other ranks of the run are told.
+    Every failure is also noted for the launcher (job.runtime.failures), and the other ranks of the run are told. A
+    command whose `output_is_result` has failed when its output could not be written, for instance on a full disk; one
+    that leaves files has not, since they are whole.
     """
     let_hydra_raise()
+    with tolerated_output(end_with_reader=output_is_result) as output:
+        code = exit_code_of(command)
+        output.flush()
+        if output_is_result and code == ExitCode.FINISHED and output.failure is not None:
+            reason = getattr(output.failure, "strerror", None) or output.failure
+            return end(f"error: standard output: {reason}", f"standard output: {reason}", ExitCode.FAILED)
+        return code
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run a command and say how it failed; returns its exit code."""
     try:
         return int(command() or ExitCode.FINISHED)  # type: ignore[call-overload]
     except JobError as error:
@@ -74,14 +139,12 @@ def guarded(command: Callable[[], object]) -> int:
         cause = explain(error)
         return end(f"error: {cause}", cause, ExitCode.USAGE)
     except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return ExitCode.FAILED
     except KeyboardInterrupt:  # the usual end of `logs -f`
         return 128 + signal.SIGINT
     except Exception as error:
-        if isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
-            cause = f"{error.filename}: {error.strerror}"
-            return end(f"error: {cause}", cause, ExitCode.FAILED)
+        if problem := storage_problem(error):
+            return end(f"error: {problem}", problem, ExitCode.FAILED)
         cause = "".join(traceback.format_exception_only(error)).strip()
         if ranks() is None:
             record_failure(cause, ExitCode.FAILED, consequence=False)

@@ -18,6 +18,7 @@ from job.errors import UserError
 from job.files import file_name
 
 LOSS_TYPES = ("cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential")
+LARGEST_SEED = 2**64 - 1  # that PyTorch takes
 MODES = ("unconditional", "l2t", "t2l")  # what one step of `random` and `sequential` can be; the order of mode_weights
 
 # Conditions for `read_if`: the key that decides, and its value or values with which the other key is read.
@@ -172,7 +173,7 @@ class ModeSteps:
 class TrainingConfig:
     """training.*: how long, on what, and when to give up."""
 
-    seed: int = key(42, "seed of initialization, sample order, noise and dropout", low=0)
+    seed: int = key(42, "seed of initialization, sample order, noise and dropout", low=0, high=LARGEST_SEED)
     device: str = key("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = key(
         "auto",
@@ -237,7 +238,7 @@ class OptimizerConfig:
 class LoggingConfig:
     """logging.*: where a run lives, and how often it writes, evaluates and saves."""
 
-    run_name: str = key("mmdit-cycle-vae", "name of the run; its directory is save_dir/run_name")
+    run_name: str = key("mmdit-cycle-vae", "name of the run; its directory is save_dir/run_name")  # see checked_name
     save_dir: str = key("runs", "parent of run directories")
     log_freq: int = key(50, "steps between lines of training_log.jsonl", above=0)
     eval_freq: int = key(1000, "steps between evaluations; 0: only at the end", low=0)
@@ -324,8 +325,25 @@ FREE_ON_RESUME = {
     *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),
 }
 
+
+def checked_name(run_name: Any) -> str:
+    """logging.run_name, as a path below logging.save_dir. UserError for one that leads elsewhere.
+
+    Hydra makes the run directory before anything of ours runs, so configs/base.yaml asks for this where it names it.
+    """
+    parts = str(run_name).split("/")
+    if not str(run_name).strip() or any(part in ("", ".", "..") for part in parts):
+        raise UserError(
+            f"logging.run_name={run_name}: give a name, such as first or sweep/first; "
+            "the directory above it is logging.save_dir"
+        )
+    return str(run_name)
+
+
 ConfigStore.instance().store(name="schema", node=Config)
-OmegaConf.register_new_resolver("file_name", file_name, replace=True)  # configs/base.yaml: directories of a sweep
+# For configs/base.yaml: directories of a sweep, and of a run.
+OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+OmegaConf.register_new_resolver("checked_name", checked_name, replace=True)
 
 
 def config_dir() -> Path:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from job.config import MODES, Config, default_of, get, keys
+from job.config import MODES, Config, checked_name, default_of, get, keys
 from job.errors import UserError
 
 # At a latent timestep t the noisy latent is alpha(t) z + sigma(t) noise. Above this t hardly anything of z is left.
 LARGEST_EPSILON_T = 0.98
+# What a run compares with its checkpoint besides keys of the configuration (job.runtime.resume).
+COMPARED_BESIDES = ("data", "global_batch_size")
 
 
 def validate(config: Config) -> list[str]:
@@ -30,6 +33,9 @@ def validate(config: Config) -> list[str]:
     refuse_mode_weights(config)
     refuse_sequential_schedule(config)
     refuse_two_batch_sizes(config)
+    refuse_endless_warmup(config)
+    refuse_unknown_allowances(config)
+    checked_name(config.logging.run_name)
     return degenerate_epsilon(config)
 
 
@@ -130,6 +136,32 @@ def refuse_two_batch_sizes(config: Config) -> None:
         raise UserError(
             "training.gradient_accumulation_steps follows from training.global_batch_size; set one of the two"
         )
+
+
+def refuse_endless_warmup(config: Config) -> None:
+    """Refuse a warm-up that was set to be longer than the run: the learning rate would never reach optimizer.lr.
+
+    The default's is let pass, so that a run of ten steps, which tries an installation, needs no further key.
+    """
+    training = config.training
+    default = default_of(keys()["training.warmup_steps"])
+    if training.warmup_steps > training.num_train_steps and training.warmup_steps != default:
+        raise UserError(
+            f"training.warmup_steps={training.warmup_steps} is longer than the run of "
+            f"training.num_train_steps={training.num_train_steps}: the learning rate would never reach optimizer.lr; "
+            "lower it"
+        )
+
+
+def refuse_unknown_allowances(config: Config) -> None:
+    """Refuse names in training.allow_changed that nothing is compared by: the change would be refused all the same."""
+    names = [*keys(), *COMPARED_BESIDES]
+    for allowed in config.training.allow_changed:
+        if allowed not in names:
+            of_another_section = [name for name in names if name.split(".")[-1] == allowed.split(".")[-1]]
+            near = of_another_section or difflib.get_close_matches(allowed, names, n=1, cutoff=0.6)
+            meant = f"did you mean {near[0]}?" if near else "give names of keys, such as training.num_train_steps"
+            raise UserError(f"training.allow_changed: {allowed} is no configuration key; {meant}")
 
 
 def largest_latent_t(config: Config) -> float:

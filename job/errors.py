@@ -37,6 +37,12 @@ class UsageError(UserError):
     exit_code = ExitCode.USAGE
 
 
+class StoppedError(JobError):
+    """Stopped by a signal before there was anything to save: the same command begins again."""
+
+    exit_code = ExitCode.STOPPED
+
+
 class RetryError(JobError):
     """A failure outside the program's power, such as a lost rank, that another attempt may not meet."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,22 @@ from job.errors import UserError
 
 TEMPORARY = ".tmp"
 LONGEST_NAME = 150  # bytes; file systems take 255, and names are parts of other names
+# What is wrong with a disk or a path, and not with the program.
+OF_STORAGE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EEXIST,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -31,6 +48,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A full disk names no file, and nobody knows the temporary one.
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -38,6 +59,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """One line for an OSError about a disk or a path, which names the path; None for every other error."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in OF_STORAGE:
+        return None
+    path = Path(str(error.filename)).absolute()
+    # The system says only that some directory on the way is none, or that one cannot be made.
+    in_the_way = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way is not None:
+        return f"{in_the_way}: is a file where a directory is needed; move it away or give another name"
+    if error.errno == errno.EISDIR:
+        return f"{error.filename}: is a directory where a file is needed; move it away"
+    return f"{error.filename}: {error.strerror}"
 
 
 def refuse_existing(path: Path) -> None:

@@ -94,7 +94,7 @@ LOSS_TERMS = (
     ),
     LossTerm(
         "cycle_text",
-        "cycle_text",
+        "t2l2t",
         modes=("cycle_vae",),
         weight="cycle_text_weight",
         ramp=("cycle_text_warmup_steps", "cycle_text_ramp_steps"),
@@ -102,7 +102,7 @@ LOSS_TERMS = (
     ),
     LossTerm(
         "cycle_latent",
-        "cycle_latent",
+        "l2t2l",
         modes=("cycle_vae",),
         weight="cycle_latent_weight",
         ramp=("cycle_latent_warmup_steps", "cycle_latent_ramp_steps"),

@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return guarded(lambda: run(parser().parse_args(argv)))
+    return guarded(lambda: run(parser().parse_args(argv)), output_is_result=False)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from job.key_help import answer_help
+from job.output import open_standard_descriptors
 from job.runtime.launcher_variables import status_lines, use_huge_pages
 from job.runtime.stop import StopSignals, ignore_in_worker
 
 signals = StopSignals()
 if __name__ == "__main__":
+    open_standard_descriptors()  # before anything opens a file or a socket
+    answer_help()  # at once: torch takes seconds to load
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
     use_huge_pages()  # before torch is imported: it reads the variable once
 
@@ -19,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,11 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from job import checkpoint_names
-from job.command import guarded, refuse_unknown_keys
+from job.command import explain, guarded, refuse_unknown_keys
 from job.config import Config, config_dir
 from job.config_checks import validate
 from job.data.description import DIRECTORY, ModelDescription, to_values, write_model_files
@@ -44,8 +50,8 @@ from job.data.loader import (
 )
 from job.data.sampler import Sampler, batch_sizes
 from job.data.shards import Dataset
-from job.errors import ExitCode, JobError, UserError
-from job.files import json_lines, write_json
+from job.errors import ExitCode, JobError, UsageError, UserError
+from job.files import json_lines, storage_problem, write_json
 from job.model.weights import apply_weights
 from job.monitoring.accumulator import Accumulator
 from job.monitoring.curves import write_curves
@@ -74,6 +80,10 @@ from job.runtime.sharding import whole
 from job.runtime.watchdog import Watchdog
 from job.trained import RECORD_KEY
 
+# How long a step may take that runs the blocks compiled for the first time in this process. Compiling took 301 s for a
+# small model on a busy machine, while the watchdog's default is 300 s: it ended a run that was well, and would have
+# ended each further attempt. The price: a rank that hangs in such a step is found that much later.
+COMPILE_SECONDS = 1800.0
 RESULT = "result.json"  # of the run directory, written last: the run is finished
 
 
@@ -110,6 +120,7 @@ class TrainingRun:
     checkpointer: Checkpointer
     watchdog: Watchdog
     reporter: Reporter
+    compiled: set[str] = field(default_factory=set)  # kinds of steps that ran compiled in this process
     evaluated: int = -1  # steps done at the last evaluation
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, on rank 0
 
@@ -129,8 +140,11 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     started = started or time.time()
     warnings = validate(config)
     timeout = config.training.sick_rank_timeout_seconds
-    process = distributed.start(config.training.device, timeout)  # type: ignore[arg-type]
-    say: Callable[[str], None] = print if process.is_main else lambda _: None
+    # Another rank may compile that much longer; in all other steps the watchdogs keep to their own timeout.
+    patience = max(timeout, COMPILE_SECONDS) if config.training.compile_model else timeout
+    process = distributed.start(config.training.device, patience)  # type: ignore[arg-type]
+    # Flushed: who waits for a run wants to know for what.
+    say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
         say(f"warning: {warning}")
     with Watchdog(timeout) as watchdog:
@@ -155,6 +169,7 @@ def train_watched(
         keep_every=config.logging.keep_every,
         log=say,
         beat=watchdog.beat,
+        stop=lambda: signals.requested,
     )
     checkpoint = find_checkpoint(config, checkpointer)
     global_batch_size, _ = batch_sizes(config.training, process.world_size)
@@ -167,6 +182,7 @@ def train_watched(
     initial = load_initial(config) if checkpoint is None else None
     description = describe_run(config, train_data, checkpoint, initial, say)
     loader = new_loader(config, train_data, description, process)
+    checkpointer.refuse_unwritable()
     if process.is_main:
         (run_dir / RESULT).unlink(missing_ok=True)  # of a finished run that is trained further
         write_description(config, run_dir, process.device, process.world_size)
@@ -262,13 +278,16 @@ def loop(run: TrainingRun, start: int) -> str | None:
     learner.module.train()
     stopping = evaluate_if_due(run, start, progress) if start else None
 
+    if c.training.compile_model and not stopping:
+        progress.say("compiling: the first step takes a minute or more")
     for step in range(start, total):
         if stopping:
             break
+        began = time.monotonic()
         run.watchdog.beat(step, "waiting for data")
         with reporter.phases("data_wait"):
             micro_batches = next(batches)
-        run.watchdog.beat(step, "training")
+        run.watchdog.beat(step, "training", compile_patience(run, str(learner.objective.passes(step))))
         with reporter.phases("step"):
             reporter.work.add(micro_batches[0]["global_lengths"].numpy(), learner.objective.passes(step))
             train_step(run, step, micro_batches)
@@ -280,6 +299,8 @@ def loop(run: TrainingRun, start: int) -> str | None:
         if done % c.logging.log_freq == 0 or done == total:
             progress.log(done, report_interval(run, done, done - logged))
             logged = done
+        elif step == start:
+            progress.first_step(done, time.monotonic() - began)
         stopping = signals.agreed(distributed.agree_max, c.training.max_minutes)
         stopping = stopping or evaluate_if_due(run, done, progress)
         if stopping or done == total or save_is_due(run, done, last_save):
@@ -296,6 +317,18 @@ def loop(run: TrainingRun, start: int) -> str | None:
             "earlier ones are kept"
         )
     return stopping
+
+
+def compile_patience(run: TrainingRun, kind: str) -> float:
+    """Seconds that the watchdog allows a step of this kind; 0, its own timeout alone, unless it may be compiling.
+
+    Steps with other passes are of another kind: cycle terms set in late, and the shapes that come with them are new.
+    Evaluations do not run compiled.
+    """
+    if not run.config.training.compile_model or kind in run.compiled:
+        return 0.0
+    run.compiled.add(kind)
+    return COMPILE_SECONDS
 
 
 def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
@@ -490,12 +523,19 @@ def run_from_hydra(values: DictConfig) -> None:
     except JobError as error:
         # Kept until the sweep is over: its other runs may do better. And Hydra would print its own words about it.
         failures.append(error)
-    except (RuntimeError, MemoryError) as error:
+    except OmegaConfBaseException as error:  # a value that is missing inside a list, which composing lets pass
+        failures.append(UsageError(explain(error)))
+    except (RuntimeError, MemoryError, OSError) as error:
         failures.append(known_failure(error))
 
 
-def known_failure(error: RuntimeError | MemoryError) -> JobError:
-    """One line for what the system took away: memory, or a loader process. Other errors are raised again."""
+def known_failure(error: RuntimeError | MemoryError | OSError) -> JobError:
+    """One line for what the system took away: memory, room on a disk, or a loader process.
+
+    Other errors are raised again.
+    """
+    if problem := storage_problem(error):
+        return UserError(problem)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         detail = str(error).splitlines()[0][:120] if str(error) else "on the host"
         return UserError(
@@ -519,4 +559,4 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, output_is_result=False))

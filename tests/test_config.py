@@ -80,6 +80,9 @@ def test_defaults_of_the_main_configuration() -> None:
             ["training.global_batch_size=64", "training.gradient_accumulation_steps=2"],
             ["gradient_accumulation_steps", "global_batch_size"],
         ),
+        (["training.warmup_steps=50", "training.num_train_steps=20"], ["training.warmup_steps=50", "longer", "=20"]),
+        (["training.allow_changed=[training.lr]"], ["training.allow_changed", "training.lr", "optimizer.lr"]),
+        ([f"training.seed={2**64}"], [f"training.seed={2**64}", "at most"]),
         (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
     ],
 )
@@ -89,6 +92,17 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_remedy(overrides: list
     assert "\n" not in str(refused.value)
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "../x", "a/../../x", "/x", "a//b"])
+def test_a_run_name_that_leads_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"logging\.run_name="):
+        validate(composed("mmdit_cycle_vae", "data.dir=somewhere", f"logging.run_name='{name}'"))
+
+
+def test_a_run_name_may_have_a_directory_and_the_default_warmup_any_run() -> None:
+    validate(composed("mmdit_cycle_vae", "data.dir=d", "logging.run_name=sweep/a", "training.num_train_steps=10"))
+    validate(composed("mmdit_cycle_vae", "data.dir=d", f"training.seed={2**64 - 1}", "training.allow_changed=[data]"))
 
 
 def test_degenerate_epsilon_can_be_insisted_on_with_a_warning() -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from job.command import guarded
+from job.command import explain, guarded
+from job.config import config_dir
 from job.errors import ExitCode, RetryError, UserError
+from job.files import storage_problem, write_whole
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -43,3 +55,126 @@ def test_what_nobody_foresaw_ends_in_a_traceback() -> None:
 def test_a_command_without_a_result_has_finished() -> None:
     assert guarded(lambda: None) == ExitCode.FINISHED
     assert guarded(lambda: ExitCode.STOPPED) == ExitCode.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("override", "written"),
+    [
+        ("data.dir=/a=b", """'data.dir="/a=b"'"""),
+        ("data.dir=/a,b", """'data.dir="/a,b"'"""),
+        ("data.dir=/a(b", """'data.dir="/a(b"'"""),
+        ('data.dir=/a"b', """'data.dir="/a\\"b"'"""),
+        ("data.dir=/a'b", """'data.dir="/a'"'"'b"'"""),
+        ("logging.run_name=ä", """'logging.run_name="ä"'"""),
+        ("training.allow_changed=[a=b]", """'training.allow_changed=["A","B"]'"""),
+    ],
+)
+def test_a_value_that_hydra_takes_for_syntax_is_shown_as_it_wants_it(override: str, written: str) -> None:
+    with pytest.raises(HydraException) as refused:
+        compose_with(override)
+    said = explain(refused.value)
+    assert written in said
+    assert "\n" not in said
+    quoted = shlex.split(written)[0]
+    if "A" not in quoted:
+        assert compose_with(quoted) == override.partition("=")[2]
+
+
+def compose_with(override: str) -> object:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("mmdit_cycle_vae", [override])
+    return OmegaConf.select(config, override.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("part", "inner"),
+    [("{typ: l2t, steps: 3}", "typ"), ("{type: l2t, steps: x}", "steps"), ("{type: l2t}", "steps")],
+)
+def test_a_wrong_inner_key_of_a_schedule_is_named(part: str, inner: str) -> None:
+    with (
+        initialize_config_dir(str(config_dir()), version_base="1.3"),
+        pytest.raises((HydraException, OmegaConfBaseException)) as refused,
+    ):
+        OmegaConf.to_object(compose("mmdit_stable", ["loss=sequential", f"training.sequential_schedule=[{part}]"]))
+    said = explain(refused.value)
+    assert said.startswith("training.sequential_schedule: ")
+    assert inner in said
+    assert "did you mean" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "path", "said"),
+    [
+        (errno.ENOSPC, "nowhere/config.yaml", "nowhere/config.yaml: No space left on device"),
+        (errno.ENOTDIR, "file/a/b", "file: is a file where a directory is needed"),
+        (errno.EEXIST, "file", "file: is a file where a directory is needed"),
+        (errno.EISDIR, "directory", "directory: is a directory where a file is needed"),
+    ],
+)
+def test_what_is_wrong_with_a_disk_or_a_path_is_one_line(
+    number: int, path: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+
+    def command() -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / path))
+
+    assert guarded(command) == ExitCode.FAILED
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}/{said}")
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_named(tmp_path: Path) -> None:
+    def refuse(_file: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as failed:
+        write_whole(tmp_path / "config.yaml", refuse)
+    assert storage_problem(failed.value) == f"{tmp_path}/config.yaml: No space left on device"
+
+
+PRINTS = """
+import sys
+from job.command import guarded
+def command():
+    print("ä result")
+    print("a warning", file=sys.stderr)
+    open({path!r}, "w").close()
+sys.exit(guarded(command, output_is_result={is_result}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "is_result", "code", "said"),
+    [
+        (">/dev/full", False, 0, "a warning\n"),
+        (">/dev/full", True, 1, "a warning\nerror: standard output: No space left on device\n"),
+        (">/dev/full 2>/dev/full", False, 0, ""),
+        (">&-", False, 0, "a warning\n"),
+        (">&- 2>&-", False, 0, ""),
+        ("| cat", True, 0, "a warning\n"),
+    ],
+)
+def test_output_that_cannot_be_written(redirection: str, is_result: bool, code: int, said: str, tmp_path: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(PRINTS.format(path=str(tmp_path / "results"), is_result=is_result))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" "{script}" {redirection}'],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+    assert (tmp_path / "results").exists()
+    assert done.stdout in ("", "\\xe4 result\n")
+
+
+def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:
+    code = (
+        "import sys; from job.output import open_standard_descriptors; open_standard_descriptors(); "
+        f"sys.exit(open({str(tmp_path / 'file')!r}, 'w').fileno())"
+    )
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" <&- >&- 2>&-'], cwd=ROOT)
+    assert done.returncode == 3

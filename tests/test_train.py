@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -215,6 +219,11 @@ def test_bad_steps_in_a_row_end_the_run_by_name(prepared: Path, tmp_path: Path) 
         (["data=synthetic", "training.init_from=/nowhere"], ExitCode.FAILED, "/nowhere"),
         (["data=synthetic", "model.latent_dim=7"], ExitCode.FAILED, "model.latent_dim=7"),
         (["data=synthetic", "model.vocab_size=7"], ExitCode.FAILED, "model.vocab_size=7"),
+        (["data=synthetic", "monitoring.host=192.0.2.1"], ExitCode.FAILED, "monitoring.host=192.0.2.1"),
+        (["data=synthetic", "logging.run_name="], ExitCode.USAGE, "logging.run_name=: give a name"),
+        (["data=synthetic", "logging.run_name=../x"], ExitCode.USAGE, "logging.run_name=../x: give a name"),
+        (["data.dir=/a=b"], ExitCode.USAGE, """'data.dir="/a=b"'"""),
+        (["loss=sequential", "training.sequential_schedule=[{type: l2t}]"], ExitCode.USAGE, "steps"),
         (["data=synthetic", "training.compile_model=true"], ExitCode.FAILED, "no-compiler is not installed"),
     ],
 )
@@ -235,6 +244,50 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(
     assert len(printed.err.splitlines()) == 1
     assert words in printed.err
     assert "Traceback" not in printed.err + printed.out
+
+
+def in_a_process(redirection: str, directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`python -m job.train` as its users run it, its output redirected."""
+    words = shlex.join([sys.executable, "-m", "job.train", *TINY, "training.warmup_steps=0", *overrides])
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{words} logging.save_dir={directory} {redirection}"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", ">&- 2>&-", "| true"])
+def test_a_run_whose_only_failure_is_a_print_is_finished(redirection: str, tmp_path: Path) -> None:
+    done = in_a_process(redirection, tmp_path, 'logging.run_name="ä"')
+    assert (done.returncode, done.stderr) == (ExitCode.FINISHED, "")
+    assert (tmp_path / "ä" / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "config.yaml", "training_log.jsonl", "curves.png", "result.json"])
+def test_what_is_in_the_way_of_a_file_or_directory_is_one_line(name: str, tmp_path: Path) -> None:
+    """At the start and at the end of a run."""
+    (tmp_path / "run").mkdir()
+    if name == "checkpoints":
+        (tmp_path / "run" / name).touch()
+    else:
+        (tmp_path / "run" / name / "x").mkdir(parents=True)
+    done = in_a_process("", tmp_path, "logging.run_name=run")
+    assert done.returncode == ExitCode.FAILED
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{tmp_path}/run/{name}: is a " in done.stderr
+
+
+def test_a_full_disk_at_the_start_is_one_line(tmp_path: Path) -> None:
+    words = shlex.join([sys.executable, "-m", "job.train", *TINY, f"hydra.run.dir={tmp_path}/b"])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 1; {words}"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == ExitCode.FAILED
+    assert done.stderr == f"error: {tmp_path}/b/config.yaml: File too large\n"
 
 
 def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from job.files import write_whole
+
 Figures = Mapping[str, dict[str, Any]]  # by the name of the setting, as job.benchmarking.measure.compare gives them
 
 NAME = 44  # characters of a setting's name that a table shows
@@ -87,4 +89,4 @@ def plot(axis: str, results: dict[int, Figures], path: Path) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both", axis="y")
     axes.legend()
-    figure.savefig(path)
+    write_whole(path, lambda file: figure.savefig(file, format="png"))

@@ -16,6 +16,7 @@ from job.files import json_lines, write_whole
 from job.metric_names import EVALUATION, LOSS_TERMS, TRAINING_BY_KEY, at_timesteps
 
 LogLine = dict[str, float]
+LOGS = {"training": "training_log.jsonl", "evaluation": "evaluation.jsonl"}  # of a run directory
 COLUMNS = 3
 MARKED = 30  # fewer points than this are marked: a line of one or two would not be seen
 WEIGHTS = "weights of the cycle terms"
@@ -53,15 +54,13 @@ def curve_panels(evaluations: Sequence[LogLine] = ()) -> list[CurvePanel]:
     ]
 
 
-def write_curves(run_dir: Path) -> None:
-    """Draw training_log.jsonl and evaluation.jsonl of a run directory into its curves.png, whole or not at all.
+def write_curves(run_dir: Path, out: Path | None = None) -> Path:
+    """Draw both logs of a run directory, as far as they go, into its curves.png or `out`, whole or not at all.
 
-    A metric that a log does not hold, and a panel without any, is left out.
+    Returns the file's path. A metric that a log does not hold, and a panel without any, is left out.
     """
-    logs: dict[str, list[LogLine]] = {
-        "training": json_lines(run_dir / "training_log.jsonl"),
-        "evaluation": json_lines(run_dir / "evaluation.jsonl"),
-    }
+    out = out or run_dir / "curves.png"
+    logs: dict[str, list[LogLine]] = {log: json_lines(run_dir / name) for log, name in LOGS.items()}
     panels = [
         panel
         for panel in curve_panels(logs["evaluation"])
@@ -72,7 +71,8 @@ def write_curves(run_dir: Path) -> None:
     figure.suptitle(run_dir.resolve().name)
     for number, panel in enumerate(panels, start=1):
         draw(figure.add_subplot(rows, COLUMNS, number), panel, logs[panel.log])
-    write_whole(run_dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+    write_whole(out, lambda file: figure.savefig(file, format="png", dpi=100))
+    return out
 
 
 def draw(axes: Axes, panel: CurvePanel, log: Sequence[LogLine]) -> None:

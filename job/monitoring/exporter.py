@@ -8,6 +8,7 @@ needed. What a scrape shows of the loop is therefore of one moment, and a scrape
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -20,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as PrometheusMetric
 from prometheus_client.registry import Collector
 
+from job.errors import UserError
 from job.metric_names import METRICS, OF_EACH_RANK, STEP_BUCKETS, Series
 
 Snapshot = Mapping[Series, float]
@@ -141,7 +143,7 @@ def _handler(registry: CollectorRegistry, checks: Mapping[str, Check]) -> type[B
 def listen(host: str | None, port: int | None, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
     """A server on `host` (None: every address, IPv4 and IPv6) and `port`; on a free port when it is None or taken.
 
-    Raises OSError when `host` is not an address of this machine.
+    Raises UserError when `host` is not an address of this machine.
     """
     dual = host is None and socket.has_dualstack_ipv6()
     wildcard = "::" if dual else ""
@@ -163,12 +165,29 @@ def listen(host: str | None, port: int | None, handler: type[BaseHTTPRequestHand
             self.server_address = self.socket.getsockname()
 
     try:
-        return Listening((host or wildcard, port or 0), handler)
-    except OSError as error:
-        if not port:
+        try:
+            return Listening((host or wildcard, port or 0), handler)
+        except OSError as error:
+            if not port or is_about_host(error):
+                raise
+            print(
+                f"warning: monitoring.port={port} cannot be used ({error.strerror}); "
+                "metrics are on a free port instead",
+                file=sys.stderr,
+            )
+            return Listening((host or wildcard, 0), handler)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host is written like that
+        if host is None or not is_about_host(error):
             raise
-        print(
-            f"warning: monitoring.port={port} cannot be used ({error.strerror}); metrics are on a free port instead",
-            file=sys.stderr,
-        )
-        return Listening((host or wildcard, 0), handler)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"monitoring.host={host} is no address of this machine ({reason}); "
+            "leave it out to listen on all, or set monitoring.enabled=false"
+        ) from error
+
+
+def is_about_host(error: OSError | UnicodeError) -> bool:
+    """Whether a server could not listen because of its address, and not of its port."""
+    of_the_address = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
+    no_such_host = isinstance(error, UnicodeError | socket.gaierror)
+    return no_such_host or (isinstance(error, OSError) and error.errno in of_the_address)

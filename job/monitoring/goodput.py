@@ -36,7 +36,7 @@ class Goodput:
         """The totals in a file; new ones where there is none or it is damaged, since no run depends on them."""
         try:
             return cls(**json.loads(path.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError):
             return cls()
 
     def write(self, path: Path) -> None:

@@ -14,6 +14,10 @@ from tqdm import tqdm
 
 from job.metric_names import LOSS_TERMS
 
+COLUMNS = 100  # of a line for people
+BAR_COLUMNS = 10  # of which the bar itself
+BAR = f"{{n_fmt}}/{{total_fmt}}  {{desc}}{{bar:{BAR_COLUMNS}}}  {{remaining}} left"  # as tqdm formats it
+
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
@@ -29,6 +33,23 @@ def rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.3g} tokens/s"
 
 
+def terms(values: Mapping[str, float], digits: int, gap: str = "  ") -> str:
+    """The terms of the loss in a row."""
+    return gap.join(f"{term.short} {values[term.key]:.{digits}g}" for term in LOSS_TERMS if term.key in values)
+
+
+def fitted(values: Mapping[str, float], room: int) -> str:
+    """The terms of the loss and the speed in at most `room` columns: with fewer digits, then without the speed."""
+    speed = rate(values["tokens_per_second"])
+    renderings = [
+        f"{terms(values, digits=4)}  {speed}",
+        f"{terms(values, digits=3)}  {speed}",
+        f"{terms(values, digits=3, gap=' ')}  {speed}",
+        *(terms(values, digits, gap=" ") for digits in (3, 2, 1)),
+    ]
+    return next((text for text in renderings if len(text) <= room), renderings[-1])
+
+
 class Progress:
     """Progress of a run of `total` steps that starts at `step`; silent unless `show` (rank 0).
 
@@ -42,7 +63,7 @@ class Progress:
         self.show, self.status_lines = show, status_lines
         self.bar: Any = None
         if show and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+            self.bar = tqdm(total=total, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=BAR)
 
     def update(self, step: int) -> None:
         """Move the bar to `step` steps done."""
@@ -53,15 +74,24 @@ class Progress:
         """Show the values of a log interval that ended with `step` steps done."""
         if not self.show:
             return
-        terms = "  ".join(f"{term.short} {values[term.key]:.4g}" for term in LOSS_TERMS if term.key in values)
-        speed = rate(values["tokens_per_second"])
         left = self._seconds_left(step)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{terms}  {speed}")
+            around = len(f"{self.total}/{self.total}  {' ' * BAR_COLUMNS}  100:00:00 left")
+            self.bar.set_description_str(f"{fitted(values, COLUMNS - around)}  ")
         else:
-            self._print(f"step {step}/{self.total}  {terms}  {speed}  {clock(left)} left")
+            start, end = f"step {step}/{self.total}  ", f"  {clock(left)} left"
+            self._print(f"{start}{fitted(values, COLUMNS - len(start) - len(end))}{end}")
         if self.status_lines:
             self._print(self._status_line(step, values, left))
+
+    def first_step(self, step: int, seconds: float) -> None:
+        """Tell that the first step of this process is done, long before the first log interval may be.
+
+        A bar shows it by itself. The pace counts from here on: the first step may have compiled for minutes.
+        """
+        self.first, self.started = step, time.monotonic()
+        if self.show and self.bar is None:
+            self._print(f"step {step}/{self.total}  first step done in {seconds:.1f} s")
 
     def say(self, text: str) -> None:
         """A line that does not break the bar."""
@@ -75,7 +105,7 @@ class Progress:
             self.bar.close()
 
     def _seconds_left(self, step: int) -> float:
-        """At the mean pace since this process began, evaluations and saves included."""
+        """At the mean pace since this process began to step, evaluations and saves included."""
         steps_here = max(1, step - self.first)
         return (time.monotonic() - self.started) / steps_here * (self.total - step)
 

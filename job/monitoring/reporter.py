@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -145,7 +146,8 @@ class Reporter:
         self._write_goodput()
         self._endpoint.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # a full disk; the logs hold the same numbers
+                self._tensorboard.close()
 
     def _count(self, seconds: Mapping[str, float], work: Done) -> None:
         self.goodput.add_interval(self._counted, self._done, work, seconds)
@@ -155,9 +157,14 @@ class Reporter:
         self.metrics.set({evaluation_series(key): value for key, value in line.items()})
 
     def _to_tensorboard(self, values: Mapping[str, float]) -> None:
-        if self._tensorboard is not None:
+        if self._tensorboard is None:
+            return
+        try:
             for name in values.keys() - {"step"}:
                 self._tensorboard.add_scalar(name.replace("@", "_t"), values[name], values["step"])
+        except OSError as error:  # raised for an earlier value: TensorBoard writes in a thread, which has ended with it
+            self._tensorboard = None
+            print(f"warning: tensorboard/ cannot be written any more ({error})", file=sys.stderr, flush=True)
 
     def _write_goodput(self) -> None:
         self._goodput_written = time.monotonic()

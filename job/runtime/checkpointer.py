@@ -18,23 +18,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from job import checkpoint_names
 from job.checkpoint_names import TEMPORARY, directory_name, share_name
-from job.errors import RetryError
+from job.errors import JobError, RetryError, StoppedError, UserError
+from job.files import storage_problem
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint, clean_up, commit, read_into, remove, validate
 from job.runtime.distributed import Process
 from job.runtime.tensorfile import Stage, share
 
 LOCK_SECONDS = 60  # a run that was told to stop may still be saving when its successor starts
+LOCK_POLL_SECONDS = 0.2  # also how long Ctrl-C may take to end the waiting
+SET_ASIDE = "damaged_"  # prefix of a checkpoint that is kept, but not looked at any more
 
 
 @dataclass
@@ -51,9 +56,10 @@ class SaveStats:
 class Checkpointer:
     """Saves, finds and loads the checkpoints of a run. All ranks call every method, in the same order.
 
-    Raises RetryError when another run writes into the directory.
+    Raises RetryError when another run writes into the directory, StoppedError when a stop came while waiting for it.
 
-    beat is called about once a second while a wait for a save makes progress (the watchdog's beat).
+    `beat` is called about once a second while a wait for a save makes progress (the watchdog's beat); `stop` gives the
+    name of a signal that this process has received.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Checkpointer:
         keep_every: int,
         log: Callable[[str], None] = print,
         beat: Callable[[], object] = lambda: None,
+        stop: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.directory, self.process, self.stats = directory, process, SaveStats()
         self._keep_last, self._keep_every, self._log, self._beat = keep_last, keep_every, log, beat
@@ -75,16 +82,17 @@ class Checkpointer:
         self._share_done = False  # of the save in progress
         self._invalid: set[int] = set()  # steps of checkpoints found damaged
         self._newest: int | None = None
+        self._unwritable: OSError | None = None
         nodes = distributed.gather(process.node)
         self._node_ranks = [rank for rank, node in enumerate(nodes) if node == process.node]
-        problem = distributed.gather(self._lock() if process.is_main else None)[0]
+        problem = distributed.gather(self._lock(stop) if process.is_main else None)[0]
         if problem:
-            raise RetryError(problem)
+            raise problem
         if process.is_main:
             clean_up(directory)
         distributed.barrier()
 
-    def _lock(self) -> str | None:
+    def _lock(self, stop: Callable[[], str | None]) -> JobError | None:
         """Make this run the directory's only writer; waits for a run that is just ending. What is wrong, or None.
 
         Two schedulers' restarts of one run, or a run whose old node was only thought dead, would otherwise remove each
@@ -93,21 +101,61 @@ class Checkpointer:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = (self.directory / ".lock").open("a")
-        except OSError:  # not writable: every save will say so
+        except OSError as error:
+            self._unwritable = error
             return None
-        for _ in range(LOCK_SECONDS):
+        waited_from = time.monotonic()
+        in_use = ""
+        while True:
             try:
                 fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._sign_lock()
                 return None
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     self._log(f"warning: {self.directory} cannot be locked ({error}); do not start this run twice")
                     return None
-            time.sleep(1.0)
-        return (
-            f"{self.directory} is in use by another process that has not ended for {LOCK_SECONDS} s; end it, "
-            "or choose another logging.run_name"
-        )
+            if not in_use:
+                in_use = f"{self.directory} is in use by {self._lock_holder()}"
+                self._log(f"{in_use}; waiting up to {LOCK_SECONDS} s for it to end (Ctrl-C ends the waiting)")
+            if signal := stop():
+                return StoppedError(f"stopped ({signal}) while waiting: {in_use}")
+            if time.monotonic() - waited_from > LOCK_SECONDS:
+                return RetryError(
+                    f"{in_use}, which has not ended for {LOCK_SECONDS} s; end it, or choose another logging.run_name"
+                )
+            self._beat()
+            time.sleep(LOCK_POLL_SECONDS)
+
+    def _sign_lock(self) -> None:
+        """Write into the lock file who holds it, for people: the lock itself is the kernel's."""
+        process = self.process
+        holder = {
+            "node": process.node,
+            "pid": os.getpid(),
+            "job": None if process.job_id == "local" else process.job_id,
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }
+        with suppress(OSError):
+            self._lock_file.truncate(0)
+            self._lock_file.write(json.dumps(holder) + "\n")
+            self._lock_file.flush()
+
+    def _lock_holder(self) -> str:
+        """Who holds the lock, in words."""
+        try:
+            holder = json.loads((self.directory / ".lock").read_text())
+            job = f" (job {holder['job']})" if holder["job"] else ""
+            return f"process {holder['pid']} on {holder['node']}{job} since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # of an older version, or just being written
+            return "another process"
+
+    def refuse_unwritable(self) -> None:
+        """Refuse to train into a directory that cannot be written. UserError, on every rank."""
+        unwritable = distributed.gather(self._unwritable)[0]
+        if unwritable is not None:
+            problem = storage_problem(unwritable) or f"{self.directory}: {unwritable}"
+            raise UserError(f"no checkpoint could be saved: {problem}")
 
     # Loading
 
@@ -130,6 +178,26 @@ class Checkpointer:
             if self.process.is_main:
                 self._log(f"checkpoint {path} is not valid and is skipped: {problem}")
         return None
+
+    @property
+    def damaged(self) -> list[Path]:
+        """Checkpoints that `newest_valid` came by and found damaged."""
+        return [self.directory / directory_name(step) for step in sorted(self._invalid)]
+
+    def set_aside_damaged(self) -> None:
+        """Rename damaged checkpoints, so that a run that starts anew in their directory does not write over them.
+
+        Someone may still save a part of them. Raises OSError.
+        """
+        if self.process.is_main:
+            for path in self.damaged:
+                aside = path.with_name(SET_ASIDE + path.name)
+                while aside.exists():
+                    aside = aside.with_name(aside.name + "_")
+                path.rename(aside)
+                self._log(f"{path} is damaged and is kept as {aside.name}")
+        distributed.barrier()
+        self._invalid.clear()
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[str, Any]:
         """Copy a checkpoint into the given tensors, in place and bit for bit; returns its record.

@@ -70,13 +70,23 @@ def find_checkpoint(config: Config, checkpointer: Checkpointer) -> Checkpoint | 
     """Where to go on from: the run's own newest valid checkpoint, else the one that training.resume names, else
     nothing.
 
-    Raises UserError when training.resume=never would write over checkpoints.
+    Raises UserError when training.resume=never would write over checkpoints, and when all of the run's own are damaged
+    (training.resume=never then sets them aside and begins anew).
     """
     own = checkpointer.newest_valid()
-    if config.training.resume == "never" and own is not None:
+    never = config.training.resume == "never"
+    if never and own is not None:
         raise UserError(
             f"{checkpointer.directory} holds checkpoints that training.resume=never would write over; "
             "give the run another logging.run_name, or move the directory away"
+        )
+    if own is None and checkpointer.damaged and never:
+        checkpointer.set_aside_damaged()
+    elif own is None and checkpointer.damaged:
+        # A run that began at step 0 here would remove them one by one as it came by their steps.
+        raise UserError(
+            f"{checkpointer.directory}: none of the {len(checkpointer.damaged)} checkpoints is valid; restore one, or "
+            "begin anew: with training.resume=never (they are kept under other names) or another logging.run_name"
         )
     if own is None and config.training.resume not in ("auto", "never"):
         return open_checkpoint(Path(config.training.resume))

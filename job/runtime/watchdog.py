@@ -27,6 +27,7 @@ class Watchdog:
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
         self.step, self.phase, self.last_beat = 0, "start", time.monotonic()
+        self._patience = timeout_seconds  # of the phase that the main loop is in
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -39,8 +40,12 @@ class Watchdog:
         self._end.set()
         self._thread.join(timeout=1.0)  # no longer: it may be in the middle of asking for the other ranks
 
-    def beat(self, step: int | None = None, phase: str | None = None) -> None:
-        """The main loop has come to `phase` of `step` (or makes progress in the one it is in)."""
+    def beat(self, step: int | None = None, phase: str | None = None, patience: float = 0.0) -> None:
+        """The main loop has come to `phase` of `step` (or makes progress in the one it is in).
+
+        Until the next beat it may take `patience` seconds where that is longer than timeout_seconds.
+        """
+        self._patience = max(self.timeout_seconds, patience)
         if step is not None:
             self.step = step
         if phase is not None:
@@ -55,7 +60,7 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._end.wait(min(1.0, self.timeout_seconds / 10)):
-            if self.seconds_since_beat > self.timeout_seconds:
+            if self.seconds_since_beat > self._patience:
                 self._end_process()
 
     def _end_process(self) -> None:
@@ -65,10 +70,10 @@ class Watchdog:
         loss = distributed.missing(or_slowest=True)
         if self._end.is_set() or self.seconds_since_beat < silence:
             return
-        message = (
-            f"no progress for {silence:.0f} s in step {self.step}, {self.phase} "
-            f"(training.sick_rank_timeout_seconds={self.timeout_seconds:g})"
-        )
+        limit = f"training.sick_rank_timeout_seconds={self.timeout_seconds:g}"
+        if self._patience > self.timeout_seconds:
+            limit = f"this phase may take {self._patience:g} s"
+        message = f"no progress for {silence:.0f} s in step {self.step}, {self.phase} ({limit})"
         if loss is not None:
             message += f"; {loss.reason}"
         print(message, file=sys.stderr, flush=True)

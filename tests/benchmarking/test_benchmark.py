@@ -111,3 +111,21 @@ def test_paper_counts_the_operations_that_a_step_needs() -> None:
     assert plain["flops"] > fast["flops"]
     assert plain["kernels"] > fast["kernels"]
     assert plain["peak_gib"] > fast["peak_gib"] > 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_one_line(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert guarded(lambda: main([*SMALL, "--device", device])) in (1, 2)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --device {device}: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_directory_in_the_place_of_the_figures_is_refused_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(lambda: main([*SMALL, "--out", str(tmp_path)])) == 2
+    assert f"--out {tmp_path}: is a directory" in capsys.readouterr().err

@@ -139,6 +139,7 @@ def test_a_sweep_of_which_one_point_fails(
         *SMALL,
         "logging.run_name=sweep",
         "training.num_train_steps=5",
+        "training.warmup_steps=0",
         "training.global_batch_size=4",
         "training.train_batch_size=2,3",
     )

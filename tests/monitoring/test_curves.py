@@ -10,6 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
+from job import curves
+from job.errors import UserError
 from job.metric_names import EVALUATION, LOSS_TERMS
 from job.monitoring.curves import curve_panels, write_curves
 
@@ -65,3 +67,13 @@ def test_every_loss_and_metric_of_the_evaluation_is_drawn() -> None:
 def test_panels_show_no_metric_twice() -> None:
     names = [key for panel in curve_panels() for key in panel.keys]
     assert len(names) == len(set(names))
+
+
+def test_curves_of_a_run_that_has_not_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "training_log.jsonl").write_text(json.dumps({"step": 10, **TRAIN}) + '\n{"step": 2')
+    curves.main([str(tmp_path)])
+    assert capsys.readouterr().out == f"{tmp_path / 'curves.png'}\n"
+    curves.main([str(tmp_path), "--out", str(tmp_path / "new" / "x.png")])
+    assert (tmp_path / "new" / "x.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    with pytest.raises(UserError, match=r"training_log\.jsonl"):
+        curves.main([str(tmp_path / "new")])

@@ -101,6 +101,16 @@ def test_a_port_that_is_taken_does_not_end_the_run(server: Server, capsys: pytes
     second.close()
 
 
+@pytest.mark.parametrize("port", [None, 9400])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no host at all", ".", "x" * 300])
+def test_a_host_that_is_none_of_this_machine_is_refused(
+    host: str, port: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"monitoring\.host=.*is no address of this machine"):
+        Server(host, port, CollectorRegistry(), lambda: (True, ""), lambda: (True, ""))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_port_whose_last_connections_are_being_forgotten_is_taken_again(capsys: pytest.CaptureFixture[str]) -> None:
     """A restart finds its port as the run before left it: the server's side of a scrape waits a minute in TIME_WAIT."""
 

@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.checkpoint_names import COMMIT_FILE
+from job.config import Config
 from job.errors import UserError
 from job.runtime.checkpoint import open_checkpoint, read_weights
 from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
+from job.runtime.resume import find_checkpoint
 from job.runtime.tensorfile import DTYPES, flatten
 
 ALONE = Process(0, 0, 1, torch.device("cpu"), "here")
@@ -256,3 +258,31 @@ def test_weights_by_prefix_and_run_directory(tmp_path: Path) -> None:
         json.loads((found.path / COMMIT_FILE).read_text())["commit"]["files"][0]["name"]
         == "share_00000_of_00001.safetensors"
     )
+
+
+@pytest.mark.parametrize("action", ["refused", "set aside"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_trained_over(tmp_path: Path, action: str) -> None:
+    c = checkpointer(tmp_path)
+    for step in (10, 20):
+        c.save(step, state(step), {}, blocking=True)
+        os.truncate(next((tmp_path / f"step_000000{step}").glob("share*")), 100)
+    config, again = Config(), checkpointer(tmp_path)
+    if action == "refused":
+        for resume in ("auto", str(tmp_path / "elsewhere")):
+            config.training.resume = resume
+            with pytest.raises(UserError, match=r"none of the 2 checkpoints is valid.*training\.resume=never"):
+                find_checkpoint(config, again)
+        assert len(list(tmp_path.glob("step_*/share*"))) == 2
+    else:
+        config.training.resume = "never"
+        assert find_checkpoint(config, again) is None
+        again.save(10, state(10), {}, blocking=True)
+        assert open_checkpoint(tmp_path).step == 10
+        assert len(list(tmp_path.glob("damaged_step_*/share*"))) == 2
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints: is a file where a directory is needed"):
+        checkpointer(tmp_path / "checkpoints").refuse_unwritable()
+    checkpointer(tmp_path / "good").refuse_unwritable()

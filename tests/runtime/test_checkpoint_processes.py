@@ -8,9 +8,11 @@ import resource
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ranks import run_ranks, start_ranks
 
@@ -19,6 +21,7 @@ from job.runtime import checkpointer, distributed
 from job.runtime.checkpoint import Checkpoint, open_checkpoint, read_weights
 from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
+from job.runtime.stop import StopSignals
 
 ALONE = Process(0, 0, 1, torch.device("cpu"), "here")
 
@@ -189,10 +192,33 @@ def test_a_second_run_in_the_same_directory_waits_for_the_first_and_then_gives_u
     first.wait_for("locked")
     second = start_ranks(2, tmp_path / "second", second_run, tmp_path / "c")
     assert [rank.exit_code() for rank in second] == [134, 134]
-    assert "is in use by another process" in second[1].said
+    assert f"is in use by process {first.process.pid} on " in second[1].said
+    assert "which has not ended for 2 s" in second[1].said
+    assert f"is in use by process {first.process.pid} on " in second[0].said.splitlines()[0]
+    assert "waiting up to 2 s for it to end" in second[0].said.splitlines()[0]
     third = start_ranks(1, tmp_path / "third", second_run, tmp_path / "c")[0]
     first.send(signal.SIGKILL)  # as dead as a run can be: its lock goes with it
     assert third.exit_code() == 0, third.said
+
+
+def waiting_run(directory: Path) -> None:
+    signals = StopSignals().install()
+    Checkpointer(
+        directory, ALONE, keep_last=2, keep_every=0, log=partial(print, flush=True), stop=lambda: signals.requested
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_the_waiting_for_another_run_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    first = start_ranks(1, tmp_path / "first", hold, tmp_path / "c", 120.0)[0]
+    first.wait_for("locked")
+    second = start_ranks(1, tmp_path / "second", waiting_run, tmp_path / "c")[0]
+    second.wait_for("waiting up to 60 s", seconds=20)
+    second.send(number)
+    assert second.exit_code(10) == 143, second.said
+    assert f"stopped ({number.name}) while waiting" in second.said
+    first.send(signal.SIGKILL)
+    first.exit_code()
 
 
 # Kills

@@ -58,6 +58,22 @@ def test_watchdog_of_a_single_process(tmp_path: Path) -> None:
     assert "in step 4, evaluation (training.sick_rank_timeout_seconds=0.5)" in rank.said
 
 
+def slow_where_it_may_be() -> None:
+    with Watchdog(0.5) as watchdog:
+        watchdog.beat(0, "training", patience=60.0)  # it compiles
+        time.sleep(1.5)
+        print("compiled", flush=True)
+        watchdog.beat(1, "training")
+        time.sleep(60)
+
+
+def test_a_phase_may_be_given_more_patience(tmp_path: Path) -> None:
+    rank = start_ranks(1, tmp_path, slow_where_it_may_be)[0]
+    assert rank.exit_code() == 134
+    assert "compiled" in rank.said
+    assert "in step 1, training (training.sick_rank_timeout_seconds=0.5)" in rank.said
+
+
 def one_run_after_another() -> None:
     for failure in (None, UserError("the first run of a sweep failed")):
         try:

@@ -140,7 +140,9 @@ def test_a_wrong_key_ends_before_the_ranks_start(slurm: Slurm) -> None:
 def test_two_jobs_share_a_node(slurm: Slurm) -> None:
     """Every job has its own rendezvous port."""
     jobs = [
-        slurm.sbatch(name, "training.num_train_steps=5", options=("--nodes=1", "--ntasks-per-node=2"))
+        slurm.sbatch(
+            name, "training.num_train_steps=5", "training.warmup_steps=0", options=("--nodes=1", "--ntasks-per-node=2")
+        )
         for name in ("one", "two")
     ]
     assert [slurm.ended(job) for job in jobs] == [[("COMPLETED", "0:0")]] * 2
