@@ -48,6 +48,7 @@ def shortened_demo(directory: Path, job: str) -> Path:
     container = "/spec/pytorchReplicaSpecs/Worker/template/spec/containers/0"
     overrides = [
         f"training.num_train_steps={STEPS}",
+        "training.warmup_steps=10",
         "logging.log_freq=1",
         "logging.eval_freq=0",
         "logging.save_freq=10",
