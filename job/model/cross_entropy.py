@@ -74,8 +74,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             row_weights = None if weights is None else weights[part, None]
             losses = sums.log() - at_target
             total += (losses if row_weights is None else losses * row_weights).sum()
-            if pick:
-                picked[part] = (best if best is not None else _draw(exponents, uniform[part, None]))[:, 0]  # type: ignore[index]
+            if best is not None:
+                picked[part] = best[:, 0]
+            elif pick:
+                assert uniform is not None
+                picked[part] = _draw(exponents, uniform[part, None])[:, 0]
             if gradients:
                 to_logits = exponents.div_(sums).scatter_add_(1, target, -torch.ones_like(sums))
                 if row_weights is not None:

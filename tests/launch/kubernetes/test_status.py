@@ -126,7 +126,8 @@ the last line of a user's own print
 def test_numbers_are_read_from_status_lines_where_there_are_no_metrics() -> None:
     assert last_progress(LOG) == PROGRESS
     assert last_progress("nothing yet\n") == {}
-    row = run_status(Pods(("another rank's log", None, None), (LOG, None, None)), job("Running"))  # type: ignore[arg-type]
+    pods = Pods(("another rank's log", None, None), (LOG, None, None))
+    row = run_status(pods, job("Running"))  # type: ignore[arg-type]
     assert (row.state, row.alive, row.step, row.steps, row.loss, row.tokens_per_second, row.seconds_left) == (
         "RUNNING",
         False,
