@@ -57,6 +57,7 @@ from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
 from job.round_trips import round_trips, write_samples
 from job.runtime import distributed
+from job.runtime.checkpoint import Checkpoint
 from job.runtime.checkpointer import Checkpointer
 from job.runtime.delayed import DelayedRead
 from job.runtime.distributed import Process
@@ -155,21 +156,28 @@ def train_watched(
         run = TrainingRun(
             config, run_dir, process, description, loader, held_out, learner, checkpointer, watchdog, reporter
         )
-        start = restore(run, checkpoint) if checkpoint is not None else 0
-        checkpointer.prepare(learner.tensors())
-        parameters = sum(p.numel() for p in learner.objective.parameters()) / 1e6
-        say(
-            f"{run_dir}: {parameters:.1f} M parameters, {len(train_data)} training samples, global batch "
-            f"{global_batch_size}, {process.world_size} x {process.device.type}, from step {start} to {total}"
-        )
-        reason = loop(run, start)
-        if reason is not None:
-            signals.ignore_further()
-            say(f"stopped ({reason}): the same command goes on from here")
-            return ExitCode.STOPPED
-        finish(run)
-        # Ranks that have nothing to write wait here: without it Prometheus would take their endpoints for lost.
-        distributed.barrier()
+        return train_to_end(run, checkpoint, say)
+
+
+def train_to_end(run: TrainingRun, checkpoint: Checkpoint | None, say: Callable[[str], None]) -> ExitCode:
+    """From the checkpoint, or from the beginning, to the last step or a stop."""
+    total = run.config.training.num_train_steps
+    start = restore(run, checkpoint) if checkpoint is not None else 0
+    run.checkpointer.prepare(run.learner.tensors())
+    parameters = sum(p.numel() for p in run.learner.objective.parameters()) / 1e6
+    say(
+        f"{run.run_dir}: {parameters:.1f} M parameters, {len(run.loader.dataset)} training samples, global batch "
+        f"{run.loader.sampler.global_batch_size}, {run.process.world_size} x {run.process.device.type}, "
+        f"from step {start} to {total}"
+    )
+    reason = loop(run, start)
+    if reason is not None:
+        signals.ignore_further()
+        say(f"stopped ({reason}): the same command goes on from here")
+        return ExitCode.STOPPED
+    finish(run)
+    # Ranks that have nothing to write wait here: without it Prometheus would take their endpoints for lost.
+    distributed.barrier()
     return ExitCode.FINISHED
 
 

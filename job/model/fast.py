@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from job.config import ModelConfig
 from job.model.cross_entropy import linear_cross_entropy
-from job.model.groups import Encoded, Group, Padding, TextLoss
+from job.model.groups import Encoded, Group, Padding, TextLoss, TextTargets
 from job.model.multimodal import MultimodalMMDiT
 from job.model.packed import Layout, Spans
 from job.model.streams import Mixing, read, write
@@ -68,27 +68,18 @@ class FastMMDiT(MultimodalMMDiT):
     def logits(self, text: Tensor, padding: Padding) -> Tensor:
         return padding.unpack(self.text_head(text))
 
-    def text_loss(
-        self,
-        text: Tensor,
-        targets: Tensor,
-        padding: Padding,
-        *,
-        counted: Tensor | None = None,
-        row_weights: Tensor | None = None,
-        pick: bool = False,
-        uniform: Tensor | None = None,
-    ) -> TextLoss:
-        packed_targets, weights = padding.pack(targets), None
-        if row_weights is not None:
-            weights = padding.pack(row_weights[:, None].expand_as(targets))
-        if counted is not None:
-            place = padding.pack(counted).nonzero()[:, 0]
-            text, packed_targets = text[place], packed_targets[place]
+    def text_loss(self, text: Tensor, targets: TextTargets, padding: Padding) -> TextLoss:
+        tokens, weights, uniform = padding.pack(targets.tokens), None, None
+        if targets.row_weights is not None:
+            weights = padding.pack(targets.row_weights[:, None].expand_as(targets.tokens))
+        if targets.counted is not None:
+            place = padding.pack(targets.counted).nonzero()[:, 0]
+            text, tokens = text[place], tokens[place]
             weights = None if weights is None else weights[place]
-        packed_uniform = None if uniform is None else padding.pack(uniform)
-        total, tokens = linear_cross_entropy(text, self.text_head, packed_targets, pick, packed_uniform, weights)
-        return TextLoss(total, padding.unpack(tokens) if pick else None)
+        if targets.uniform is not None:
+            uniform = padding.pack(targets.uniform)
+        total, picked = linear_cross_entropy(text, self.text_head, tokens, targets.pick, uniform, weights)
+        return TextLoss(total, padding.unpack(picked) if targets.pick else None)
 
     def _text_input(self, groups: Sequence[Group], layout: Layout) -> Tensor:
         """Streams [T, s, H] of all groups' texts."""

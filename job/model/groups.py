@@ -4,7 +4,7 @@ A model of either implementation has
 
     encode(groups, padding) -> Encoded
     logits(text, padding) -> [B, S, V]
-    text_loss(text, targets, padding, ...) -> TextLoss
+    text_loss(text, targets, padding) -> TextLoss
 
 so that the objective is written once. The groups of one `encode` share their rows' lengths, and a head is asked for by
 one of them at most.
@@ -38,6 +38,17 @@ class Encoded(NamedTuple):
 
     text: Tensor  # in the model's own form, which `logits` and `text_loss` of the same model take
     latent: Tensor  # [B, D], the latent head's predictions; [0, D] when no group asks
+
+
+@dataclass(frozen=True)
+class TextTargets:
+    """What a decoded text is compared with, and whether tokens are decoded on the way."""
+
+    tokens: Tensor  # [B, S] int64
+    counted: Tensor | None = None  # [B, S] bool: places in the loss; None: all that are computed
+    row_weights: Tensor | None = None  # [B]: what every place of a row weighs; None: 1
+    pick: bool = False  # decode tokens
+    uniform: Tensor | None = None  # [B, S] in [0, 1): draw the tokens at these; None: take the likeliest
 
 
 class TextLoss(NamedTuple):

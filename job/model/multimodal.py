@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from job.config import ModelConfig
 from job.model.backbone import build_backbone
-from job.model.groups import Encoded, Group, Padding, TextLoss
+from job.model.groups import Encoded, Group, Padding, TextLoss, TextTargets
 
 BOTH_HEADS = ("text", "latent")
 
@@ -147,20 +147,9 @@ class MultimodalMMDiT(nn.Module):
         """Logits [B, S, V] of an encoded text; anything on positions that are not computed."""
         raise NotImplementedError
 
-    def text_loss(
-        self,
-        text: Tensor,
-        targets: Tensor,
-        padding: Padding,
-        *,
-        counted: Tensor | None = None,
-        row_weights: Tensor | None = None,
-        pick: bool = False,
-        uniform: Tensor | None = None,
-    ) -> TextLoss:
-        """Cross-entropy of an encoded text to `targets` [B, S], summed over `counted` [B, S] bool.
+    def text_loss(self, text: Tensor, targets: TextTargets, padding: Padding) -> TextLoss:
+        """Cross-entropy of an encoded text to its targets, summed over the places that count, and decoded tokens.
 
-        None counts all computed positions. Positions of row b weigh row_weights[b] (None: 1). With `pick` also tokens
-        [B, S] decoded from it: the likeliest, or drawn at `uniform` [B, S] in [0, 1). No gradient passes them.
+        No gradient passes the tokens.
         """
         raise NotImplementedError

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from job.model.groups import Encoded, Group, Padding, TextLoss
+from job.model.groups import Encoded, Group, Padding, TextLoss, TextTargets
 from job.model.multimodal import BOTH_HEADS, MultimodalMMDiT
 
 
@@ -44,24 +44,14 @@ class PlainMMDiT(MultimodalMMDiT):
     def logits(self, text: Tensor, padding: Padding) -> Tensor:
         return text
 
-    def text_loss(
-        self,
-        text: Tensor,
-        targets: Tensor,
-        padding: Padding,
-        *,
-        counted: Tensor | None = None,
-        row_weights: Tensor | None = None,
-        pick: bool = False,
-        uniform: Tensor | None = None,
-    ) -> TextLoss:
-        losses = F.cross_entropy(text.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        counted = padding.computed if counted is None else counted
+    def text_loss(self, text: Tensor, targets: TextTargets, padding: Padding) -> TextLoss:
+        losses = F.cross_entropy(text.flatten(0, 1).float(), targets.tokens.flatten(), reduction="none")
+        counted = padding.computed if targets.counted is None else targets.counted
         losses = losses * counted.flatten()
-        if row_weights is not None:
-            losses = losses * row_weights[:, None].expand_as(counted).flatten()
-        total = losses.sum()
-        return TextLoss(total, pseudo_tokens(text.detach(), uniform) if pick else None)
+        if targets.row_weights is not None:
+            losses = losses * targets.row_weights[:, None].expand_as(counted).flatten()
+        tokens = pseudo_tokens(text.detach(), targets.uniform) if targets.pick else None
+        return TextLoss(losses.sum(), tokens)
 
 
 def pseudo_tokens(logits: Tensor, uniform: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from job.config import MODES, Config
-from job.model.groups import Encoded, Group
+from job.model.groups import Encoded, Group, TextTargets
 from job.model.multimodal import MultimodalMMDiT
 from job.objective import losses
 from job.objective.inputs import Batch, Inputs
@@ -296,15 +296,8 @@ class Objective(nn.Module):
         if pick and self.loss.cycle_latent_sampling == "categorical":
             # Drawn for max_seq_len positions, so that a batch's padding does not change the draw.
             uniform = s.noise.uniform("pseudo_tokens", self.max_seq_len)[:, : s.tokens.shape[1]]
-        total, tokens = self.model.text_loss(
-            encoded.text,
-            s.tokens,
-            s.padding,
-            counted=text.counted,
-            row_weights=text.row_weights,
-            pick=pick,
-            uniform=uniform,
-        )
+        targets = TextTargets(s.tokens, text.counted, text.row_weights, pick, uniform)
+        total, tokens = self.model.text_loss(encoded.text, targets, s.padding)
         return total / text.denominator, tokens
 
     @torch.no_grad()

@@ -172,11 +172,10 @@ def test_no_mode_and_no_batch_needs_more_graphs_than_are_allowed(compiled_by: Ca
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("t_mode", ["full", "random"])
-def test_compiled_gradients_in_bf16_are_the_eager_ones(compiled_by: Callable[[str], None], t_mode: str) -> None:
+def test_compiled_gradients_in_bf16_are_the_eager_ones(compiled_by: Callable[[str], None]) -> None:
     """By kind of parameter: a wrong gradient of the few conditioning weights would not show in a norm over all."""
     compiled_by("aot_eager")
-    config, loss = model_config(), LossConfig(latent_t_mode=t_mode)
+    config, loss = model_config(), LossConfig(latent_t_mode="random")
     batch = formula_batch((10, 6, 3, 8), 10)
     _, expected = run(formula_objective("fast", config, loss), batch, dtype="bf16")
     compiled = formula_objective("fast", config, loss, TrainingConfig(compile_model=True))
