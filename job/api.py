@@ -12,24 +12,46 @@ applied inside. Nothing else is needed: no configuration files, no data, no proc
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from job.config import Config
+from job.config import Config, DecodingConfig
+from job.config_checks import check_decoding
 from job.data.description import ModelDescription, find_file
 from job.data.encoders import ENCODER_FILE, Encoder, load_encoder
 from job.data.lengths import predicted_lengths
 from job.data.loader import scale_of
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
-from job.round_trips import Decoding, decode_latents, encode_texts, length_mask, padded
+from job.objective.cycle_decoding import decode, encode
+from job.round_trips import length_mask, padded
 from job.runtime.precision import autocast
 from job.trained import Trained, choose_device, load_trained
+
+
+class DecodingWarning(UserWarning):
+    """A way of decoding that the model was not trained for."""
+
+
+class DecodingOptions(TypedDict, total=False):
+    """How texts and latents are made. What is left out is as the run's configuration says in its section `decoding`."""
+
+    steps: int  # passes over a text: each keeps the surest tokens
+    latent_steps: int  # passes over a latent that is predicted from a text
+    temperature: float  # 0 takes the likeliest tokens, 1 draws them by their probabilities
+    top_p: float  # draw among the likeliest tokens that have this probability together
+    remasking: float  # share of the tokens so far that a pass masks again
+    candidates: int  # texts decoded of a latent; kept is the one whose own latent is nearest to it
+    corrections: int  # rounds of decoding anew the tokens that keep a text from its latent
+
 
 DTYPES = ("auto", "bf16", "fp32")
 Lengths = int | Sequence[int] | np.ndarray | None
@@ -119,7 +141,7 @@ class Model:
         texts: Sequence[str],
         *,
         truncate: bool = False,
-        steps: int = 1,
+        steps: int | None = None,
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = False,
@@ -127,8 +149,9 @@ class Model:
         """Latents, float32 [N, D] in the encoder's own units, predicted from texts (T2L).
 
         A prediction starts from noise, which is the same for every text and drawn by `seed`. `steps` is the number of
-        passes: more than one need a model that was trained with loss.latent_t_mode=random. `truncate` cuts texts of
-        more than `max_length` tokens. `progress` draws a bar on standard error.
+        passes (None: the run's decoding.latent_steps); more than one need a model that was trained with
+        loss.latent_t_mode=random. `truncate` cuts texts of more than `max_length` tokens. `progress` draws a bar on
+        standard error.
 
         UserError for an empty text, one that is too long, or a model without a tokenizer.
         """
@@ -139,18 +162,18 @@ class Model:
         self,
         rows: Sequence[np.ndarray],
         *,
-        steps: int = 1,
+        steps: int | None = None,
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = False,
     ) -> np.ndarray:
         """`encode` of token ids, int [L] each."""
-        decoding = Decoding(steps=steps, seed=seed)
+        decoding = self._decoding({} if steps is None else {"latent_steps": steps})
         latents = np.empty((len(rows), self.latent_dim), np.float32)
 
         def encode_batch(chosen: np.ndarray) -> None:
             tokens, mask = padded([rows[index] for index in chosen], self.device)
-            latents[chosen] = encode_texts(self.objective, tokens, mask, decoding).float().cpu()
+            latents[chosen] = encode(self.objective, tokens, mask, decoding, seed).float().cpu()
 
         self._in_batches([len(row) for row in rows], encode_batch, batch_size, "encode" if progress else None)
         scale = scale_of(self.description)
@@ -163,11 +186,10 @@ class Model:
         latents: ArrayLike,
         lengths: Lengths = None,
         *,
-        steps: int = 1,
-        temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = False,
+        **options: Unpack[DecodingOptions],
     ) -> list[str]:
         """Texts decoded (L2T) from latents [N, D] in the encoder's own units.
 
@@ -175,20 +197,10 @@ class Model:
         None: as long as texts with such a latent are likely to be, by a regression of the lengths on the latents that
         was fitted when training began (`likely_lengths`).
 
-        `steps` passes fill in a share of the tokens each, the surest first; more than one need a model that was trained
-        with loss.text_t_mode=random, since otherwise L2T has seen fully masked texts alone. `temperature` 0 takes the
-        likeliest tokens, 1 samples by the predicted probabilities, with draws by `seed` and the latent's place in the
-        call. UserError for latents of another width or that are not finite.
+        DecodingOptions say how: for instance steps=4, or temperature=0.7 with candidates=8. Draws are made by `seed`
+        and the latent's place in the call. UserError for latents of another width or that are not finite.
         """
-        rows = self.decode_ids(
-            latents,
-            lengths,
-            steps=steps,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        rows = self.decode_ids(latents, lengths, seed=seed, batch_size=batch_size, progress=progress, **options)
         return [self.tokenizer.decode(row) for row in rows]
 
     def decode_ids(
@@ -196,16 +208,20 @@ class Model:
         latents: ArrayLike,
         lengths: Lengths = None,
         *,
-        steps: int = 1,
-        temperature: float = 0.0,
+        template: Sequence[np.ndarray] | None = None,
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = False,
+        **options: Unpack[DecodingOptions],
     ) -> list[np.ndarray]:
-        """`decode` to token ids, int64 [L] each; needs no tokenizer."""
-        decoding = Decoding(steps=steps, temperature=temperature, seed=seed)
+        """`decode` to token ids, int64 [L] each; needs no tokenizer.
+
+        With `template`, token ids int [L] for each latent, what is not the mask token there is kept, and lengths are
+        those of the template's rows.
+        """
+        decoding = self._decoding(options)
         raw = self._checked(latents)
-        counts = self._counts(raw, lengths)
+        counts = self._counts(raw, lengths if template is None else [len(row) for row in template])
         scale = scale_of(self.description)
         z = torch.from_numpy(raw) if scale is None else scale.standardized(torch.from_numpy(raw))
         rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(raw)
@@ -213,8 +229,9 @@ class Model:
         def decode_batch(chosen: np.ndarray) -> None:
             numbers = torch.from_numpy(chosen)
             mask = length_mask(torch.from_numpy(counts[chosen])).to(self.device)
-            tokens = decode_latents(self.objective, z[numbers].to(self.device), mask, decoding, numbers)
-            for index, row in zip(chosen, tokens.cpu().numpy(), strict=True):
+            given = None if template is None else padded([template[index] for index in chosen], self.device)[0]
+            made = decode(self.objective, z[numbers].to(self.device), mask, decoding, seed, numbers, given)
+            for index, row in zip(chosen, made.cpu().numpy(), strict=True):
                 rows[index] = row[: counts[index]]
 
         self._in_batches(counts.tolist(), decode_batch, batch_size, "decode" if progress else None)
@@ -240,24 +257,17 @@ class Model:
         texts: Sequence[str],
         *,
         truncate: bool = False,
-        steps: int = 1,
-        temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = False,
+        **options: Unpack[DecodingOptions],
     ) -> list[str]:
         """Texts decoded from the latents predicted from texts (T2L2T), each with as many tokens as it had."""
         rows = self._rows(texts, truncate)
+        steps = options.get("latent_steps")
         latents = self.encode_ids(rows, steps=steps, seed=seed, batch_size=batch_size, progress=progress)
-        return self.decode(
-            latents,
-            [len(row) for row in rows],
-            steps=steps,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        lengths = [len(row) for row in rows]
+        return self.decode(latents, lengths, seed=seed, batch_size=batch_size, progress=progress, **options)
 
     def encoder(self) -> Encoder:
         """The encoder that made the training data: its `encode(texts)` gives true latents, which `decode` takes.
@@ -291,6 +301,19 @@ class Model:
                 f"this model takes 1 to {self.max_length}{more}"
             )
         return rows
+
+    def _decoding(self, options: DecodingOptions) -> DecodingConfig:
+        """How to decode: the run's configuration, but for the options given. UserError for one that cannot be.
+
+        Warns (DecodingWarning) of passes that the model was not trained for.
+        """
+        names = [declared.name for declared in dataclasses.fields(DecodingConfig)]
+        if unknown := sorted(options.keys() - set(names)):
+            raise UserError(f"{unknown[0]}: no such option; choose among {', '.join(names)}")
+        decoding = dataclasses.replace(self.config.decoding, **options)
+        for warning in check_decoding(self.config, decoding):
+            warnings.warn(warning, DecodingWarning, stacklevel=4)
+        return decoding
 
     def _checked(self, latents: ArrayLike) -> np.ndarray:
         """Latents as float32 [N, D]. UserError when they are no such thing."""

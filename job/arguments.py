@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from job.config import DecodingConfig
 from job.errors import UsageError
 
 
@@ -62,12 +64,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inference_options(parser: argparse.ArgumentParser) -> None:
-    """--steps, --seed and --batch-size: how a trained model is applied to what is in a file."""
-    parser.add_argument(
-        "--steps", type=int, action=at_least(1), default=1, help="passes (1, the one-shot form that cycle_vae trains)"
-    )
+    """--seed and --batch-size: how a trained model is applied to what is in a file."""
     parser.add_argument("--seed", type=int, action=at_least(0), default=0, help="seed of the noise (0)")
     parser.add_argument("--batch-size", type=int, action=at_least(1), default=64, help="rows per pass (64)")
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """--steps, --temperature and so on: one option for every key of the configuration's section `decoding`."""
+    group = parser.add_argument_group("decoding", "what is left out is as the run's configuration says (decoding.*)")
+    for declared in dataclasses.fields(DecodingConfig):
+        kind = type(declared.default)
+        group.add_argument(f"--{declared.name.replace('_', '-')}", type=kind, help=declared.metadata["help"])
+
+
+def given_decoding(options: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `decoding` that the command line sets."""
+    values = {declared.name: getattr(options, declared.name) for declared in dataclasses.fields(DecodingConfig)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -235,6 +235,19 @@ class OptimizerConfig:
 
 
 @dataclass
+class DecodingConfig:
+    """decoding.*: how texts and latents are made where the run shows or scores them, and later by default."""
+
+    steps: int = key(1, "passes over a text; each keeps the surest tokens", above=0)
+    latent_steps: int = key(1, "passes over a latent that is predicted from a text", above=0)
+    temperature: float = key(0.0, "0 takes the likeliest tokens, 1 draws them by their probabilities", low=0)
+    top_p: float = key(1.0, "draw among the likeliest tokens that have this probability together", above=0, high=1)
+    remasking: float = key(0.0, "share of the tokens so far that a pass masks again (ReMDM)", low=0, high=1)
+    candidates: int = key(1, "texts decoded of a latent; kept is the one whose own latent is nearest to it", above=0)
+    corrections: int = key(0, "rounds of decoding anew the tokens that keep a text from its latent", low=0)
+
+
+@dataclass
 class LoggingConfig:
     """logging.*: where a run lives, and how often it writes, evaluates and saves."""
 
@@ -244,6 +257,7 @@ class LoggingConfig:
     eval_freq: int = key(1000, "steps between evaluations; 0: only at the end", low=0)
     num_eval_batches: int = key(4, "evaluation batches of eval_batch_size from the validation split", above=0)
     num_samples: int = key(8, "round trips written to samples.txt", low=0)
+    num_generated: int = key(256, "texts of each evaluation that are decoded as decoding.* says, and scored", low=0)
     save_freq: int = key(1000, "steps between checkpoints; 0: only at the end and when stopped", low=0)
     save_minutes: float | None = key(None, "minutes between checkpoints, besides save_freq", above=0)
     keep_last: int = key(2, "newest checkpoints kept", above=0)
@@ -295,6 +309,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
@@ -321,6 +336,7 @@ FREE_ON_RESUME = {
     "training.max_nonfinite_steps",
     "training.sick_rank_timeout_seconds",
     "optimizer.use_fused",
+    *(f"decoding.{f.name}" for f in dataclasses.fields(DecodingConfig)),
     *(f"logging.{f.name}" for f in dataclasses.fields(LoggingConfig)),
     *(f"monitoring.{f.name}" for f in dataclasses.fields(MonitoringConfig)),
 }

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from job.config import MODES, Config, checked_name, default_of, get, keys
+from job.config import MODES, Config, DecodingConfig, checked_name, default_of, get, keys
 from job.errors import UserError
 
 # At a latent timestep t the noisy latent is alpha(t) z + sigma(t) noise. Above this t hardly anything of z is left.
@@ -35,8 +35,9 @@ def validate(config: Config) -> list[str]:
     refuse_two_batch_sizes(config)
     refuse_endless_warmup(config)
     refuse_unknown_allowances(config)
+    refuse_draws_without_temperature(config.decoding)
     checked_name(config.logging.run_name)
-    return degenerate_epsilon(config)
+    return [*degenerate_epsilon(config), *untrained_passes(config, config.decoding)]
 
 
 def refuse_value(dotted: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -162,6 +163,48 @@ def refuse_unknown_allowances(config: Config) -> None:
             near = of_another_section or difflib.get_close_matches(allowed, names, n=1, cutoff=0.6)
             meant = f"did you mean {near[0]}?" if near else "give names of keys, such as training.num_train_steps"
             raise UserError(f"training.allow_changed: {allowed} is no configuration key; {meant}")
+
+
+def check_decoding(config: Config, decoding: DecodingConfig) -> list[str]:
+    """Refuse values of decoding.* that cannot be; returns warnings, for a model trained by `config`."""
+    for declared in dataclasses.fields(decoding):
+        refuse_value(f"decoding.{declared.name}", getattr(decoding, declared.name), declared.metadata)
+    refuse_draws_without_temperature(decoding)
+    return untrained_passes(config, decoding)
+
+
+def refuse_draws_without_temperature(decoding: DecodingConfig) -> None:
+    """Refuse what only means something when tokens are drawn: at temperature 0 every candidate is the same text."""
+    if decoding.temperature == 0 and decoding.candidates > 1:
+        raise UserError(
+            f"decoding.candidates={decoding.candidates}: without a temperature all of them are the same text; "
+            "set decoding.temperature as well, for instance to 0.7"
+        )
+    if decoding.temperature == 0 and decoding.top_p < 1:
+        raise UserError(
+            f"decoding.top_p={decoding.top_p}: without a temperature nothing is drawn; set decoding.temperature as well"
+        )
+
+
+def untrained_passes(config: Config, decoding: DecodingConfig) -> list[str]:
+    """Warnings where decoding makes passes over inputs that training never showed: they make results worse."""
+    loss = config.loss
+    trains_on_noise = loss.loss_type in ("unconditional", "random", "sequential")
+    partly_masked = loss.text_t_mode == "random" and loss.text_full_share < 1
+    warnings = []
+    over_a_text = [f"decoding.steps={decoding.steps}"] if decoding.steps > 1 else []
+    over_a_text += [f"decoding.corrections={decoding.corrections}"] if decoding.corrections else []
+    if over_a_text and not (trains_on_noise or partly_masked):
+        warnings.append(
+            f"{' and '.join(over_a_text)}: this model decodes partly masked texts then, but trained on fully masked "
+            "ones alone, so the texts may well be worse; loss.text_t_mode=random trains it for that"
+        )
+    if decoding.latent_steps > 1 and not (trains_on_noise or loss.latent_t_mode == "random"):
+        warnings.append(
+            f"decoding.latent_steps={decoding.latent_steps}: this model encodes from partly noisy latents then, but "
+            "trained on t=1 alone, so the latents may well be worse; loss.latent_t_mode=random trains it for that"
+        )
+    return warnings
 
 
 def largest_latent_t(config: Config) -> float:

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from job.api import load
-from job.arguments import add_device_option, add_inference_options, add_model_options, at_least
+from job.arguments import (
+    add_decoding_options,
+    add_device_option,
+    add_inference_options,
+    add_model_options,
+    given_decoding,
+)
 from job.command import guarded
 from job.text_files import read_latents, read_lengths, refuse_suffix, say_written, write_texts
 
@@ -30,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
         help="tokens of each text: a number for all, or a file with one a line or .npy "
         "(what a .jsonl says, else as long as texts with such a latent are likely to be)",
     )
-    p.add_argument(
-        "--temperature", type=float, action=at_least(0), default=0.0, help="0 takes the likeliest tokens (0)"
-    )
+    add_decoding_options(p)
     add_inference_options(p)
     add_model_options(p)
     add_device_option(p)
@@ -48,11 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = model.decode(
         latents,
         read_lengths(options.lengths) if options.lengths else lengths,
-        steps=options.steps,
-        temperature=options.temperature,
         seed=options.seed,
         batch_size=options.batch_size,
         progress=sys.stderr.isatty(),
+        **given_decoding(options),
     )
     write_texts(options.texts, texts)
     say_written(f"{len(texts)} latents -> texts", options.texts)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from job.api import load
-from job.arguments import add_device_option, add_inference_options, add_model_options
+from job.arguments import add_device_option, add_inference_options, add_model_options, at_least
 from job.command import guarded
 from job.errors import UserError
 from job.text_files import read_texts, refuse_suffix, say_written, write_latents, write_lengths
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text-key", default="text", help="key of the text in .jsonl (text)")
     p.add_argument("--truncate", action="store_true", help="cut texts that have too many tokens, instead of failing")
     p.add_argument("--lengths", metavar="FILE", help="also write the tokens of each text, for `decode --lengths FILE`")
+    p.add_argument("--steps", type=int, action=at_least(1), help="passes (as the run's decoding.latent_steps says)")
     add_inference_options(p)
     add_model_options(p)
     add_device_option(p)

@@ -77,6 +77,8 @@ class LossTerm:
         return f"{self.term}_weight"
 
 
+POOL = "{samples}"  # in the words of a metric: the number of held-out texts, which the table fills in
+
 # In the order of the progress line and of the accumulator's columns. Checkpoints hold these columns without their
 # names, so that an interval which a resume cuts in two reads as one: with a term more, or in another order,
 # checkpoints of before cannot be resumed.
@@ -144,7 +146,7 @@ def evaluated(
         name="cyclevae_eval_" + key.replace("/", "_"),
         kind="gauge",
         unit=unit,
-        help=f"{words[0].upper()}{words[1:]}{timestep_in_help}.",
+        help=f"{words[0].upper()}{words[1:].replace(POOL, 'all')}{timestep_in_help}.",
         labels=("t",) if by_timestep else (),
         key=key,
         curves=curves,
@@ -174,6 +176,7 @@ STEP_MEANS = (
 # The rows of an evaluation's table, in its order.
 CROSS_ENTROPY, ACCURACY = "held-out cross-entropy, nats per token", "held-out token accuracy"
 GAINS, COSINES = "what latent (nats) and text (MSE) bring", "cosine of predicted latents"
+WHOLE, CHRF = "whole texts and repeated tokens", "chrF"
 ERRORS, DIRECTIONS = "error and length of predicted latents, t=1", "latent directions in use"
 EVALUATION = (
     evaluated(
@@ -253,11 +256,78 @@ EVALUATION = (
         headline=True,
     ),
     evaluated(
+        "text/most_frequent_at_place_acc",
+        "ratio",
+        "share of tokens right for guessing at each place, from either end, what is most frequent there",
+        panel="Token accuracy",
+        curves=ACCURACY,
+    ),
+    evaluated(
         "text/most_frequent_token_acc",
         "ratio",
         "share of tokens right for always guessing the most frequent one",
         panel="Token accuracy",
         curves=ACCURACY,
+    ),
+    # Of texts decoded freely, as the configuration's section `decoding` says.
+    evaluated(
+        "t2l2t/decoded_token_acc",
+        "ratio",
+        "the same as t2l2t/token_acc, decoded as configured (decoding.*)",
+        panel="Token accuracy",
+        curves=ACCURACY,
+    ),
+    evaluated(
+        "l2t/decoded_token_acc",
+        "ratio",
+        "the same as l2t/token_acc, decoded as configured",
+        panel="Token accuracy",
+    ),
+    evaluated(
+        "t2l2t/exact_match",
+        "ratio",
+        "share of texts that come back whole from the latent predicted from them",
+        panel="Whole texts",
+        curves=WHOLE,
+        sweep="Round-trip exact match",
+        headline=True,
+    ),
+    evaluated(
+        "l2t/exact_match",
+        "ratio",
+        "share of texts that come back whole from their latent",
+        panel="Whole texts",
+        curves=WHOLE,
+    ),
+    evaluated("t2l2t/bleu", "percent", "BLEU of the text -> latent -> text round trip", panel="BLEU and chrF"),
+    evaluated("l2t/bleu", "percent", "BLEU of texts decoded from their latents", panel="BLEU and chrF"),
+    evaluated("t2l2t/chrf", "percent", "chrF of the round trip", panel="BLEU and chrF", curves=CHRF),
+    evaluated("l2t/chrf", "percent", "chrF of texts decoded from their latents", panel="BLEU and chrF", curves=CHRF),
+    evaluated(
+        "t2l2t/repeats",
+        "ratio",
+        "share of equal neighbours among the tokens of round trips",
+        panel="Repeated tokens",
+        curves=WHOLE,
+    ),
+    evaluated(
+        "text/repeats",
+        "ratio",
+        "share of equal neighbours among the tokens of the true texts",
+        panel="Repeated tokens",
+        curves=WHOLE,
+    ),
+    evaluated(
+        "t2l2t/distinct_2",
+        "ratio",
+        "different pairs of neighbours as a share of all pairs, in round trips",
+        panel="Repeated tokens",
+    ),
+    evaluated(
+        "text/distinct_2",
+        "ratio",
+        "different pairs of neighbours as a share of all pairs, in the true texts",
+        panel="Repeated tokens",
     ),
     evaluated(
         "l2t2l/cos",
@@ -271,9 +341,21 @@ EVALUATION = (
     evaluated(
         "l2t2l/retrieval_at_1",
         "ratio",
-        "how often the true latent is the nearest of all to the one predicted from the decoded text",
-        panel="Latent round trip",
+        "how often the true latent is the nearest of {samples} to the one predicted from the decoded text",
+        panel="Retrieval",
         curves=ERRORS,
+    ),
+    evaluated(
+        "l2t2l/retrieval_at_5",
+        "ratio",
+        "how often it is among the 5 nearest of {samples}",
+        panel="Retrieval",
+    ),
+    evaluated(
+        "l2t2l/retrieval_at_10",
+        "ratio",
+        "how often it is among the 10 nearest of {samples}",
+        panel="Retrieval",
     ),
     evaluated(
         "latent/active_dims",

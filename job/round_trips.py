@@ -14,28 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from job.config import Config, DecodingConfig
 from job.data.loader import BatchFormat
 from job.data.shards import Dataset
 from job.data.tokenizer import TextTokenizer
+from job.data.unicode_names import named_character
 from job.files import write_text
+from job.objective.cycle_decoding import decode, encode
 from job.objective.objective import Objective
-from job.objective.sampling import generate
+from job.objective.sampling import ONE_PASS
+from job.objective.text_scores import TextScoring
 from job.trained import first_batches, tokenizer_of
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How texts and latents are made: passes per direction, temperature of the tokens, seed of the noise.
-
-    The defaults are the one-shot form that cycle_vae trains, with the likeliest tokens.
-    """
-
-    steps: int = 1
-    temperature: float = 0.0
-    seed: int = 0
-
-
-ONE_SHOT = Decoding()
 
 
 @dataclass(frozen=True)
@@ -47,38 +36,12 @@ class RoundTrip:
     from_text: str
 
 
-def decode_latents(
-    objective: Objective, latent: Tensor, mask: Tensor, decoding: Decoding, numbers: Tensor | None = None
-) -> Tensor:
-    """L2T: tokens [B, S] from standardized latents [B, D], of the lengths in mask [B, S].
-
-    With a temperature, `numbers` [B] are those by which the rows' draws are made (None: 0, 1, ...).
-    """
-    tokens, _ = generate(
-        objective,
-        mask,
-        latent=latent,
-        steps=decoding.steps,
-        temperature=decoding.temperature,
-        seed=decoding.seed,
-        numbers=numbers,
-    )
-    return tokens
-
-
-def encode_texts(objective: Objective, tokens: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
-    """T2L: standardized latents [B, D] predicted from tokens [B, S].
-
-    All rows start from the same noise. So a text has one latent, whatever its place among others.
-    """
-    same = torch.zeros(len(mask), dtype=torch.int64)
-    _, latent = generate(objective, mask, tokens=tokens, steps=decoding.steps, seed=decoding.seed, numbers=same)
-    return latent
-
-
-def text_to_text(objective: Objective, tokens: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
-    """T2L2T: tokens [B, S] decoded from the latents predicted from tokens [B, S]."""
-    return decode_latents(objective, encode_texts(objective, tokens, mask, decoding), mask, decoding)
+def text_scoring(config: Config, tokenizer: TextTokenizer | None) -> TextScoring:
+    """How evaluations make texts and read them, by a configuration."""
+    count = config.logging.num_generated
+    if tokenizer is None:
+        return TextScoring(config.decoding, count)
+    return TextScoring(config.decoding, count, tokenizer.special_token_ids, tokenizer.decode)
 
 
 def padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -106,7 +69,8 @@ def round_trips(
     format: BatchFormat,
     count: int,
     batch_size: int,
-    decoding: Decoding = ONE_SHOT,
+    decoding: DecodingConfig = ONE_PASS,
+    seed: int = 0,
 ) -> list[RoundTrip]:
     """The first `count` texts of a dataset, decoded from their latents and from the latents predicted from them."""
     device, was_training = next(objective.parameters()).device, objective.training
@@ -115,23 +79,31 @@ def round_trips(
     objective.eval()  # no dropout; the caller may be in the middle of training, so its mode comes back below
     for batch in first_batches(dataset, format, count, batch_size):
         tokens, mask, latent = (batch[name].to(device) for name in ("input_ids", "attention_mask", "latent"))
-        texts = as_texts(tokenizer, tokens, mask)
-        from_latents = as_texts(tokenizer, decode_latents(objective, latent, mask, decoding), mask)
-        from_texts = as_texts(tokenizer, text_to_text(objective, tokens, mask, decoding), mask)
-        trips += [RoundTrip(*trip) for trip in zip(texts, from_latents, from_texts, strict=True)]
+        numbers = batch["position"].cpu()
+        predicted = encode(objective, tokens, mask, decoding, seed)
+        columns = (
+            as_texts(tokenizer, tokens, mask),
+            as_texts(tokenizer, decode(objective, latent, mask, decoding, seed, numbers), mask),
+            as_texts(tokenizer, decode(objective, predicted, mask, decoding, seed, numbers), mask),
+        )
+        trips += [RoundTrip(*trip) for trip in zip(*columns, strict=True)]
     objective.train(was_training)
     return trips
 
 
 def as_paragraphs(trips: Iterable[RoundTrip]) -> str:
-    """Round trips as text, a paragraph each."""
+    """Round trips as text, a paragraph each.
+
+    Where the text is the name of a character, the characters that the lines name stand beside them.
+    """
     paragraphs = []
     for trip in trips:
-        lines = [f"text   {trip.text}"]
-        if trip.from_latent is not None:
-            lines.append(f"L2T    {trip.from_latent}")
-        lines.append(f"T2L2T  {trip.from_text}")
-        paragraphs.append("\n".join(lines) + "\n")
+        lines = {"text": trip.text, "L2T": trip.from_latent, "T2L2T": trip.from_text}
+        shown = {kind: text for kind, text in lines.items() if text is not None}
+        if named_character(trip.text):
+            width = max(len(text) for text in shown.values())
+            shown = {kind: f"{text:<{width}}  {named_character(text) or ''}" for kind, text in shown.items()}
+        paragraphs.append("".join(f"{kind:<6} {text}".rstrip() + "\n" for kind, text in shown.items()))
     return "\n".join(paragraphs)
 
 

@@ -55,7 +55,7 @@ from job.monitoring.reporter import Reporter
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
-from job.round_trips import round_trips, write_samples
+from job.round_trips import round_trips, text_scoring, write_samples
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
 from job.runtime.checkpointer import Checkpointer
@@ -66,7 +66,7 @@ from job.runtime.parallel import reduction_of_gradients, reduction_seconds, sum_
 from job.runtime.precision import autocast, compute_dtype
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.watchdog import Watchdog
-from job.trained import RECORD_KEY
+from job.trained import RECORD_KEY, tokenizer_of
 from job.training_run import TrainingRun, describe_nonfinite, for_evaluation, new_learner, new_loader, restore
 
 # How long a step may take that runs the blocks compiled for the first time in this process. Compiling took 301 s for a
@@ -354,7 +354,14 @@ def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | No
 
     try:
         with run.reporter.phases("evaluate"), for_evaluation(run) as objective:
-            run.metrics = evaluate(objective, on_device, c.training.seed, distributed.gather, between_batches)
+            run.metrics = evaluate(
+                objective,
+                on_device,
+                c.training.seed,
+                distributed.gather,
+                between_batches,
+                text_scoring(c, tokenizer_of(run.held_out)),
+            )
     except Stopped as stop:
         return str(stop)
     run.evaluated = done
@@ -379,7 +386,13 @@ def finish(run: TrainingRun) -> None:
     with for_evaluation(run) as objective:
         if run.process.is_main:
             trips = round_trips(
-                objective, run.held_out, run.loader.format, c.logging.num_samples, c.training.eval_batch_size
+                objective,
+                run.held_out,
+                run.loader.format,
+                c.logging.num_samples,
+                c.training.eval_batch_size,
+                c.decoding,
+                c.training.seed,
             )
     if not run.process.is_main:
         return

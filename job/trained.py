@@ -86,7 +86,8 @@ class Trained:
         """The model inside its objective, on a device, in evaluation mode."""
         model = build_model(self.config.model, self.vocab_size, self.latent_dim, seed=0)
         model.load_state_dict(self.weights)
-        return Objective(model, self.config, self.description.mask_token_id).to(device).eval()
+        special = self.description.mask_token_id, self.description.pad_token_id
+        return Objective(model, self.config, *special).to(device).eval()
 
     @cached_property
     def held_out(self) -> Dataset:

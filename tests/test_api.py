@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from tiny_run import tiny_run
 
 from job import convert, decode, encode, evaluate, load, sample
-from job.api import Model
+from job.api import DecodingWarning, Model
 from job.data.shards import ShardDataset
 from job.errors import UserError
 
@@ -264,3 +265,48 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         with pytest.raises(UserError, match=r"run: no checkpoint in this run yet; it saves every logging\.save_freq"):
             sample.main([str(path)])
+
+
+def test_a_template_keeps_its_words(model: Model) -> None:
+    latents = model.encode(TEXTS)
+    rows = [row.copy() for row in model.tokenizer.encode(TEXTS)]
+    holes = [row.copy() for row in rows]
+    for row in holes:
+        row[1::2] = model.tokenizer.mask_token_id
+    made = model.decode_ids(latents, template=holes)
+    for row, hole, filled in zip(rows, holes, made, strict=True):
+        assert filled[::2].tolist() == row[::2].tolist()
+        assert not np.isin(filled, [model.tokenizer.mask_token_id, model.tokenizer.pad_token_id]).any()
+        assert len(filled) == len(hole)
+
+
+def test_decoding_is_as_configured_but_for_what_is_given(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    latents = model.encode(TEXTS)
+    with pytest.warns(DecodingWarning, match="decoding.steps=3"):
+        passes = model.decode_ids(latents, 9, steps=3)
+    configured = Model(model.trained, model.device, "fp32")
+    before = model.config.decoding
+    model.config.decoding = dataclasses.replace(before, steps=3)
+    try:
+        with pytest.warns(DecodingWarning):
+            same = configured.decode_ids(latents, 9)
+    finally:
+        model.config.decoding = before
+    assert [row.tolist() for row in passes] == [row.tolist() for row in same]
+    with pytest.raises(UserError, match=r"decoding\.candidates=3: without a temperature"):
+        model.decode(latents, 9, candidates=3)
+    with pytest.raises(UserError, match=r"decoding\.top_p=2"):
+        model.decode(latents, 9, top_p=2.0)
+    with pytest.raises(UserError, match="passes: no such option; choose among steps"):
+        model.decode(latents, 9, passes=2)  # type: ignore[call-arg]
+
+
+def test_scores_by_number_of_passes(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main([str(run), "--data", str(data), "--num-samples", "8", "--passes", "1", "2", "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["passes", "1", "2", "true"]
+    assert "decoding.steps=2: this model decodes partly masked texts" in printed.err
+    one_pass = printed.out.splitlines()[1].split()
+    evaluate.main([str(run), "--data", str(data), "--num-samples", "8", "--json", "--device", "cpu"])
+    figures = json.loads(capsys.readouterr().out)
+    assert one_pass[1] == f"{figures['t2l2t/token_acc']:.1%}"  # one pass is what the evaluation always measures

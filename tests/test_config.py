@@ -120,6 +120,31 @@ def test_degenerate_epsilon_can_be_insisted_on_with_a_warning() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["decoding.steps=4"], "loss.text_t_mode=random"),
+        (["decoding.corrections=2"], "loss.text_t_mode=random"),
+        (["decoding.steps=4", "loss.text_t_mode=random"], None),
+        (["decoding.steps=4", "loss.text_t_mode=random", "loss.text_full_share=1"], "loss.text_t_mode=random"),
+        (["decoding.latent_steps=4"], "loss.latent_t_mode=random"),
+        (["decoding.latent_steps=4", "loss.latent_t_mode=random"], None),
+        (["decoding.steps=4", "decoding.latent_steps=4", "loss=random"], None),
+    ],
+)
+def test_passes_that_were_not_trained_are_warned_of(overrides: list[str], named: str | None) -> None:
+    warnings = validate(composed("mmdit_cycle_vae", "data.dir=d", *overrides))
+    assert [named in warning for warning in warnings if named] == ([True] if named else [])
+    assert len(warnings) == (named is not None)
+
+
+@pytest.mark.parametrize("override", ["decoding.candidates=4", "decoding.top_p=0.9"])
+def test_draws_need_a_temperature(override: str) -> None:
+    with pytest.raises(UserError, match=f"{override}.*decoding.temperature"):
+        validate(composed("mmdit_cycle_vae", "data.dir=d", override))
+    validate(composed("mmdit_cycle_vae", "data.dir=d", override, "decoding.temperature=0.7"))
+
+
 def test_a_configuration_survives_its_own_yaml() -> None:
     config = composed("mmdit_stable", "data.dir=somewhere", "loss=sequential")
     assert from_dict(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(to_dict(config))))) == config  # type: ignore[arg-type]

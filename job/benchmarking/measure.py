@@ -54,6 +54,7 @@ class DataShape:
     vocab_size: int
     latent_dim: int
     mask_token_id: int
+    pad_token_id: int
 
 
 class Case:
@@ -66,7 +67,7 @@ class Case:
             refuse_without_compiler(device)
         self.shape, self.device = shape, device
         self.config.model.vocab_size = shape.vocab  # as it is, not rounded up
-        objective = build_objective(self.config, DataShape(shape.vocab, shape.latent_dim, MASK))
+        objective = build_objective(self.config, DataShape(shape.vocab, shape.latent_dim, MASK, pad_token_id=0))
         if isinstance(objective.model, PlainMMDiT):
             objective.model.every_head = True  # the baseline is what LGDLM computes
         self.objective = objective.to(device)

@@ -24,8 +24,14 @@ MAX_FEATURES = 50_000  # words of the TF-IDF vocabulary, the most frequent ones
 # Fitting holds the features of all its texts in memory at once, so it takes a sample. The texts come in the order of
 # their hashes (splitting.py), so the first ones are a random sample, and the same one on every machine.
 FIT_SAMPLES = 1_000_000
-# How TF-IDF makes features of a text. A saved encoder relies on it: change it only under another name than `lsa`.
-TFIDF = {"sublinear_tf": True, "token_pattern": r"\w+"}
+# How TF-IDF makes features of a text. A saved encoder relies on it: change it only under another name. Letters are
+# counted in runs of two and three within a word, its ends included, so that a word never seen has a spelling all the
+# same.
+WORDS, LETTERS = "words", "letters"
+TFIDF = {
+    WORDS: {"sublinear_tf": True, "token_pattern": r"\w+"},
+    LETTERS: {"sublinear_tf": True, "analyzer": "char_wb", "ngram_range": (2, 3)},
+}
 
 
 class Encoder(Protocol):
@@ -49,52 +55,61 @@ class Resources:
 
 
 class LsaEncoder:
-    """Latent semantic analysis (Deerwester et al. 1990): TF-IDF of words and a truncated SVD.
+    """Latent semantic analysis (Deerwester et al. 1990): TF-IDF of words, or of letters, and a truncated SVD.
 
     The default, because it needs no model from elsewhere and is fitted in seconds; its latents know words, not order.
     A text without a word that was seen in training has the latent zero.
 
-    words str [V], idf float64 [V] and projection float64 [V, D] are all that it is made of.
+    words str [V] (or runs of letters), idf float64 [V] and projection float64 [V, D] are all that it is made of.
     """
 
-    def __init__(self, words: Sequence[str], idf: np.ndarray, projection: np.ndarray, variance: float) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        idf: np.ndarray,
+        projection: np.ndarray,
+        variance: float,
+        features: str = WORDS,
+    ) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self.words = words
         self.idf = idf
         self.projection = np.ascontiguousarray(projection)
-        self.tfidf = TfidfVectorizer(vocabulary=words, **TFIDF)
+        self.tfidf = TfidfVectorizer(vocabulary=words, **TFIDF[features])
         self.tfidf.idf_ = idf
-        self.description = {
+        self.description: dict[str, Any] = {
             "name": LSA,
             "vocabulary": len(words),
             "explained_variance": variance,
             "sha256": hashlib.sha256(self.to_bytes()).hexdigest(),
         }
+        if features != WORDS:  # encoders from before there was a choice do not say
+            self.description["features"] = features
 
     @classmethod
-    def fit(cls, texts: Sequence[str], latent_dim: int, seed: int) -> LsaEncoder:
+    def fit(cls, texts: Sequence[str], latent_dim: int, seed: int, features: str = WORDS) -> LsaEncoder:
         """Fit on the training texts. UserError if they have fewer different words than dimensions."""
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        tfidf = TfidfVectorizer(max_features=MAX_FEATURES, **TFIDF)
+        tfidf = TfidfVectorizer(max_features=MAX_FEATURES, **TFIDF[features])
         svd = TruncatedSVD(latent_dim, random_state=seed)
         # One thread: with more, the order of sums, and with it the last bits, depends on the machine's cores and on
         # torchrun, and a dataset prepared again would have another fingerprint.
         with threadpool_limits(1):
             try:
-                features = tfidf.fit_transform(texts[:FIT_SAMPLES])
-                if min(features.shape) <= latent_dim:
+                counts = tfidf.fit_transform(texts[:FIT_SAMPLES])
+                if min(counts.shape) <= latent_dim:
                     raise UserError(
-                        f"--latent-dim {latent_dim}: the training split has only {features.shape[0]} texts with "
-                        f"{features.shape[1]} different words; give more texts or fewer dimensions"
+                        f"--latent-dim {latent_dim}: the training split has only {counts.shape[0]} texts with "
+                        f"{counts.shape[1]} different {features}; give more texts or fewer dimensions"
                     )
-                svd.fit(features)
+                svd.fit(counts)
             except ValueError as error:
                 raise UserError(f"--encoder lsa: the texts cannot be used ({error})") from error
         variance = round(float(svd.explained_variance_ratio_.sum()), 4)
-        return cls(tfidf.get_feature_names_out().tolist(), tfidf.idf_, svd.components_.T, variance)
+        return cls(tfidf.get_feature_names_out().tolist(), tfidf.idf_, svd.components_.T, variance, features)
 
     def to_bytes(self) -> bytes:
         """Content for encoder.safetensors; the words are UTF-8, a line each (none has a line end in it)."""
@@ -111,7 +126,8 @@ class LsaEncoder:
         try:
             arrays = safetensors.numpy.load(path.read_bytes())
             words = arrays["words"].tobytes().decode().split("\n")
-            encoder = cls(words, arrays["idf"], arrays["projection"], description["explained_variance"])
+            features = description.get("features", WORDS)
+            encoder = cls(words, arrays["idf"], arrays["projection"], description["explained_variance"], features)
         except FileNotFoundError:
             raise UserError(
                 f"{path}: missing, so no text can be encoded as this data was; "

@@ -13,6 +13,7 @@ from job.data.console import say
 from job.data.encoders import (
     ENCODER_FILE,
     LSA,
+    WORDS,
     Encoder,
     LsaEncoder,
     Resources,
@@ -111,7 +112,7 @@ class Fitting:
         say(f"tokenizer of {vocab_size} tokens")
         encoder = self.encoder
         if encoder is None:
-            encoder = LsaEncoder.fit(texts, options.latent_dim or 0, options.seed)
+            encoder = LsaEncoder.fit(texts, options.latent_dim or 0, options.seed, options.lsa_features or WORDS)
             say("encoder fitted")
         if isinstance(encoder, LsaEncoder):
             self._refuse_unknown_texts(tokenizer, encoder, splits)

@@ -11,7 +11,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from job.data.encoders import LSA, SENTENCE_TRANSFORMERS
+from job.data.encoders import LETTERS, LSA, SENTENCE_TRANSFORMERS, WORDS
 from job.data.sources import EMBEDDED, STDLIB
 from job.data.tokenizer import MIN_VOCAB_SIZE
 
@@ -93,6 +93,14 @@ class Options:
         LSA, "what makes the latents", group="latents", choices=(LSA, SENTENCE_TRANSFORMERS), from_like=True
     )
     latent_dim: int | None = option(64, "lsa: dimensions", group="latents", low=1, read_if=WITH_LSA, from_like=True)
+    lsa_features: str | None = option(
+        WORDS,
+        "lsa: what a text is counted in: words, or letters (runs of two and three, which know spelling)",
+        group="latents",
+        choices=(WORDS, LETTERS),
+        read_if=WITH_LSA,
+        from_like=True,
+    )
     encoder_model: str | None = option(
         None,
         "sentence_transformers: model name or directory",

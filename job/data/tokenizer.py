@@ -46,6 +46,12 @@ class TextTokenizer:
         token = model.get("unk_token")
         return None if token is None else self.tokenizer.token_to_id(token)
 
+    @property
+    def special_token_ids(self) -> list[int]:
+        """Ids of the tokens that frame a text or stand for none of its words, such as BERT's [CLS] and [SEP]."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return sorted(number for number, token in added.items() if token.special and number != self.unknown_token_id)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64 [L]. UserError for a character that the tokenizer has no token for at all."""
         try:

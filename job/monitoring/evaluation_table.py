@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from job.metric_names import EVALUATION, at_timesteps
+from job.metric_names import EVALUATION, POOL, at_timesteps
 
 # Below these a direction counts as blind: any other sample's input serves it as well. The alerts take the same numbers.
 IGNORED_LATENT_GAIN = 0.05  # nats per token
 IGNORED_TEXT_GAIN = 0.02  # as a share of the error with shuffled texts, since latents have no unit of their own
+
+# What needs no model, and is therefore no merit of one.
+GUESSES = {
+    "text/most_frequent_token_acc": "always guessing the most frequent token",
+    "text/most_frequent_at_place_acc": "guessing the most frequent token of each place",
+}
 
 
 def table(metrics: Mapping[str, float]) -> str:
@@ -22,7 +28,8 @@ def table(metrics: Mapping[str, float]) -> str:
         if metric.key in metrics:
             noisy = ", ".join(f"{t}: {value:.3f}" for t, value in at_timesteps(metric.key, metrics).items())
             lines.append(
-                f"  {metric.key:<29} {metrics[metric.key]:>9.4g}  {metric.words}"
+                f"  {metric.key:<31} {metrics[metric.key]:>9.4g}  "
+                + metric.words.replace(POOL, f"{metrics['samples']:.0f}")
                 + (f" (at t={noisy})" if noisy else "")
             )
     return "\n".join([*lines, *(f"=> {verdict}" for verdict in verdicts(metrics))])
@@ -57,8 +64,8 @@ def _encoder(text_gain: float, mse: float) -> str:
 
 
 def _round_trip(metrics: Mapping[str, float]) -> str:
-    accuracy, baseline = metrics["t2l2t/token_acc"], metrics["text/most_frequent_token_acc"]
-    guess = "always guessing the most frequent token"
-    if accuracy <= baseline:
-        return f"text -> latent -> text is no better than {guess}"
-    return f"text -> latent -> text gets {accuracy:.1%} of the tokens right, {guess} {baseline:.1%}"
+    accuracy = metrics["t2l2t/token_acc"]
+    floor, guess = max((metrics[key], words) for key, words in GUESSES.items() if key in metrics)
+    if accuracy <= floor:
+        return f"text -> latent -> text is no better than {guess} ({accuracy:.1%} and {floor:.1%} of the tokens)"
+    return f"text -> latent -> text gets {accuracy:.1%} of the tokens right, {guess} {floor:.1%}"

@@ -17,6 +17,7 @@ class DataShape(Protocol):
     vocab_size: int
     latent_dim: int
     mask_token_id: int
+    pad_token_id: int
 
 
 def build_objective(config: Config, data: DataShape) -> Objective:
@@ -34,4 +35,4 @@ def build_objective(config: Config, data: DataShape) -> Objective:
     if isinstance(model, FastMMDiT):
         model.compiled = config.training.compile_model
         model.checkpointing = config.training.activation_checkpointing
-    return Objective(model, config, data.mask_token_id)
+    return Objective(model, config, data.mask_token_id, data.pad_token_id)

@@ -14,13 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.errors import UserError
+from job.objective.cycle_decoding import decode, encode
 from job.objective.inputs import Batch, Inputs
 from job.objective.noise import StepNoise
 from job.objective.objective import Objective
+from job.objective.text_scores import (
+    TextScoring,
+    most_frequent_accuracy,
+    most_frequent_at_place_accuracy,
+    scores_of_generated,
+)
 
 Samples = dict[str, Tensor]  # columns by name, one row a sample; "position" [n] is its place in the evaluation set
 Gather = Callable[[Samples], list[Samples]]
 NOISY_T = (0.25, 0.5, 0.9)  # latent timesteps that are measured besides t = 1, where generation starts
+NO_TEXTS = TextScoring()
 CHUNK_ELEMENTS = 1 << 26  # of vocabulary distributions made float32 at a time
 
 
@@ -36,11 +44,13 @@ def evaluate(
     seed: int,
     gather: Gather = one_rank,
     between: Callable[[], object] = lambda: None,
+    scoring: TextScoring = NO_TEXTS,
 ) -> dict[str, float]:
     """Metrics by name of this rank's evaluation batches, whose `position` is the place in the evaluation set.
 
-    `gather` returns every rank's rows (CPU tensors [n, ...]; none for a rank without batches), and all ranks return the
-    same metrics. `between` is called before each batch, equally often on every rank, and may raise to stop.
+    Of the first scoring.count texts it is also measured what comes of them when they are decoded as scoring.decoding
+    says. `gather` returns every rank's rows (CPU tensors [n, ...]; none for a rank without batches), and all ranks
+    return the same metrics. `between` is called before each batch, equally often on every rank, and may raise to stop.
     Raises UserError for fewer than two samples, since nothing could be shuffled then.
     """
     batches = list(batches)
@@ -50,17 +60,21 @@ def evaluate(
         raise UserError(f"evaluation needs at least 2 samples, found {count}; prepare a larger validation split")
     # A rank may have a batch less than others, but must come to `between` as often: all ranks agree on a stop there.
     rounds = max(int(other["batches"]) for other in gather({"batches": torch.tensor(len(batches))}))
-    rows = []
+    rows, made = [], []
     was_training = objective.training
     objective.eval()
     try:
         for number in range(rounds):
             between()
             if number < len(batches):
-                rows.append(_measure(objective, batches[number], samples, seed))
+                rows.append(_measure(objective, batches[number], samples, seed, scoring))
+                made.append(_made_texts(objective, batches[number], seed, scoring))
     finally:
         objective.train(was_training)
-    return _summary(_in_order(gather(_concatenate(rows))), samples)
+    metrics = _summary(_in_order(gather(_concatenate(rows))), samples, scoring)
+    if scoring.count:
+        metrics |= _summary_of_made(_in_order(gather(_concatenate(made))), samples, scoring)
+    return metrics
 
 
 def _concatenate(rows: list[Samples]) -> Samples:
@@ -88,7 +102,29 @@ def _lent(objective: Objective, batch: Batch) -> Samples:
     return {name: values.cpu() for name, values in rows.items()}
 
 
-def _measure(objective: Objective, batch: Batch, samples: Samples, seed: int) -> Samples:
+def _made_texts(objective: Objective, batch: Batch, seed: int, scoring: TextScoring) -> Samples:
+    """Texts of a batch made of its true latents (l2t) and of those predicted from its texts (t2l2t).
+
+    Tokens [n, max_seq_len] each, for the n rows among the first scoring.count.
+    """
+    device = next(objective.parameters()).device
+    chosen = batch["position"].cpu() < scoring.count
+    position = batch["position"].cpu()[chosen]
+    width = objective.max_seq_len
+    if not len(position):
+        return {"position": position, **{name: torch.empty(0, width, dtype=torch.int64) for name in ("l2t", "t2l2t")}}
+    tokens, mask, z = (batch[name].cpu()[chosen].to(device) for name in ("input_ids", "attention_mask", "latent"))
+    mask = mask.bool()
+    predicted = encode(objective, tokens, mask, scoring.decoding, seed)
+    made = {
+        name: decode(objective, latents, mask, scoring.decoding, seed, position)
+        for name, latents in (("l2t", z.float()), ("t2l2t", predicted))
+    }
+    missing = width - tokens.shape[1]
+    return {"position": position, **{name: F.pad(words, (0, missing)).cpu() for name, words in made.items()}}
+
+
+def _measure(objective: Objective, batch: Batch, samples: Samples, seed: int, scoring: TextScoring) -> Samples:
     """Rows of one batch: sums over the real tokens of each text, and the predicted latents."""
     device = next(objective.parameters()).device
     position = batch["position"].cpu()  # draws are made on the CPU, the same for every device
@@ -117,9 +153,9 @@ def _measure(objective: Objective, batch: Batch, samples: Samples, seed: int) ->
     logits = objective.l2t(own, own.latent)
     x0 = predicted(own, tokens, 1.0)
     rows = {
-        "l2t": _text_scores(logits, own),
-        "l2t_shuffled": _text_scores(objective.l2t(own, samples["latent"][other].to(device)), own),
-        "t2l2t": _text_scores(objective.l2t(own, x0), own),
+        "l2t": _text_scores(logits, own, scoring),
+        "l2t_shuffled": _text_scores(objective.l2t(own, samples["latent"][other].to(device)), own, scoring),
+        "t2l2t": _text_scores(objective.l2t(own, x0), own, scoring),
         "x0": x0,
         "x0_shuffled": predicted(other_text, other_text.tokens, 1.0),
         "x0_cycle": predicted(own, logits.argmax(-1), 1.0),
@@ -128,8 +164,8 @@ def _measure(objective: Objective, batch: Batch, samples: Samples, seed: int) ->
     return {"position": position, **{name: values.cpu() for name, values in rows.items()}}
 
 
-def _text_scores(logits: Tensor, texts: Inputs) -> Tensor:
-    """For each text the sums of cross-entropy, correct tokens and entropy over its real tokens: [B, 3] float64."""
+def _text_scores(logits: Tensor, texts: Inputs, scoring: TextScoring) -> Tensor:
+    """For each text the sums over its real tokens of cross-entropy, correct words and entropy: [B, 3] float64."""
     scores = []
     rows = max(1, CHUNK_ELEMENTS // logits[0].numel())
     parts = zip(logits.split(rows), texts.tokens.split(rows), texts.mask.split(rows), strict=True)
@@ -137,7 +173,8 @@ def _text_scores(logits: Tensor, texts: Inputs) -> Tensor:
         log_p = part.float().log_softmax(-1)
         cross_entropy = -log_p.gather(-1, tokens[..., None]).squeeze(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
-        columns = torch.stack([cross_entropy, (part.argmax(-1) == tokens).float(), entropy], dim=-1)
+        correct = (part.argmax(-1) == tokens) & scoring.words(tokens, mask)
+        columns = torch.stack([cross_entropy, correct.float(), entropy], dim=-1)
         scores.append(columns.masked_fill(~mask[..., None], 0).double().sum(1))
     return torch.cat(scores)
 
@@ -153,15 +190,35 @@ def participation_ratio(x: Tensor) -> float:
     return trace**2 / float((covariance**2).sum()) if trace else 0.0
 
 
-def _summary(rows: Samples, samples: Samples) -> dict[str, float]:
+def retrieval(similarity: Tensor, k: int) -> float:
+    """How often the own column is among the k largest of its row, of similarities [N, N].
+
+    Columns that are equal come in random order: a tie counts as the chance of being among the k.
+    """
+    own = similarity.diagonal()[:, None]
+    larger, equal = (similarity > own).sum(1), (similarity == own).sum(1)
+    return float(((k - larger).double() / equal).clamp(0, 1).mean())
+
+
+def _summary_of_made(made: Samples, samples: Samples, scoring: TextScoring) -> dict[str, float]:
+    """The metrics of the texts that were made."""
+    count = made["position"].numel()
+    texts = {name: made[name] for name in ("l2t", "t2l2t")}
+    return scores_of_generated(texts, samples["tokens"][:count], samples["mask"][:count], scoring)
+
+
+def _summary(rows: Samples, samples: Samples, scoring: TextScoring) -> dict[str, float]:
     """The metrics from all rows in order."""
     z = samples["latent"].double()
-    real_tokens = samples["tokens"][samples["mask"]]
-    tokens = real_tokens.numel()
+    tokens = int(samples["mask"].sum())
+    words = scoring.words(samples["tokens"], samples["mask"])
     x0 = {name: values.double() for name, values in rows.items() if name.startswith("x0")}
 
     def per_token(name: str, column: int) -> float:
         return float(rows[name][:, column].sum()) / tokens
+
+    def accuracy(name: str) -> float:
+        return float(rows[name][:, 1].sum()) / max(1, int(words.sum()))
 
     def mse(name: str) -> float:
         return float(F.mse_loss(x0[name], z))
@@ -171,11 +228,11 @@ def _summary(rows: Samples, samples: Samples) -> dict[str, float]:
 
     metrics = {
         "l2t/ce": per_token("l2t", 0),
-        "l2t/token_acc": per_token("l2t", 1),
+        "l2t/token_acc": accuracy("l2t"),
         "l2t/latent_gain": per_token("l2t_shuffled", 0) - per_token("l2t", 0),
         "t2l/text_gain": mse("x0_shuffled") - mse("x0"),
         "t2l2t/ce": per_token("t2l2t", 0),
-        "t2l2t/token_acc": per_token("t2l2t", 1),
+        "t2l2t/token_acc": accuracy("t2l2t"),
         "l2t2l/cos": cosine("x0_cycle"),
     }
     for suffix in ("", *(f"@{t}" for t in NOISY_T)):
@@ -186,11 +243,12 @@ def _summary(rows: Samples, samples: Samples) -> dict[str, float]:
             f"t2l/x0_norm_ratio{suffix}": float(x.norm(dim=-1).mean() / z.norm(dim=-1).mean()),
         }
     similarity = F.normalize(x0["x0_cycle"], dim=-1) @ F.normalize(z, dim=-1).T
-    nearest = (similarity == similarity.max(1, keepdim=True).values).double()
-    found = nearest.diagonal() / nearest.sum(1)  # a tie counts as the chance of drawing the right one
-    metrics["l2t2l/retrieval_at_1"] = float(found.mean())
+    metrics |= {f"l2t2l/retrieval_at_{k}": retrieval(similarity, k) for k in (1, 5, 10)}
     metrics["latent/active_dims"] = participation_ratio(x0["x0"])
     metrics["latent/active_dims_data"] = participation_ratio(z)
     metrics["pseudo/entropy"] = per_token("l2t", 2)
-    metrics["text/most_frequent_token_acc"] = float(real_tokens.bincount().max()) / tokens
+    metrics["text/most_frequent_token_acc"] = most_frequent_accuracy(samples["tokens"], words)
+    metrics["text/most_frequent_at_place_acc"] = most_frequent_at_place_accuracy(
+        samples["tokens"], samples["mask"], words
+    )
     return metrics | {"samples": float(z.shape[0]), "tokens": float(tokens)}

@@ -58,10 +58,14 @@ class BaseTerms(NamedTuple):
 class Objective(nn.Module):
     """The objective that `config.loss` names, over a model of either implementation."""
 
-    def __init__(self, model: MultimodalMMDiT, config: Config, mask_token_id: int) -> None:
+    def __init__(
+        self, model: MultimodalMMDiT, config: Config, mask_token_id: int, pad_token_id: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss, self.training_config, self.mask_token_id = config.loss, config.training, mask_token_id
+        # Neither stands for a word: a decoded text has none of them.
+        self.never_decoded = [mask_token_id] if pad_token_id is None else [mask_token_id, pad_token_id]
         self.t_eps, self.max_seq_len = config.model.t_eps, config.model.max_seq_len
         self.schedule = LatentSchedule(
             config.model.latent_timesteps,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from job.config import DecodingConfig
 from job.model.groups import Group, Padding
 from job.objective.noise import RowNoise
 from job.objective.objective import Objective
 from job.objective.schedule import LatentSchedule
+
+ONE_PASS = DecodingConfig()
 
 
 @torch.no_grad()
@@ -18,18 +23,18 @@ def generate(
     *,
     tokens: Tensor | None = None,
     latent: Tensor | None = None,
-    steps: int = 1,
-    temperature: float = 0.0,
+    decoding: DecodingConfig = ONE_PASS,
     seed: int = 0,
     numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, S] and latents [B, D] for texts of the lengths in mask [B, S] (True on real tokens); what is given is
     kept.
 
-    Each of `steps` passes fills in the positions whose tokens are surest (MaskGIT, Chang et al. 2022) and moves the
-    latent along the deterministic path (DDIM, Song et al. 2021). One pass is what l2t, t2l and cycle_vae train; more
-    need a model that was trained on partly noisy input (unconditional steps; for latents also
-    loss.latent_t_mode=random). Temperature 0 takes the likeliest tokens.
+    Given `tokens` are kept but for mask tokens among them, which are filled in. Of `decoding`, `steps` passes are made
+    where a text is made, else `latent_steps`. Each pass fills in the positions whose tokens are surest (MaskGIT, Chang
+    et al. 2022) and moves the latent along the deterministic path (DDIM, Song et al. 2021). One pass is what l2t, t2l
+    and cycle_vae train by default; more need a model that was trained on partly noisy input
+    (loss.text_t_mode=random, loss.latent_t_mode=random, or unconditional steps).
 
     A row's noise is drawn by the seed and its number in `numbers` [B]; None counts the rows from 0.
     """
@@ -38,24 +43,92 @@ def generate(
     # Drawn on the CPU, the same for every device.
     noise = RowNoise(seed, torch.arange(rows) if numbers is None else numbers)
     padding = Padding(mask, keep=False, lengths=mask.sum(1).tolist())
-    words = torch.where(mask, mask_token_id, 0) if tokens is None else tokens
+    draft = Draft.of(torch.where(mask, mask_token_id, 0) if tokens is None else tokens, mask, mask_token_id)
     z = noise.normal("sample_latent", model.latent_dim).to(device) if latent is None else latent
-    wanted = {"text": tokens is None, "latent": latent is None}
+    wanted = {"text": tokens is None or bool(draft.holes.any()), "latent": latent is None}
     heads = tuple(head for head, is_wanted in wanted.items() if is_wanted)
+    steps = decoding.steps if wanted["text"] else decoding.latent_steps
     for step in range(steps if heads else 0):
         now, after = (torch.full((1,), 1 - k / steps, device=device) for k in (step, step + 1))
-        clean = torch.zeros_like(now)
-        text_t, latent_t = (now if wanted[head] else clean for head in ("text", "latent"))
-        encoded = model.encode([Group(words, z, text_t, latent_t, heads)], padding)
+        text_t, latent_t = (now if wanted[head] else torch.zeros_like(now) for head in ("text", "latent"))
+        # The timestep of a text is the share of it that is masked, which is less where a part of it was given.
+        text_t = text_t if tokens is None else text_t * draft.share
+        encoded = model.encode([Group(draft.words, z, text_t, latent_t, heads)], padding)
         if wanted["latent"]:
             z = ddim_step(objective.schedule, z, now.expand(rows), after.expand(rows), encoded.latent)
         if wanted["text"]:
             logits = model.logits(encoded.text, padding).float()
-            if temperature:
-                logits = logits + temperature * gumbel(noise, f"sample_text_{step}", *logits.shape[1:]).to(device)
-            still_masked = mask.sum(1) * (steps - step - 1) // steps
-            words = unmask(words, logits, mask_token_id, still_masked)
-    return words, z
+            logits[..., objective.never_decoded] = -torch.inf
+            chosen, confidence = choose(logits, decoding, noise, f"sample_text_{step}")
+            draft = draft.filled(chosen, confidence, (steps - step - 1) / steps, decoding.remasking)
+    return draft.words, z
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Texts in the making."""
+
+    words: Tensor  # [B, S], the mask token in holes
+    holes: Tensor  # [B, S] bool: places that are yet to be filled
+    confidence: Tensor  # [B, S] log-probability of each token when it was filled in; inf where nothing is to be done
+    size: Tensor  # [B]: holes at the beginning
+    share: Tensor  # [B]: the same as a share of the text
+    mask_token_id: int
+
+    @classmethod
+    def of(cls, words: Tensor, mask: Tensor, mask_token_id: int) -> Draft:
+        """Texts [B, S] whose holes are the mask tokens; mask [B, S] is True on real tokens."""
+        holes = (words == mask_token_id) & mask
+        size = holes.sum(1)
+        confidence = torch.full(words.shape, torch.inf, device=words.device)
+        return cls(words, holes, confidence, size, size / mask.sum(1), mask_token_id)
+
+    def filled(self, chosen: Tensor, confidence: Tensor, left: float, remasking: float) -> Draft:
+        """The texts after a pass that chose tokens [B, S] with log-probabilities [B, S].
+
+        Of the holes at the beginning the share `left` remains: the least sure ones. Among them are up to the share
+        `remasking` of the tokens that earlier passes filled in, masked again so that they can be chosen anew, given all
+        others: ReMDM (Wang et al. 2025), whose sigma is here min(remasking, left / filled), and which masks again by
+        confidence. What was given is never masked.
+        """
+        # Rounded before it is cut: 1 - k / steps is not exact, and 0.6 of 5 must be 3.
+        remaining = torch.floor((self.size * left).double() + 1e-6).long()
+        again = torch.minimum(torch.floor((self.size - self.holes.sum(1)) * remasking + 1e-6).long(), remaining)
+        earlier = self.confidence.isfinite() & ~self.holes
+        masked_again = earlier & (_rank(self.confidence.masked_fill(~earlier, torch.inf)) < again[:, None])
+        kept_open = _rank(confidence.masked_fill(~self.holes, torch.inf)) < (remaining - again)[:, None]
+        now = self.holes & ~kept_open
+        holes = (self.holes & kept_open) | masked_again
+        words = torch.where(now, chosen, self.words).masked_fill(masked_again, self.mask_token_id)
+        sure = torch.where(now, confidence, self.confidence)
+        return Draft(words, holes, sure, self.size, self.share, self.mask_token_id)
+
+
+def _rank(values: Tensor) -> Tensor:
+    """The place of each value in its row [B, S] from the smallest, which has 0."""
+    return values.argsort(dim=1, stable=True).argsort(dim=1)
+
+
+def choose(logits: Tensor, decoding: DecodingConfig, noise: RowNoise, name: str) -> tuple[Tensor, Tensor]:
+    """Tokens [B, S] by logits [B, S, V], and their log-probabilities [B, S] by the same logits.
+
+    Temperature 0 takes the likeliest, else tokens are drawn from softmax(logits / temperature), of whose likeliest
+    tokens as many are left as make up `top_p` (nucleus sampling, Holtzman et al. 2020).
+    """
+    scores = logits
+    if decoding.temperature:
+        if decoding.top_p < 1:
+            scores = nucleus(scores, decoding.temperature, decoding.top_p)
+        scores = scores + decoding.temperature * gumbel(noise, name, *logits.shape[1:]).to(logits.device)
+    chosen = scores.argmax(-1)
+    return chosen, logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Logits [..., V] with -inf for all but the likeliest tokens that together have the probability top_p."""
+    ordered, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    surplus = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones have it already
+    return logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), -torch.inf)
 
 
 def gumbel(noise: RowNoise, name: str, *shape: int) -> Tensor:
@@ -76,15 +149,3 @@ def ddim_step(schedule: LatentSchedule, z: Tensor, now: Tensor, after: Tensor, p
     eps = (z - alpha * x0) / sigma
     alpha, sigma = schedule.alpha_sigma(after)
     return torch.where(after[:, None] > 0, alpha * x0 + sigma * eps, x0)
-
-
-def unmask(words: Tensor, logits: Tensor, mask_token_id: int, left: Tensor) -> Tensor:
-    """Masked words [B, S] replaced by the likeliest tokens of logits [B, S, V], but for `left` [B] of each row.
-
-    Those left masked are the least sure ones. The mask token itself is never taken.
-    """
-    logits = logits.index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
-    confidence, best = logits.log_softmax(-1).max(-1)
-    masked = words == mask_token_id
-    rank = confidence.masked_fill(~masked, torch.inf).argsort(dim=1).argsort(dim=1)  # 0: the least sure
-    return torch.where(masked & (rank >= left[:, None]), best, words)

@@ -15,6 +15,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from job.data.encoders import (
     ENCODER_FILE,
+    LETTERS,
+    WORDS,
     LsaEncoder,
     Resources,
     SentenceTransformersEncoder,
@@ -103,3 +105,17 @@ def test_a_model_is_known_by_its_weights_and_its_width(monkeypatch: pytest.Monke
     monkeypatch.setattr(Model, "scale", 2.0)
     with pytest.raises(UserError, match="name: not the encoder that made the latents"):
         load_encoder(Path("nowhere"), three)
+
+
+def test_letters_know_the_spelling_of_a_word_that_was_never_seen(tmp_path: Path) -> None:
+    texts = [f"the {name} sign" for name in ("alpha", "alphabet", "beta", "gamma", "gammadion", "delta")]
+    words, letters = (LsaEncoder.fit(texts, 4, seed=0, features=features) for features in (WORDS, LETTERS))
+    unseen, near, far = "alphas", "alpha", "delta"
+    assert not words.encode([unseen]).any()
+    latents = letters.encode([unseen, near, far])
+    unit = latents / np.linalg.norm(latents, axis=1, keepdims=True)
+    assert unit[0] @ unit[1] > unit[0] @ unit[2]
+    letters.save(tmp_path / "encoder.safetensors")
+    again = LsaEncoder.load(tmp_path / "encoder.safetensors", letters.description)
+    np.testing.assert_array_equal(again.encode(texts), letters.encode(texts))
+    assert "features" not in words.description  # as in data from before there was a choice

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from job.config import Config, ModelConfig
+from job.config import Config, DecodingConfig, ModelConfig
 from job.errors import UserError
 from job.model.build import build_model
 from job.model.plain import PlainMMDiT
 from job.monitoring.evaluation_table import table, verdicts
 from job.objective import evaluation
-from job.objective.evaluation import Samples, evaluate, participation_ratio
+from job.objective.evaluation import Samples, evaluate, participation_ratio, retrieval
 from job.objective.objective import Objective
+from job.objective.text_scores import TextScoring, distinct_pairs, most_frequent_at_place_accuracy, repeats
 
 VOCAB, DIM, LENGTH, COUNT, MASK_ID = 12, 12, 8, 6, 1
 MODEL = ModelConfig(
@@ -30,6 +31,9 @@ MODEL = ModelConfig(
     num_residual_streams=1,
     latent_parameterization="x0",
 )
+
+# All but one of the texts are made, by passes that draw.
+SCORING = TextScoring(DecodingConfig(steps=2, temperature=1.0), COUNT - 1, special=[5], detokenize=str)
 
 
 def samples() -> dict[str, Tensor]:
@@ -48,7 +52,7 @@ def samples() -> dict[str, Tensor]:
 class Oracle(nn.Module):
     """Reads the token off the latent and the latent off the tokens, or ignores what it is given."""
 
-    every_head = False
+    latent_dim, every_head = DIM, False
     encode, logits = PlainMMDiT.encode, PlainMMDiT.logits
 
     def __init__(self, sees_latent: bool = True, sees_text: bool = True) -> None:
@@ -146,7 +150,7 @@ def on_ranks(objective: Objective, batches: list[dict[str, Tensor]], world_size:
             barrier.wait()
             return gathered
 
-        results[rank] = evaluate(objective, batches[rank::world_size], 3, gather, between=barrier.wait)
+        results[rank] = evaluate(objective, batches[rank::world_size], 3, gather, barrier.wait, SCORING)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -161,8 +165,9 @@ def on_ranks(objective: Objective, batches: list[dict[str, Tensor]], world_size:
 )  # 2 on 4 ranks: one rank has no batch
 def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_size: int) -> None:
     objective = objective_of(build_model(MODEL, VOCAB, DIM, seed=0))
-    expected = evaluate(objective, [samples()], seed=3)
+    expected = evaluate(objective, [samples()], seed=3, scoring=SCORING)
     results = on_ranks(objective, batches_of(batch_size), world_size)
+    assert expected["t2l2t/exact_match"] >= 0  # measured on ranks too
     assert all(result == results[0] for result in results)
     assert results[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -202,3 +207,54 @@ def test_participation_ratio_counts_equal_directions() -> None:
         @ torch.linalg.qr(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).T)[0].T
     )
     assert participation_ratio(rows) == pytest.approx(5)
+
+
+def test_texts_of_an_oracle_come_back_whole() -> None:
+    scoring = TextScoring(DecodingConfig(), COUNT, detokenize=lambda ids: " ".join(f"w{i}" for i in ids))
+    metrics = evaluate(objective_of(Oracle()), [samples()], seed=0, scoring=scoring)
+    for name in ("l2t", "t2l2t"):
+        assert metrics[f"{name}/exact_match"] == metrics[f"{name}/decoded_token_acc"] == 1
+        assert metrics[f"{name}/bleu"] == pytest.approx(100)
+        assert metrics[f"{name}/chrf"] == pytest.approx(100)
+    assert metrics["t2l2t/repeats"] == metrics["text/repeats"] == 1  # every text is one token again and again
+    blind = evaluate(objective_of(Oracle(sees_latent=False)), [samples()], seed=0, scoring=scoring)
+    assert blind["t2l2t/exact_match"] == blind["t2l2t/bleu"] == 0
+
+
+def test_special_tokens_count_in_no_accuracy() -> None:
+    """[CLS] and [SEP] stand in every text and are right without any model."""
+    framed = samples()
+    framed["input_ids"][:, 0] = 3
+    framed["input_ids"][torch.arange(COUNT), framed["attention_mask"].sum(1) - 1] = 3
+    blind = objective_of(Oracle(sees_latent=False))
+    for special, floor in (([], 2 * COUNT), ([3], COUNT - 1)):  # the longest text has COUNT - 1 words of its kind
+        metrics = evaluate(blind, [framed], seed=0, scoring=TextScoring(special=special))
+        words = int(framed["attention_mask"].sum()) - (2 * COUNT if special else 0)
+        assert metrics["text/most_frequent_token_acc"] == pytest.approx(floor / words)
+    assert metrics["tokens"] == framed["attention_mask"].sum()
+    # What the true latents decode to is right for the words, and wrong for what frames them.
+    seeing = evaluate(objective_of(Oracle()), [framed], seed=0, scoring=TextScoring(special=[3]))
+    assert seeing["l2t/token_acc"] == 1
+
+
+def test_guessing_at_places_knows_the_other_texts_alone() -> None:
+    tokens = torch.tensor([[2, 3, 9, 4], [2, 5, 4, 0], [2, 6, 7, 4], [8, 4, 0, 0]])
+    mask = tokens != 0
+    # First places: 2 in three texts of four, last ones: 4 in all; the others are guessed wrong. Of a tie half counts:
+    # for a text with 2 in front the others say 2, 2, 8.
+    assert most_frequent_at_place_accuracy(tokens, mask, mask) == pytest.approx((3 + 4) / 13)
+    lone = torch.tensor([[2, 3], [4, 5]])  # each token is the only one of its kind
+    assert most_frequent_at_place_accuracy(lone, lone > 0, lone > 0) == 0
+
+
+def test_repeats_and_distinct_pairs_leave_padding_out() -> None:
+    tokens = torch.tensor([[2, 2, 3, 0, 0], [2, 2, 2, 2, 0]])
+    mask = tokens != 0
+    assert repeats(tokens, mask) == pytest.approx(4 / 5)
+    assert distinct_pairs(tokens, mask) == pytest.approx(2 / 5)
+
+
+def test_retrieval_counts_ties_as_chances() -> None:
+    similarity = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.9, 0.8, 0.7, 0.1], [0.0, 0.0, 0.0, 1.0]])
+    assert retrieval(similarity, 1) == pytest.approx((1 + 1 / 4 + 0 + 1) / 4)
+    assert retrieval(similarity, 3) == pytest.approx((1 + 3 / 4 + 1 + 1) / 4)
