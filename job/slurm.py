@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from job.errors import JobError, UserError
 from job.launch.command_line import add_log_options, add_outputs, add_submit, add_verb, run
 from job.launch.run_status import show
 from job.launch.slurm import scheduler
-from job.launch.slurm.run_directory import RunDirectory, find_runs
+from job.launch.slurm.run_directory import RunDirectory, find_runs, statuses
+from job.launch.slurm.scheduler import QueuedJob
 
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
@@ -27,23 +29,21 @@ def submit(arguments: list[str], options: argparse.Namespace) -> None:
 
 def list_runs(options: argparse.Namespace) -> None:
     """Every run below a directory."""
-    queued = jobs_in_queue()
-    show([run.status(queued) for run in find_runs(options.directory)], options.json)
+    show(statuses(find_runs(options.directory), jobs_in_queue()), options.json)
 
 
 def status(options: argparse.Namespace) -> None:
     """Step, loss, rate, time left, restarts of runs."""
-    queued = jobs_in_queue()
-    show([RunDirectory.existing(path).status(queued) for path in options.runs], options.json)
+    show(statuses(RunDirectory.chosen(options.runs), jobs_in_queue()), options.json)
 
 
-def jobs_in_queue() -> dict[str, str]:
-    """State of every job in the queue. Without an answer from SLURM none, as run directories still tell the rest."""
+def jobs_in_queue() -> dict[str, QueuedJob] | None:
+    """Every job in the queue. None without an answer from SLURM, as run directories still tell the rest."""
     try:
-        return scheduler.queued() if scheduler.available() else {}
+        return scheduler.queue() if scheduler.available() else None
     except JobError as error:
         print(f"warning: {error}; states are those of the run directories", file=sys.stderr)
-        return {}
+        return None
 
 
 def logs(options: argparse.Namespace) -> None:
@@ -60,12 +60,20 @@ def logs(options: argparse.Namespace) -> None:
 
 def cancel(options: argparse.Namespace) -> None:
     """End the jobs of runs; they save first and can be resumed."""
+    queued = scheduler.queued()
+    jobs: list[str] = []
     for name in options.runs:
-        job = name if name.replace("_", "").isdigit() else RunDirectory.existing(Path(name)).job
-        if not job:
-            raise UserError(f"{name} has no job")
+        if re.fullmatch(r"\d+(_\d+)?", name):
+            jobs.append(name)
+        else:
+            jobs += [run.job for run in RunDirectory.chosen([Path(name)])]
+    there = [job for job in jobs if any(job in (entry, entry.split("_")[0]) for entry in queued)]
+    for job in there:
         scheduler.output("scancel", job)
         print(f"cancelled job {job}")
+    gone = [job or "none" for job in jobs if job not in there]
+    if gone and (len(options.runs) == len(jobs) or not there):  # a sweep may have points that are over
+        raise UserError(f"not in the queue, so there is nothing to cancel: job {', '.join(gone)}")
 
 
 def resume(options: argparse.Namespace) -> None:
@@ -73,7 +81,8 @@ def resume(options: argparse.Namespace) -> None:
     from job.launch.slurm.resubmission import resubmit
 
     queued = scheduler.queued()
-    jobs = {str(path): resubmit(RunDirectory.existing(path), queued, dry_run=options.dry_run) for path in options.runs}
+    runs = RunDirectory.chosen(options.runs)
+    jobs = {str(run.path): resubmit(run, queued, dry_run=options.dry_run) for run in runs}
     if options.json:
         print(json.dumps(jobs))
     else:

@@ -446,4 +446,6 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, output_is_result=False))
+    exit_code = guarded(main, output_is_result=False)
+    signals.ignore_to_the_end()  # a launcher repeats its notice until the ranks are gone
+    sys.exit(exit_code)

@@ -13,7 +13,8 @@ from job.config import Config
 from job.errors import JobError
 from job.launch.points import Point
 from job.launch.slurm import scheduler, sweep
-from job.launch.slurm.run_directory import RunDirectory, find_runs
+from job.launch.slurm.run_directory import RunDirectory, by_number, find_runs, statuses
+from job.launch.slurm.scheduler import QueuedJob
 from job.launch.waiting import Outcome
 
 LOG = """\
@@ -92,12 +93,13 @@ def test_status_from_the_run_directory_alone(
         "loss": 4.5,
         "seconds_left": 120,
         "restarts": 1,
-        "reason": "exit code 1",
+        "reason": f"exit code 1; {run.first_failure('7')}",
     }
+    queued = {"7": QueuedJob("RUNNING")}
     (run.path / "slurm" / "alive").touch()
-    assert run.status({"7": "RUNNING"}).alive
+    assert run.status(queued, {}).alive
     os.utime(run.path / "slurm" / "alive", (0, 0))
-    assert not run.status({"7": "RUNNING"}).alive
+    assert not run.status(queued, {}).alive
 
 
 def test_the_outcome_without_accounting(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +149,81 @@ def test_waiting_ends_when_no_run_is_in_the_queue(tmp_path: Path, monkeypatch: p
     point = Point(tmp_path, tmp_path, "a=1", [], Config())
     assert sweep.wait({"7": point}) == [Outcome("7", "a=1", "COMPLETED", None, f"{tmp_path}/slurm/7.log")]
     assert answers == []
+
+
+def submitted(path: Path, job: str, **more: object) -> RunDirectory:
+    (path / "slurm").mkdir(parents=True)
+    note = {"job": job, "again": ["sbatch", "script"], "index": None, "time": 1} | more
+    (path / "slurm" / "submission.json").write_text(json.dumps(note))
+    return RunDirectory(path)
+
+
+def test_why_a_job_waits(tmp_path: Path) -> None:
+    run = submitted(tmp_path / "r", "8")
+    queued = {"8": QueuedJob("PENDING", "Resources", "2026-01-01T10:00:00")}
+    (row,) = statuses([run], queued)
+    assert (row.state, row.reason) == ("PENDING", "Resources, expected to start 2026-01-01T10:00:00")
+
+
+def test_a_job_that_died_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accounting knows how, and the job's own output may tell why."""
+    runs = [submitted(tmp_path / name, name, folder=str(tmp_path)) for name in ("8", "9", "10")]
+    (tmp_path / "9_0_log.out").write_text("module: command not found\n")
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"8": ("CANCELLED", "0:0"), "9": ("FAILED", "3:0")})
+    cancelled, failed, unknown = statuses(runs, {})
+    assert (cancelled.state, cancelled.reason) == ("CANCELLED", "exit code 0:0")
+    assert failed.state == "FAILED"
+    assert failed.reason is not None
+    assert failed.reason.startswith("exit code 3:0; no failure was recorded; the last lines of the log:")
+    assert failed.reason.endswith("module: command not found")
+    assert failed.log == str(tmp_path / "9_0_log.out")
+    assert unknown.state == "ENDED"
+    assert [row.state for row in statuses(runs, None)] == ["SUBMITTED"] * 3, "SLURM does not answer"
+
+
+@pytest.mark.parametrize("name", ["slurm/submission.json", "config.yaml", "training_log.jsonl", "slurm/events.jsonl"])
+def test_a_damaged_file_is_named_and_spoils_no_other_run(run: RunDirectory, name: str) -> None:
+    other = submitted(run.path.with_name("a=2"), "8")
+    (run.path / name).write_bytes(b"\xff{")
+    damaged, whole = statuses([RunDirectory(run.path), other], None)
+    assert damaged.state == "DAMAGED"
+    assert f"{run.path / name} cannot be read" in str(damaged.reason)
+    assert whole.state == "SUBMITTED"
+
+
+def test_a_refused_job_is_not_the_runs(run: RunDirectory) -> None:
+    with (run.path / "slurm" / "events.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"time": 4, "job": "9", "event": "refused", "reason": "", "exit_code": 1}) + "\n")
+    (run.path / "slurm" / "submission.json").write_text(json.dumps({"job": "9", "time": 3}))
+    assert run.job == "7"
+
+
+def test_numbers_are_sorted_as_numbers() -> None:
+    names = ["seed=10", "seed=2", "lr=0.5", "seed=2,x=1"]
+    assert sorted(map(Path, names), key=by_number) == list(map(Path, ["lr=0.5", "seed=2", "seed=2,x=1", "seed=10"]))
+
+
+def test_a_sweep_is_given_by_its_directory(run: RunDirectory, tmp_path: Path) -> None:
+    other = submitted(run.path.with_name("a=10"), "8")
+    third = submitted(run.path.with_name("a=2"), "9")
+    assert RunDirectory.chosen([run.path.parent]) == [run, third, other]
+
+
+@pytest.mark.parametrize("name", ["999999", "12_3", "{run}"])
+def test_what_is_not_in_the_queue_is_not_cancelled(
+    name: str, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scheduler, "queued", lambda: {"12_4": "RUNNING"})
+    monkeypatch.setattr(scheduler, "output", lambda *command: pytest.fail(f"{command}"))
+    assert slurm.main(["cancel", name.format(run=run.path)]) == 1
+    assert "nothing to cancel" in capsys.readouterr().err
+
+
+def test_what_is_cancelled(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run, a task of an array, an array; of a sweep what is left."""
+    commands: list[tuple[str, ...]] = []
+    submitted(run.path.with_name("a=2"), "9")
+    monkeypatch.setattr(scheduler, "queued", lambda: {"12_3": "RUNNING", "12_4": "PENDING", "7": "RUNNING"})
+    monkeypatch.setattr(scheduler, "output", lambda *command: commands.append(command) or "")
+    assert slurm.main(["cancel", str(run.path), "12_3", "12", str(run.path.parent)]) == 0
+    assert commands == [("scancel", job) for job in ("7", "12_3", "12", "7")]
