@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from job.key_help import answer_help
 from job.output import open_standard_descriptors
-from job.runtime.launcher_variables import status_lines, use_huge_pages
+from job.runtime.launcher_variables import last_end, launch_time, status_lines, use_huge_pages
 from job.runtime.stop import StopSignals
 
 signals = StopSignals()
@@ -49,6 +49,7 @@ from job.monitoring.curves import write_curves
 from job.monitoring.environment import write_description
 from job.monitoring.evaluation_table import headline, table
 from job.monitoring.flops import Work
+from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
@@ -151,7 +152,7 @@ def train_watched(
         saves=checkpointer.stats,
         silence=lambda: watchdog.seconds_since_beat,
         gather=distributed.gather,
-        started=started,
+        times=Times(started, launch_time(os.environ), last_end(os.environ)),
     ) as reporter:
         run = TrainingRun(
             config, run_dir, process, description, loader, held_out, learner, checkpointer, watchdog, reporter

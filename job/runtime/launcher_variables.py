@@ -1,7 +1,8 @@
 """The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
 
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
-Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES. Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
+Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END.
+Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
 """
 
 from __future__ import annotations
@@ -103,6 +104,23 @@ def failures_file(environ: Mapping[str, str]) -> Path | None:
     """File to which every rank appends why it failed, for a launcher that reads it (CYCLEVAE_FAILURES)."""
     path = environ.get(failure_records.VARIABLE)
     return Path(path) if path else None
+
+
+def launch_time(environ: Mapping[str, str]) -> float | None:
+    """When the launcher began with this start, in seconds since 1970 (CYCLEVAE_LAUNCHED); None: it does not say."""
+    return _number(environ.get("CYCLEVAE_LAUNCHED"))
+
+
+def last_end(environ: Mapping[str, str]) -> float | None:
+    """When the processes of the start before had ended, in seconds since 1970 (CYCLEVAE_LAST_END)."""
+    return _number(environ.get("CYCLEVAE_LAST_END"))
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
 
 
 def named_compiler(environ: Mapping[str, str], variable: str) -> str | None:

@@ -11,6 +11,7 @@
 export SLURM_EXIT_ERROR=135
 export PYTHONUNBUFFERED=1
 signal_received=""  # the first signal that told this job to stop
+launched=$(date +%s)
 signal_after=""     # how many seconds after the job's start that was
 ranks=""            # process id of srun
 requeued=""
@@ -45,6 +46,8 @@ supervise() {  # RUN_DIR TARGETS_DIR MAX_RESTARTS COMMAND...: run srun's COMMAND
     mkdir -p "$notes" || return 1
     claim || return 1
     exec >>"$notes/$job.log" 2>&1
+    CYCLEVAE_LAST_END=$(last_end)
+    export CYCLEVAE_LAST_END CYCLEVAE_LAUNCHED=$launched  # goodput.json tells waiting from hanging by them
     note started "$SLURM_JOB_NUM_NODES nodes, $SLURM_NTASKS tasks"
     export CYCLEVAE_FAILURES=$notes/failures.jsonl  # where ranks say why they failed; srun hands the variable on
     : >"$CYCLEVAE_FAILURES"                         # those of an earlier start explain nothing any more
@@ -229,6 +232,15 @@ ask_requeue() {  # have SLURM requeue the job; 1 where it does not, with its wor
         esac
         sleep "$poll"
     done
+}
+
+last_end() {  # when the ranks of the last start had ended, in seconds since 1970; nothing before the first
+    # `alive` is left over where the batch step was killed together with them, for instance with its node.
+    if [ -e "$notes/alive" ]; then
+        stat --format=%Y "$notes/alive"
+    elif [ -e "$notes/events.jsonl" ]; then
+        grep -v '"event": "refused"' "$notes/events.jsonl" | tail -n 1 | grep -o '"time": [0-9]*' | grep -o '[0-9]*$'
+    fi
 }
 
 newest_checkpoint() {  # name of the checkpoint of the latest step; none
