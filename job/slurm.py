@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from job.errors import JobError, UserError
@@ -18,6 +19,8 @@ from job.launch.run_status import show
 from job.launch.slurm import scheduler
 from job.launch.slurm.run_directory import RunDirectory, find_runs, statuses
 from job.launch.slurm.scheduler import QueuedJob
+
+CLEAR = "\x1b[H\x1b[2J"  # a terminal's screen
 
 
 def submit(arguments: list[str], options: argparse.Namespace) -> None:
@@ -29,12 +32,28 @@ def submit(arguments: list[str], options: argparse.Namespace) -> None:
 
 def list_runs(options: argparse.Namespace) -> None:
     """Every run below a directory."""
-    show(statuses(find_runs(options.directory), jobs_in_queue()), options.json)
+    watched(lambda: show(statuses(find_runs(options.directory), jobs_in_queue()), options.json), options.watch)
 
 
 def status(options: argparse.Namespace) -> None:
     """Step, loss, rate, time left, restarts of runs."""
-    show(statuses(RunDirectory.chosen(options.runs), jobs_in_queue()), options.json)
+    watched(lambda: show(statuses(RunDirectory.chosen(options.runs), jobs_in_queue()), options.json), options.watch)
+
+
+def watched(showing: Callable[[], None], seconds: float | None) -> None:
+    """Show once, or again every so many seconds until Ctrl-C."""
+    showing()
+    while seconds is not None:
+        time.sleep(seconds)
+        print(CLEAR if sys.stdout.isatty() else "", flush=True)
+        showing()
+
+
+def wait(options: argparse.Namespace) -> None:
+    """Stay until runs have ended and tell how, as the command that submitted them does; Ctrl-C ends no job."""
+    from job.launch.slurm.sweep import wait_for_runs
+
+    wait_for_runs(RunDirectory.chosen(options.runs))
 
 
 def jobs_in_queue() -> dict[str, QueuedJob] | None:
@@ -48,14 +67,18 @@ def jobs_in_queue() -> dict[str, QueuedJob] | None:
 
 def logs(options: argparse.Namespace) -> None:
     """What the ranks print."""
-    log = RunDirectory.existing(options.run).log()
-    if not log.exists() and not options.follow:
+    from job.launch.slurm.logs import follow, last_lines
+
+    run = RunDirectory.existing(options.run)
+    log, position = run.log(), 0
+    if log.exists():
+        lines, position = last_lines(log, options.lines, options.rank)
+        print("\n".join(lines), flush=True)
+    elif not options.follow:
         raise UserError(f"{log} is not there yet: the job has not started (cyclevae slurm status {options.run})")
-    command = ["tail", "-n", str(options.lines), str(log)]
     if options.follow:
-        command.insert(1, "-F")
-    sys.stdout.flush()
-    os.execvp(command[0], command)
+        for line in follow(run, log, position, options.rank):
+            print(line, flush=True)
 
 
 def cancel(options: argparse.Namespace) -> None:
@@ -96,11 +119,16 @@ def parser() -> argparse.ArgumentParser:
 
     listing = add_verb(verbs, "list", list_runs)
     listing.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
-    add_verb(verbs, "status", status).add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    state = add_verb(verbs, "status", status)
+    state.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run or sweep")
+    for verb in (listing, state):
+        verb.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS", help="again and again")
+    add_verb(verbs, "wait", wait).add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or sweep")
 
     output = add_verb(verbs, "logs", logs)
     output.add_argument("run", type=Path, metavar="RUN")
-    add_log_options(output, follow="go on as lines are added")
+    add_log_options(output, follow="go on as lines are added, into the run's next job too")
+    output.add_argument("--rank", type=int, help="the lines of this rank alone")
 
     ending = add_verb(verbs, "cancel", cancel)
     ending.add_argument("runs", nargs="+", metavar="RUN", help="run directory or job id")

@@ -401,6 +401,10 @@ failures: list[JobError] = []
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
 def run_from_hydra(values: DictConfig) -> None:
     """One run (of a sweep): configuration and run directory from Hydra."""
+    if outcomes and signals.requested:  # a sweep that was told to stop: each further run would start, and save a step
+        print(f"not started: {HydraConfig.get().runtime.output_dir}", flush=True)
+        outcomes.append(ExitCode.STOPPED)
+        return
     started = time.time() if outcomes or failures else process_start()
     try:
         refuse_unknown_keys(values)

@@ -133,12 +133,25 @@ def _note_submission(point: Point, job: str, again: Sequence[str], index: int | 
 
 def wait(jobs: Mapping[str, Point]) -> list[Outcome]:
     """Show the states of jobs until none is in the queue; returns how each ended. Signals end the waiting alone."""
+    names = {job: point.name for job, point in jobs.items()}
+    return _wait(names, {job: RunDirectory(point.run_dir) for job, point in jobs.items()})
+
+
+def wait_for_runs(runs: Sequence[RunDirectory]) -> None:
+    """Wait for runs that were submitted before, and print how they ended. UserError for one that never had a job."""
+    for run in runs:
+        if not run.job:
+            raise UserError(f"{run.path} has no job")
+    summarize(_wait({run.job: run.path.name for run in runs}, {run.job: run for run in runs}))
+
+
+def _wait(names: Mapping[str, str], runs: Mapping[str, RunDirectory]) -> list[Outcome]:
     leave_jobs_on_signals("cyclevae slurm")
-    show_changes({job: point.name for job, point in jobs.items()}, _queue_until_over(jobs))
-    return [_outcome(job, point) for job, point in jobs.items()]
+    show_changes(names, _queue_until_over(names))
+    return [_outcome(job, names[job], RunDirectory(run.path)) for job, run in runs.items()]
 
 
-def _queue_until_over(jobs: Mapping[str, Point]) -> Iterator[dict[str, str]]:
+def _queue_until_over(jobs: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """States of the jobs in the queue, polled until none of `jobs` is there."""
     absent = 0
     while True:
@@ -155,8 +168,7 @@ def _queue_until_over(jobs: Mapping[str, Point]) -> Iterator[dict[str, str]]:
         time.sleep(min(POLL_SECONDS, 1.0 + len(jobs) / 10))
 
 
-def _outcome(job: str, point: Point) -> Outcome:
-    run = RunDirectory(point.run_dir)
+def _outcome(job: str, name: str, run: RunDirectory) -> Outcome:
     state = run.outcome(job)
     failure = run.first_failure(job) if state != FINISHED else None
-    return Outcome(job, point.name, state, failure, str(run.log(job)))
+    return Outcome(job, name, state, failure, str(run.log(job)))

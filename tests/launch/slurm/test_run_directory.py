@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from job import slurm
-from job.config import Config
-from job.errors import JobError
+from job.config import Config, to_dict
+from job.errors import JobError, UserError
+from job.launch import waiting
 from job.launch.points import Point
 from job.launch.slurm import scheduler, sweep
 from job.launch.slurm.run_directory import RunDirectory, by_number, find_runs, statuses
@@ -227,3 +229,58 @@ def test_what_is_cancelled(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(scheduler, "output", lambda *command: commands.append(command) or "")
     assert slurm.main(["cancel", str(run.path), "12_3", "12", str(run.path.parent)]) == 0
     assert commands == [("scancel", job) for job in ("7", "12_3", "12", "7")]
+
+
+def test_what_a_sweep_still_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished points and those in the queue are left out and named; a finished one that was changed is not."""
+    monkeypatch.setattr(scheduler, "queued", lambda: {"1": "PENDING", "2": "COMPLETING"})
+    points = [Point(tmp_path / name, tmp_path, name, [], Config()) for name in ("queued", "ends", "done", "changed")]
+    for job, point in enumerate(points, 1):
+        submitted(point.run_dir, str(job))
+    for point in points[2:]:
+        (point.run_dir / "checkpoints" / f"step_{point.config.training.num_train_steps:08}").mkdir(parents=True)
+        (point.run_dir / "result.json").touch()
+        (point.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(point.config)))
+    (points[3].run_dir / "config.yaml").write_text("training: {num_train_steps: 1}\n")
+    assert sweep.busy(points) == {"1": points[0]}
+    assert [sweep.is_finished(point) for point in points] == [False, False, True, False]
+    assert capsys.readouterr().out.splitlines() == [
+        "job 1: queued  (in the queue already: PENDING)",
+        f"finished already: done  ({tmp_path}/done)",
+    ]
+    with pytest.raises(UserError, match="is being trained by job 1"):
+        sweep.busy(points[:1])
+
+
+def test_waiting_for_runs_that_were_submitted_before(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = submitted(run.path.with_name("a=2"), "8")
+    monkeypatch.setattr(scheduler, "queued", dict)
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"8": ("COMPLETED", "0:0")})
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(waiting, "ended", [])
+    assert slurm.main(["wait", str(run.path.parent)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == "job 7: FAILED (exit code 1)  (a=1)"
+    assert printed.out.splitlines()[-1] == f"job 8: COMPLETED  ({other.path.name})"
+    assert "1 of 2 runs did not finish" in printed.err
+
+
+def test_a_list_that_is_shown_again_and_again(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    monkeypatch.setattr("time.sleep", sleep)
+    assert slurm.main(["status", str(run.path), "--watch", "2"]) == 130
+    assert (waits, capsys.readouterr().out.count("FAILED")) == ([2, 2], 2)
