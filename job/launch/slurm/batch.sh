@@ -33,7 +33,8 @@ setup_failed() {  # EXIT_CODE COMMAND: a setup command failed; without its modul
 interrupted_early() {  # EXIT_CODE of what comes before the ranks: requeue if a signal ended it, exit
     # No checkpoint can have come of this, and nothing is counted in a run directory yet: SLURM's own count must end
     # it. 255 is srun's code for options that it does not know.
-    if [ "$1" -ge 128 ] && [ "$1" != 255 ] && [ "$(field JobState)" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
+    if [ "$1" -ge 128 ] && [ "$1" != 255 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] \
+        && [ "$(field JobState)" = RUNNING ]; then
         ask_requeue || echo "slurm: job $job cannot be requeued: $error" >&2
     fi
     exit "$1"
