@@ -222,9 +222,12 @@ def by_number(path: Path) -> list[tuple[int, str]]:
 
 def statuses(runs: Sequence[RunDirectory], queued: Mapping[str, QueuedJob] | None) -> list[RunStatus]:
     """The status of every run; of one with a damaged file, which file that is."""
-    jobs = [run.job for run in runs if queued is not None and not run.damage() and run.is_unaccounted(queued)]
+    damages = {run.path: run.damage() for run in runs}
+    jobs = []
+    if queued is not None:
+        jobs = [run.job for run in runs if damages[run.path] is None and run.is_unaccounted(queued)]
     ended = scheduler.ended(job for job in jobs if job) if any(jobs) else {}
-    return [run.damage() or run.status(queued, ended) for run in runs]
+    return [damages[run.path] or run.status(queued, ended) for run in runs]
 
 
 def _read(path: Path, parse: Callable[[Path], Any]) -> Any:
