@@ -269,9 +269,10 @@ note() {  # EVENT REASON [EXIT_CODE]: a line for people in the log, one for prog
     local reason=${2//[\"\\]/}  # SLURM's own words may hold what would break the line
     reason=${reason//[[:cntrl:]]/ }
     echo "slurm: $(date '+%F %T') job $job, restart ${SLURM_RESTART_COUNT:-0}: $1 ($reason)"
-    printf '{"time": %s, "job": "%s", "restarts": %s, "event": "%s", "reason": "%s", "exit_code": %s, "nodes": "%s"}\n' \
-        "$(date +%s)" "$job" "${SLURM_RESTART_COUNT:-0}" "$1" "$reason" "${3:-null}" "$SLURM_JOB_NODELIST" \
-        >>"$notes/events.jsonl"
+    local line='{"time": %s, "job": "%s", "restarts": %s, "event": "%s", "reason": "%s", "exit_code": %s, '
+    printf "$line"'"nodes": "%s", "node_count": %s}\n' \
+        "$(date +%s)" "$job" "${SLURM_RESTART_COUNT:-0}" "$1" "$reason" "${3:-null}" \
+        "$SLURM_JOB_NODELIST" "${SLURM_JOB_NUM_NODES:-null}" >>"$notes/events.jsonl"
 }
 
 # Set here and not in supervise: without a trap bash dies of a signal, also of one that comes during the setup

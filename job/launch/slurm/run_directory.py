@@ -161,7 +161,27 @@ class RunDirectory:
             restarts=last_event.get("restarts", 0),
             reason=reason,
             log=str(self.log()),
+            results=self._results(),
+            node_hours=self._node_hours(),
         )
+
+    def _results(self) -> dict[str, float] | None:
+        """The last evaluation."""
+        lines = _read(self.path / "evaluation.jsonl", json_lines)
+        return {key: value for key, value in lines[-1].items() if key != "step"} if lines else None
+
+    def _node_hours(self) -> float | None:
+        """Hours of nodes that the starts have taken, from each one's beginning to its end or, without, to now."""
+        spent, began, nodes = 0.0, None, 0
+        for event in self.events:
+            if event["event"] == "started":
+                began, nodes = event["time"], event.get("node_count") or 0
+            elif began is not None:
+                spent += nodes * (event["time"] - began)
+                began = None
+        if began is not None and self._is_alive():
+            spent += nodes * (time.time() - began)
+        return round(spent / 3600, 3) if self.events else None
 
     def _state(
         self, queued: Mapping[str, QueuedJob] | None, ended: Mapping[str, tuple[str, str]]

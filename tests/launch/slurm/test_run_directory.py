@@ -14,6 +14,7 @@ from job.config import Config, to_dict
 from job.errors import JobError, UserError
 from job.launch import waiting
 from job.launch.points import Point
+from job.launch.run_status import show
 from job.launch.slurm import scheduler, sweep
 from job.launch.slurm.run_directory import RunDirectory, by_number, find_runs, statuses
 from job.launch.slurm.scheduler import QueuedJob
@@ -252,6 +253,24 @@ def test_what_a_sweep_still_needs(
     ]
     with pytest.raises(UserError, match="is being trained by job 1"):
         sweep.busy(points[:1])
+
+
+def test_results_and_node_hours(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes for an hour, four for half of one; the third start was killed with its node."""
+    starts = [("started", 0, 2), ("requeued", 3600, 2), ("started", 7200, 4), ("failed", 9000, 4), ("started", 9999, 2)]
+    lines = [
+        json.dumps({"time": time, "job": "7", "restarts": 0, "event": event, "reason": "", "node_count": nodes})
+        for event, time, nodes in starts
+    ]
+    (run.path / "slurm" / "events.jsonl").write_text("\n".join(lines) + "\n")
+    (run.path / "evaluation.jsonl").write_text('{"step": 20, "l2t/latent_gain": 1.25, "samples": 4}\n')
+    status = run.status(None, {})
+    assert status.results == {"l2t/latent_gain": 1.25, "samples": 4}
+    assert status.node_hours == 4
+    show([status, submitted(run.path.with_name("a=2"), "8").status(None, {})], as_json=False)
+    header, first, *_, second = capsys.readouterr().out.splitlines()
+    assert header.split()[-2:] == ["l2t/latent_gain", "run"]
+    assert (first.split()[-2], second.split()[-2]) == ("1.250", "-")
 
 
 def test_waiting_for_runs_that_were_submitted_before(

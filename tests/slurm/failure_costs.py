@@ -1,6 +1,6 @@
 """What failures cost a run on a private SLURM cluster: kills a rank at seeded random moments and reads goodput.json.
 
-    python tests/slurm/chaos.py --kills 3 --every 60
+    python tests/slurm/failure_costs.py --kills 3 --every 60
 
 Prints the seconds from each kill to the first step that had not been done before, and where the run's time went.
 """
