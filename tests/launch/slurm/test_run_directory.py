@@ -227,7 +227,7 @@ def test_what_is_cancelled(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -
     commands: list[tuple[str, ...]] = []
     submitted(run.path.with_name("a=2"), "9")
     monkeypatch.setattr(scheduler, "queued", lambda: {"12_3": "RUNNING", "12_4": "PENDING", "7": "RUNNING"})
-    monkeypatch.setattr(scheduler, "output", lambda *command: commands.append(command) or "")
+    monkeypatch.setattr(scheduler, "output", lambda *command: commands.append(command))
     assert slurm.main(["cancel", str(run.path), "12_3", "12", str(run.path.parent)]) == 0
     assert commands == [("scancel", job) for job in ("7", "12_3", "12", "7")]
 
