@@ -104,12 +104,23 @@ def resume(options: argparse.Namespace) -> None:
     from job.launch.slurm.resubmission import resubmit
 
     queued = scheduler.queued()
-    runs = RunDirectory.chosen(options.runs)
+    runs = [run for path in options.runs for run in resumable(path, queued)]
     jobs = {str(run.path): resubmit(run, queued, dry_run=options.dry_run) for run in runs}
     if options.json:
         print(json.dumps(jobs))
     else:
         print("\n".join(f"job {job}: {run}" for run, job in jobs.items()))
+
+
+def resumable(path: Path, queued: dict[str, str]) -> list[RunDirectory]:
+    """The run of a directory, or those of a sweep that are neither finished nor in the queue."""
+    runs = RunDirectory.chosen([path])
+    if [run.path for run in runs] == [path]:
+        return runs
+    left = [run for run in runs if run.job not in queued and not run.is_finished]
+    if not left:
+        raise UserError(f"{path}: every run is finished or has a job in the queue")
+    return left
 
 
 def parser() -> argparse.ArgumentParser:

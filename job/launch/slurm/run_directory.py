@@ -97,6 +97,11 @@ class RunDirectory:
                 return before
         return log
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last word of its jobs is that it has done all its steps."""
+        return bool(self.events) and self.events[-1]["event"] == "finished"
+
     def last_event(self, job: str) -> dict[str, Any] | None:
         """What the batch step of a job noted last; None when it did not come as far as that."""
         return next((event for event in reversed(self.events) if event["job"] == job), None)

@@ -255,6 +255,22 @@ def test_what_a_sweep_still_needs(
         sweep.busy(points[:1])
 
 
+def test_what_is_resumed_of_a_sweep(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a finished point nor one that is in the queue."""
+    script = str(run.path / "script")
+    Path(script).touch()
+    others = [submitted(run.path.with_name(f"a={job}"), str(job), again=["sbatch", script]) for job in (8, 9, 10)]
+    (others[0].path / "slurm" / "events.jsonl").write_text('{"time": 2, "job": "8", "event": "finished"}\n')
+    monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING"})
+    assert slurm.main(["resume", "--dry-run", "--json", str(run.path.parent)]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == [str(others[2].path)]
+    monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING", "10": "RUNNING"})
+    assert slurm.main(["resume", "--dry-run", str(run.path.parent)]) == 1
+    assert "every run is finished or has a job in the queue" in capsys.readouterr().err
+
+
 def test_results_and_node_hours(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     """Two nodes for an hour, four for half of one; the third start was killed with its node."""
     starts = [("started", 0, 2), ("requeued", 3600, 2), ("started", 7200, 4), ("failed", 9000, 4), ("started", 9999, 2)]
