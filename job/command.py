@@ -24,6 +24,10 @@ from job.output import tolerated_output
 from job.runtime.failures import record_failure
 from job.runtime.launcher_variables import let_hydra_raise
 
+# Failures that a command meets on its way and that only make it fail once all else is done: a sweep goes on with its
+# other batches, and Hydra, which calls the launcher for each, would stop at an exception.
+at_the_end: list[JobError] = []
+
 
 def explain(error: BaseException) -> str:
     """One line for what Hydra says of a command line or configuration file, with the key that may have been meant."""
@@ -131,7 +135,10 @@ def guarded(command: Callable[[], object], output_is_result: bool = True) -> int
 def exit_code_of(command: Callable[[], object]) -> int:
     """Run a command and say how it failed; returns its exit code."""
     try:
-        return int(command() or ExitCode.FINISHED)  # type: ignore[call-overload]
+        code = int(command() or ExitCode.FINISHED)  # type: ignore[call-overload]
+        if at_the_end:
+            raise at_the_end.pop()
+        return code
     except JobError as error:
         cause, code = str(error), error.exit_code
         return end(f"error: {cause}", cause, code, consequence=isinstance(error, LostRankError))

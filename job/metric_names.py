@@ -22,8 +22,14 @@ Series = tuple[str, tuple[str, ...]]  # a metric's name in Prometheus, and the v
 # productive        steps that count
 # replayed          steps done again after a restart, because a kill came between them and their checkpoint
 # waiting_for_data, checkpointing, evaluating       the loop stands still for it
-# starting          from the start of the process to its first step: imports, building the model, loading the checkpoint
-PHASES = ("productive", "replayed", "waiting_for_data", "checkpointing", "evaluating", "starting")
+# starting          from the launcher's start, or else the process's, to the first step: imports, model, checkpoint
+# lost              a start's last seconds, which a kill kept from being counted, and its processes' end
+# hung              what was longer than that: the processes were there and reported no step
+# queued            from the end of a start to the beginning of the next one
+PHASES = (
+    *("productive", "replayed", "waiting_for_data", "checkpointing", "evaluating", "starting"),
+    *("lost", "hung", "queued"),
+)
 
 # What a step consists of; `<part>_seconds` in the log. Communication (the reduction of gradients) overlaps with
 # backward.

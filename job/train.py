@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from job.key_help import answer_help
 from job.output import open_standard_descriptors
-from job.runtime.launcher_variables import status_lines, use_huge_pages
+from job.runtime.launcher_variables import last_end, launch_time, status_lines, use_huge_pages
 from job.runtime.stop import StopSignals
 
 signals = StopSignals()
@@ -49,6 +49,7 @@ from job.monitoring.curves import write_curves
 from job.monitoring.environment import write_description
 from job.monitoring.evaluation_table import headline, table
 from job.monitoring.flops import Work
+from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
@@ -151,7 +152,7 @@ def train_watched(
         saves=checkpointer.stats,
         silence=lambda: watchdog.seconds_since_beat,
         gather=distributed.gather,
-        started=started,
+        times=Times(started, launch_time(os.environ), last_end(os.environ)),
     ) as reporter:
         run = TrainingRun(
             config, run_dir, process, description, loader, held_out, learner, checkpointer, watchdog, reporter
@@ -413,6 +414,10 @@ failures: list[JobError] = []
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
 def run_from_hydra(values: DictConfig) -> None:
     """One run (of a sweep): configuration and run directory from Hydra."""
+    if outcomes and signals.requested:  # a sweep that was told to stop: each further run would start, and save a step
+        print(f"not started: {HydraConfig.get().runtime.output_dir}", flush=True)
+        outcomes.append(ExitCode.STOPPED)
+        return
     started = time.time() if outcomes or failures else process_start()
     try:
         refuse_unknown_keys(values)
@@ -459,4 +464,6 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, output_is_result=False))
+    exit_code = guarded(main, output_is_result=False)
+    signals.ignore_to_the_end()  # a launcher repeats its notice until the ranks are gone
+    sys.exit(exit_code)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -310,6 +311,24 @@ def test_points_of_a_sweep_are_named_after_what_differs(tmp_path: Path, monkeypa
     assert short == ["training.seed=1", "training.seed=2"]
     assert [(name[:29], len(name)) for name in long] == [("training.init_from=_data_xxxx", 150)] * 2
     assert len(set(long)) == 2
+
+
+def test_a_sweep_that_is_told_to_stop_starts_no_further_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[Path] = []
+
+    def stopped(_config: Config, run_dir: Path, _started: float) -> ExitCode:
+        started.append(run_dir)
+        monkeypatch.setattr(main_job.signals, "_first", (signal.SIGINT, 0.0))
+        return ExitCode.STOPPED
+
+    monkeypatch.setattr(main_job, "train", stopped)
+    monkeypatch.setattr(main_job, "outcomes", [])
+    monkeypatch.setattr("sys.argv", ["train", "--multirun", *TINY, f"logging.save_dir={tmp_path}", "training.seed=1,2"])
+    assert guarded(main_job.main) == ExitCode.STOPPED
+    assert [path.name for path in started] == ["training.seed=1"]
+    assert "training.seed=2" in capsys.readouterr().out
 
 
 def test_no_watchdog_outlives_its_run(finished: Path) -> None:

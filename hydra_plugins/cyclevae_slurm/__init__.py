@@ -43,6 +43,16 @@ class SlurmConf(config.SlurmQueueConf):
 ConfigStore.instance().store(group="hydra/launcher", name="slurm_schema", node=SlurmConf, provider="cyclevae")
 
 
+class RefusedLauncher(submitit_launcher.SlurmLauncher):
+    """What job.launch.refusal puts in the place of hydra/launcher=submitit_slurm and submitit_local."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from job.errors import UserError
+        from job.launch.refusal import WHY
+
+        raise UserError(WHY)
+
+
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
     """One SLURM job per sweep point, an array where there are several.
 

@@ -10,12 +10,15 @@ same place again and again must not be started for ever. The rule for all launch
 
 The rule stands twice. SLURM's batch step (slurm/batch.sh, `requeue`) applies it at the end of a start and has nothing
 but bash, also where Python lives in a container. Kubernetes makes pods again by itself, so there the first pod
-applies it when it begins, with the function below. Two things follow from that, the only differences:
+applies it when it begins, with the function below. Two things follow from that, and SLURM's time limits ask for a
+third; there are no other differences:
 
 - A pod cannot tell a restart from a resume, so the first start from a new checkpoint never counts. From each new
   checkpoint a run has one start more on Kubernetes than on SLURM.
 - Pods are also made again while other nodes are missing. A start that ended before its ranks met does not count there.
   A SLURM job begins with all its nodes.
+- Where SLURM's warning comes with every start, each start saves a step, which is a new checkpoint. There starts that
+  are told to stop within a minute count too: after max_restarts of them in a row the run is given up.
 
 tests/launch/test_restarts.py puts both to the same table of cases.
 """

@@ -6,7 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from job.metric_names import EVALUATION
+
 COLUMNS = ("job", "state", "alive", "step", "loss", "rate", "left", "restarts", "run")
+HEADLINE = tuple(metric.key for metric in EVALUATION if metric.headline)  # columns where a run has been evaluated
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class RunStatus:
     restarts: int | None
     reason: str | None  # of its state
     log: str  # where its output is
+    results: dict[str, float] | None = None  # the last evaluation, as in evaluation.jsonl
+    node_hours: float | None = None  # spent so far, over all starts
 
 
 def show(rows: Sequence[RunStatus], as_json: bool) -> None:
@@ -32,9 +37,14 @@ def show(rows: Sequence[RunStatus], as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
         return
-    table = [COLUMNS, *(cells(row) for row in rows)]
+    compared = [key for key in HEADLINE if any(key in (row.results or {}) for row in rows)]
+    table = [(*COLUMNS[:-1], *compared, COLUMNS[-1])]
+    for row in rows:
+        *known, run = cells(row)
+        results = row.results or {}
+        table.append((*known, *(f"{results[key]:.3f}" if key in results else "-" for key in compared), run))
     reasons = [None, *(row.reason for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for line, reason in zip(table, reasons, strict=True):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         if reason:

@@ -13,6 +13,8 @@ import hydra
 from omegaconf import DictConfig
 
 from job.config import config_dir
+from job.errors import UserError
+from job.launch import refusal
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ def submit_sweep(launcher: str, arguments: Sequence[str], dry_run: bool, as_json
     `python -m job.train --multirun`, and calls the launcher with them.
     """
     options, overrides = options_first(arguments)
+    if any(override.startswith("hydra/launcher=submitit_") for override in overrides):
+        raise UserError(refusal.WHY)
     ours = ["hydra.launcher.wait=false", f"hydra.launcher.dry_run={str(dry_run).lower()}"]
     if not any(override.startswith("hydra/launcher=") for override in overrides):
         ours.insert(0, f"hydra/launcher={launcher}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from job.command import at_the_end
 from job.errors import JobError
 
 FINISHED = "COMPLETED"  # outcome of a run that did all it should
@@ -52,16 +53,21 @@ def show_changes(points: Mapping[str, str], snapshots: Iterable[Mapping[str, str
                 known[job] = states[job]
 
 
+ended: list[Outcome] = []  # of the sweep's batches so far (hydra.sweeper.max_batch_size)
+
+
 def summarize(outcomes: Sequence[Outcome]) -> None:
-    """Print how every run ended. JobError when one failed, so that the program's exit code says so."""
-    failed = 0
+    """Print how every run of a batch ended. When one failed, the program's exit code will say so at its end."""
     for outcome in outcomes:
         print(f"job {outcome.job}: {outcome.state}  ({outcome.point})", flush=True)
         if outcome.state != FINISHED:
-            failed += 1
             print(f"    {outcome.failure or 'no message'}\n    log: {outcome.log}", flush=True)
+    ended.extend(outcomes)
+    failed = sum(outcome.state != FINISHED for outcome in ended)
     if failed:
-        raise JobError(
-            f"{failed} of {len(outcomes)} runs did not finish; give the same command again when the cause is mended: "
-            "finished ones stay finished"
-        )
+        at_the_end[:] = [
+            JobError(
+                f"{failed} of {len(ended)} runs did not finish; give the same command again when the cause is mended: "
+                "finished ones stay finished"
+            )
+        ]

@@ -4,6 +4,9 @@ Goodput is the share of a run's time that brought it forward. A run that is kill
 and does the steps since then again. Done again, they come out the same, bit for bit, so they cost time and bring
 nothing: they are `replayed`. What tells them apart is `furthest`, the most steps that were ever done in any start of
 the run; only steps beyond it are `productive`.
+
+A start that was killed or hung cannot count its own end. The next one does it: `counted_until` is the moment up to
+which all time is accounted for, and what lies between then and now becomes `lost`, `hung`, `queued` and `starting`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,17 @@ from job.files import write_json
 from job.metric_names import PHASES, Series
 from job.monitoring.flops import Done
 
+WRITE_SECONDS = 10.0  # between two writes of goodput.json, which a kill may set back by as much
+
+
+@dataclass(frozen=True)
+class Times:
+    """What is known of a start's beginning, in seconds since 1970."""
+
+    process_started: float
+    launched: float | None = None  # when the launcher began with this start, before its processes were there
+    last_end: float | None = None  # when the processes of the start before had ended
+
 
 @dataclass
 class Goodput:
@@ -29,18 +43,42 @@ class Goodput:
     tokens: int = 0
     samples: int = 0
     flops: float = 0.0
+    counted_until: float = 0.0  # seconds since 1970; 0: nothing is missing, as before the first start
+    longest_interval: float = 0.0  # seconds between two counts in the last start
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @classmethod
     def of(cls, path: Path) -> Goodput:
         """The totals in a file; new ones where there is none or it is damaged, since no run depends on them."""
         try:
-            return cls(**json.loads(path.read_text()))
+            totals = cls(**json.loads(path.read_text()))
+            totals.seconds = dict.fromkeys(PHASES, 0.0) | totals.seconds  # an earlier version had fewer phases
+            return totals
         except (OSError, ValueError, TypeError):
             return cls()
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
+
+    def begin(self, times: Times, now: float) -> None:
+        """Another start has come to its first step: account for the time since the last count."""
+        self.starts += 1
+        launched = min(times.process_started, times.launched or times.process_started)
+        if self.counted_until:
+            launched = max(launched, self.counted_until)
+            ended = min(launched, max(self.counted_until, times.last_end or 0.0))
+            uncounted = ended - self.counted_until
+            lost = min(uncounted, WRITE_SECONDS + 2 * self.longest_interval)
+            self.seconds["lost"] += lost
+            self.seconds["hung"] += uncounted - lost
+            self.seconds["queued"] += launched - ended
+        self.seconds["starting"] += now - launched
+        self.counted_until, self.longest_interval = now, 0.0
+
+    def count_until(self, now: float) -> None:
+        """All time until now is accounted for."""
+        self.longest_interval = max(self.longest_interval, now - self.counted_until)
+        self.counted_until = now
 
     def add_interval(self, start: int, done: int, work: Done, seconds: Mapping[str, float]) -> None:
         """Steps `start` to `done` were done, with so much work and so many seconds of the loop's phases.

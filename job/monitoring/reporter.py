@@ -19,14 +19,12 @@ from job.monitoring.device import Device, peak_flops
 from job.monitoring.endpoint import Endpoint
 from job.monitoring.exporter import Metrics
 from job.monitoring.flops import Done, Work
-from job.monitoring.goodput import Goodput
+from job.monitoring.goodput import WRITE_SECONDS, Goodput, Times
 from job.monitoring.phases import Phases
 from job.monitoring.run_facts import ThisProcess, run_facts, run_label
 from job.monitoring.saves import SaveCounts, expected_save_interval, newest_checkpoint, save_series
 from job.monitoring.training_log import JsonLines
 from job.monitoring.vitals import Vitals
-
-WRITE_SECONDS = 10.0  # between two writes of goodput.json, which a kill may set back by as much
 
 
 class Reporter:
@@ -37,7 +35,7 @@ class Reporter:
     of that moment (`_live`).
 
     `silence` gives the seconds since the rank last made progress, `gather` every rank's value of something, `dtype`
-    is what matrix products are computed in, `started` when the process was.
+    is what matrix products are computed in, `times` when this start began.
     """
 
     def __init__(
@@ -52,13 +50,13 @@ class Reporter:
         saves: SaveCounts,
         silence: Callable[[], float],
         gather: Callable[[Any], list[Any]],
-        started: float,
+        times: Times,
     ) -> None:
         c = config.monitoring
         self.config, self.run_dir = config, run_dir
         self.phases, self.work, self.saves = phases, work, saves
         self.main = process.rank == 0
-        self._started = started
+        self._times = times
 
         self.log = JsonLines(run_dir / "training_log.jsonl")
         self.evaluations = JsonLines(run_dir / "evaluation.jsonl")
@@ -70,7 +68,7 @@ class Reporter:
 
         self.peak_flops = 1e12 * c.peak_tflops if c.peak_tflops else peak_flops(process.device, dtype)
         self.all_flops = process.world_size * self.peak_flops
-        self.vitals = Vitals(silence, c.stalled_after_seconds, started)
+        self.vitals = Vitals(silence, c.stalled_after_seconds, times.process_started)
         self.metrics = Metrics(run_label(run_dir, Path(config.logging.save_dir)), process.rank, self._live)
         self.metrics.set({**run_facts(config, process, dtype), ("cyclevae_device_peak_flops", ()): self.peak_flops})
         self._device = Device(process.device)
@@ -87,8 +85,7 @@ class Reporter:
             if self.config.monitoring.tensorboard:
                 self._tensorboard = tensorboard_writer(self.run_dir / "tensorboard", step + 1)
         self._counted = self._done = step
-        self.goodput.starts += 1
-        self.goodput.seconds["starting"] += time.time() - self._started
+        self.goodput.begin(self._times, time.time())
         self.metrics.set({("cyclevae_step", ()): step, **self.goodput.series()})
         self._write_goodput()
         self.vitals.training = True
@@ -143,6 +140,8 @@ class Reporter:
         """The run ends, for now: take back what announced it."""
         self.vitals.training = False
         self._count(self.phases.read(), self.work.read())
+        if self._done >= self.config.training.num_train_steps:
+            self.goodput.counted_until = 0.0  # finished: should it be trained further one day, it has not waited
         self._write_goodput()
         self._endpoint.close()
         if self._tensorboard is not None:
@@ -151,6 +150,7 @@ class Reporter:
 
     def _count(self, seconds: Mapping[str, float], work: Done) -> None:
         self.goodput.add_interval(self._counted, self._done, work, seconds)
+        self.goodput.count_until(time.time())
         self._counted = self._done
 
     def _show_evaluation(self, line: Mapping[str, float]) -> None:

@@ -37,6 +37,7 @@ from job.runtime.launcher_variables import (
     share_address,
     started_by_torchrun,
 )
+from job.runtime.meeting_point import find_meeting_point
 
 # Ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is.
 START_SECONDS = 300.0
@@ -93,8 +94,8 @@ _connections: Connections | None = None
 def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Process:
     """Join the run: process groups and signs of life. The only process of a run joins nothing.
 
-    timeout_seconds bounds every later wait for another rank. Raises UserError for too few GPUs, LostRankError when
-    the other ranks do not come.
+    timeout_seconds bounds every later wait for another rank. Raises UserError for too few GPUs or a MASTER_ADDR that
+    is no host, RetryError when the port is taken, LostRankError when the other ranks do not come.
     """
     global _connections
     here = placement(os.environ)
@@ -124,6 +125,8 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> Pro
 def _connect(process: Process, here: Placement, timeout_seconds: float) -> Connections:
     """Meet the other ranks. Raises RuntimeError when they do not come."""
     share_address(here)
+    if here.by_srun:
+        find_meeting_point(here, process.node)
     on_cpu = process.device.type == "cpu"
     waiting = timedelta(seconds=max(START_SECONDS, timeout_seconds))
     store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))

@@ -1,7 +1,8 @@
 """The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
 
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
-Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES. Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
+Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END.
+Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from job.errors import UserError
 
 FIRST_PORT = 10_000
 PORTS = 20_000  # FIRST_PORT + PORTS stays below 32768, where Linux begins to hand out ports by itself
+PORTS_OF_A_JOB = 8  # for its steps and restarts: jobs whose ids are less than PORTS / 8 apart have none in common
 DEFAULT_PORT = 29_500  # torchrun's
 
 
@@ -30,6 +32,9 @@ class Placement:
     address: str | None = None  # rendezvous host and port; None: the only process
     port: int = 0
     run_id: str = ""  # tells apart runs that meet at the same address
+    by_srun: bool = False  # then rank 0 opens the port itself; torchrun's workers find it open
+    address_given: bool = False  # by the user (MASTER_ADDR) and not by srun's list of nodes
+    port_given: bool = False  # likewise (MASTER_PORT)
 
 
 def first_host(nodelist: str) -> str:
@@ -63,16 +68,20 @@ def placement(environ: Mapping[str, str], alone: bool = False) -> Placement:
             f"SLURM_NTASKS={tasks}, but this process is not one of srun's tasks: "
             "start it with `srun python -m job.train ...`"
         )
-    # All tasks must compute the same port without talking to each other. Jobs that share a node have ids less than
-    # PORTS apart, and 2003, a prime, keeps the steps of such jobs apart too.
+    # All tasks must compute the same port without talking to each other. A restart takes the next one: another program
+    # may have the port, on a node that the job is given again.
     job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
+    of_the_job = (step + int(environ.get("SLURM_RESTART_COUNT", 0))) % PORTS_OF_A_JOB
     return Placement(
         rank=int(environ["SLURM_PROCID"]),
         local_rank=int(environ.get("SLURM_LOCALID", 0)),
         world_size=tasks,
         address=environ.get("MASTER_ADDR") or first_host(nodelist or environ.get("SLURM_JOB_NODELIST", "localhost")),
-        port=int(environ.get("MASTER_PORT", FIRST_PORT + (job + 2003 * step) % PORTS)),
+        port=int(environ.get("MASTER_PORT") or FIRST_PORT + (PORTS_OF_A_JOB * job + of_the_job) % PORTS),
         run_id=f"{job}.{step}",
+        by_srun=True,
+        address_given=bool(environ.get("MASTER_ADDR")),
+        port_given=bool(environ.get("MASTER_PORT")),
     )
 
 
@@ -95,6 +104,23 @@ def failures_file(environ: Mapping[str, str]) -> Path | None:
     """File to which every rank appends why it failed, for a launcher that reads it (CYCLEVAE_FAILURES)."""
     path = environ.get(failure_records.VARIABLE)
     return Path(path) if path else None
+
+
+def launch_time(environ: Mapping[str, str]) -> float | None:
+    """When the launcher began with this start, in seconds since 1970 (CYCLEVAE_LAUNCHED); None: it does not say."""
+    return _number(environ.get("CYCLEVAE_LAUNCHED"))
+
+
+def last_end(environ: Mapping[str, str]) -> float | None:
+    """When the processes of the start before had ended, in seconds since 1970 (CYCLEVAE_LAST_END)."""
+    return _number(environ.get("CYCLEVAE_LAST_END"))
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
 
 
 def named_compiler(environ: Mapping[str, str], variable: str) -> str | None:

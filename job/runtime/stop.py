@@ -95,6 +95,11 @@ class StopSignals:
         """Let no later signal change the exit code: the stop is saved and agreed, only the exit is left."""
         self._done = True
 
+    def ignore_to_the_end(self) -> None:
+        """Let no signal end a process that is only leaving: Python's exit gives signals their default back."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _received(self, number: int) -> None:
         now = time.monotonic()
         if self._first is None:

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run torchrun; returns the exit code."""
     on_signals(_pass_on)  # before the imports below, which take seconds
     keep_signals_from_torchrun()
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
@@ -72,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         ended = ", ".join(f"rank {rank} with {failure.exitcode}" for rank, failure in sorted(error.failures.items()))
         print(f"workers ended first: {ended}; exit code {code}", file=sys.stderr)
         return code
-    except RendezvousError as error:
-        print(f"the nodes did not find each other: {error}", file=sys.stderr)
+    except (RendezvousError, DistNetworkError) as error:  # the second: for instance the port is taken
+        print(f"the nodes did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
         return ExitCode.RETRY
     return ExitCode.FINISHED
 

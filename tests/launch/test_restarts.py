@@ -89,7 +89,7 @@ def test_a_job_that_is_submitted_anew_counts_from_zero(tmp_path: Path) -> None:
     where = f"run_dir={tmp_path} notes={tmp_path}"
     script = f"scontrol() {{ :; }}; source {BATCH}; {where} max_restarts=1; requeue because 134"
     subprocess.run(["bash", "-c", script], check=True, capture_output=True, env=os.environ | {"SLURM_JOB_ID": "8"})
-    assert (tmp_path / "restarts").read_text() == "8 none 1\n"
+    assert (tmp_path / "restarts").read_text() == "8 none 1 0\n"
 
 
 def test_notes_of_an_earlier_version_are_read(tmp_path: Path) -> None:

@@ -50,4 +50,6 @@ def test_what_programs_read(capsys: pytest.CaptureFixture[str]) -> None:
         "restarts",
         "reason",
         "log",
+        "results",
+        "node_hours",
     ]

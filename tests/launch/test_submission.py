@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,3 +51,17 @@ def test_options_first() -> None:
     mixed = ["a=1", "--config-name", "demo", "b=2", "--config-dir", "mine", "--cfg", "job"]
     assert options_first(mixed) == (["--config-name=demo", "--config-dir=mine"], ["a=1", "b=2", "--cfg", "job"])
     assert options_first([]) == ([], [])
+
+
+@pytest.mark.parametrize("launcher", ["submitit_slurm", "submitit_local"])
+def test_submitits_launchers_are_refused(launcher: str, tmp_path: Path) -> None:
+    """Also with keys of theirs: a failure of a rank would end with exit code 0."""
+    arguments = [f"hydra/launcher={launcher}", "hydra.launcher.timeout_min=5", "data=synthetic", "training.seed=1,2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "job.train", "--multirun", *arguments, f"logging.save_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "on SLURM use hydra/launcher=slurm" in done.stderr
+    assert "Traceback" not in done.stderr

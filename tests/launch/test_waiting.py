@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from job.errors import ExitCode, JobError
+from job import command
+from job.errors import ExitCode
+from job.launch import waiting
 from job.launch.waiting import Outcome, show_changes, summarize
 
 
@@ -29,14 +31,20 @@ def test_changes_of_our_jobs_are_shown_once(capsys: pytest.CaptureFixture[str]) 
     ]
 
 
-def test_the_summary_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_of_a_sweep(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with a failed run does not keep the next ones from being submitted; the command fails at its end."""
+    monkeypatch.setattr(waiting, "ended", [])
     finished = Outcome("1", "a=1", "COMPLETED", None, "1.log")
-    summarize([finished])
     failed = Outcome("2", "a=2", "FAILED (exit code 1)", "rank 1 (n): out of memory", "2.log")
-    with pytest.raises(JobError, match="2 of 3 runs did not finish") as raised:
-        summarize([finished, failed, Outcome("3", "a=3", "DELETED", None, "3.log")])
-    assert raised.value.exit_code == ExitCode.FAILED
-    assert capsys.readouterr().out.splitlines()[1:] == [
+
+    def sweep() -> None:
+        for batch in ([finished, failed], [Outcome("3", "a=3", "DELETED", None, "3.log")]):
+            summarize(batch)
+
+    assert command.guarded(sweep) == ExitCode.FAILED
+    printed = capsys.readouterr()
+    assert "error: 2 of 3 runs did not finish" in printed.err
+    assert printed.out.splitlines() == [
         "job 1: COMPLETED  (a=1)",
         "job 2: FAILED (exit code 1)  (a=2)",
         "    rank 1 (n): out of memory",

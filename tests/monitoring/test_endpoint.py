@@ -25,6 +25,7 @@ from job.errors import UserError
 from job.monitoring import targets, vitals
 from job.monitoring.exporter import Metrics, Server
 from job.monitoring.flops import Done, Work
+from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter, run_label
 from job.monitoring.targets import RankAddress, Targets
@@ -256,7 +257,7 @@ class Run:
             saves=self.saves,
             silence=lambda: 1.0,
             gather=lambda value: [value],
-            started=time.time() - 5,
+            times=Times(time.time() - 5),
         )
 
     def scrape(self) -> dict[str, float]:

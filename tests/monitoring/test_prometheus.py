@@ -29,6 +29,7 @@ from stack import MISSING, PUSHGATEWAY, ROOT, Stack, free_port, until
 from job.config import Config, MonitoringConfig
 from job.files import json_lines
 from job.monitoring.flops import Work
+from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases
 from job.monitoring.reporter import Reporter
 from job.runtime.checkpointer import SaveStats
@@ -282,7 +283,7 @@ def test_the_pushgateway_holds_a_short_job_until_its_end(tmp_path: Path) -> None
             saves=SaveStats(),
             silence=lambda: 0.0,
             gather=lambda value: [value],
-            started=0.0,
+            times=Times(0.0),
         ):
             until(lambda: 'run="short"' in pushed(), "the metrics are pushed")
         assert pushed() == ""

@@ -46,18 +46,28 @@ def test_placement_from_torchrun_comes_before_slurm() -> None:
 
 
 def test_placement_from_srun() -> None:
-    assert placement(SLURM) == Placement(5, 1, 8, "gpu07", 10000 + 41234567 % 20000, "41234567.0")
+    port = 10000 + 8 * 41234567 % 20000
+    assert placement(SLURM) == Placement(5, 1, 8, "gpu07", port, "41234567.0", by_srun=True)
+    given = placement(SLURM | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
+    assert (given.address, given.port, given.address_given, given.port_given) == ("head", 1234, True, True)
 
 
 def test_jobs_and_steps_that_share_a_node_have_different_ports() -> None:
+    jobs = [*range(500, 900), 2503, 2999]  # up to 2,499 apart
     ports = {
         placement(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port
-        for job in range(500, 900)
+        for job in jobs
         for step in range(4)
     }
-    assert len(ports) == 1600
+    assert len(ports) == 4 * len(jobs)
     assert min(ports) >= 10000
     assert max(ports) < 32768  # where Linux's own choices begin
+
+
+def test_a_restart_meets_elsewhere() -> None:
+    """Another program may have the port, on a node that the job is given again."""
+    ports = [placement(SLURM | {"SLURM_RESTART_COUNT": str(count)}).port for count in range(3)]
+    assert len({placement(SLURM).port, *ports}) == 3
 
 
 def test_single_task_and_batch_script() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,6 +111,22 @@ def test_signal_to_a_loader_worker_is_not_ours(tmp_path: Path) -> None:
     assert start_ranks(1, tmp_path, forked)[0].exit_code() == 0
 
 
+def test_a_signal_on_the_way_out_does_not_change_the_exit_code() -> None:
+    """Python's exit gives signals their default back; a launcher repeats its notice until the ranks are gone."""
+    code = """
+import os, signal, sys
+from job.runtime.stop import StopSignals
+signals = StopSignals().install()
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGUSR1)
+late = Late()
+signals.ignore_to_the_end()
+sys.exit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 3
+
+
 def test_installing_needs_no_torch() -> None:
     code = "import sys, job.runtime.stop; job.runtime.stop.StopSignals().install(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -192,6 +209,16 @@ def test_workers_stop_when_torchrun_is_killed(tmp_path: Path) -> None:
     run.kill()
     run.wait()
     wait_until(2, "saved", output)
+
+
+def test_torchrun_whose_port_is_taken_can_be_tried_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = ["--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={taken.getsockname()[1]}"]
+        command = [sys.executable, "-m", "job.runtime.torchrun", *where, "-m", "job.train", "data=synthetic"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 134
+    assert done.stderr.startswith("the nodes did not find each other: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_torchrun_that_restarts_by_itself_is_refused() -> None:

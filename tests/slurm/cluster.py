@@ -39,6 +39,7 @@ SlurmdPidFile={base}/slurmd.%n.pid
 SlurmctldLogFile={base}/log/slurmctld.log
 SlurmdLogFile={base}/log/slurmd.%n.log
 PlugStackConfig={base}/plugstack.conf
+TaskProlog={base}/prolog
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -142,6 +143,8 @@ class PrivateCluster:
         for directory in ("ctld", "spool", "log", "db"):
             (base / directory).mkdir()
         (base / "plugstack.conf").touch()
+        (base / "prolog").write_text("#!/bin/sh\necho print welcome to the cluster\n")  # as sites do, on every task
+        (base / "prolog").chmod(0o755)
         (base / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         (base / "munge.key").write_bytes(os.urandom(1024))
         (base / "munge.key").chmod(0o600)
@@ -185,13 +188,27 @@ class PrivateCluster:
         self._daemon("slurmdbd", "-D")
         wait_for(lambda: listens(self._dbd_port), "slurmdbd")
         self.run("sacctmgr", "-i", "add", "cluster", "lab")
-        self._daemon("slurmctld", "-D")
-        wait_for(lambda: "UP" in self.run("scontrol", "ping", check=False), "slurmctld")
+        self._start_controller()
         for name in self.names:
             self._daemon("slurmd", "-D", "-N", name)
         wait_for(
             lambda: self.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D") == str(len(self.names)), "slurmd"
         )
+
+    def _start_controller(self) -> None:
+        self._controller = self._daemon("slurmctld", "-D")
+        wait_for(lambda: "UP" in self.run("scontrol", "ping", check=False), "slurmctld")
+
+    @contextlib.contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """No command gets an answer meanwhile; jobs and their steps go on."""
+        self._controller.terminate()
+        self._controller.wait(30)
+        self._daemons.remove(self._controller)
+        try:
+            yield
+        finally:
+            self._start_controller()
 
     def _start_database(self) -> None:
         base, common = self.base, [f"--user={self.user}", f"--datadir={self.base}/db", "--skip-log-bin"]
@@ -223,7 +240,7 @@ class PrivateCluster:
         )
         wait_for(lambda: listens(self._db_port), "mariadbd")
 
-    def _daemon(self, *command: str) -> None:
+    def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.base / "log" / "daemons.out").open("ab") as output:
             self._daemons.append(
                 subprocess.Popen(
@@ -236,6 +253,7 @@ class PrivateCluster:
                     start_new_session=True,
                 )
             )
+        return self._daemons[-1]
 
     def stop(self) -> None:
         with contextlib.suppress(Exception):  # a cluster that did not come up has nothing to cancel

@@ -3,7 +3,10 @@
 raise: rank 1 raises an exception in step 10.
 kill: rank 1 is killed in step 10.
 crash: every rank is killed before its first step.
-wait: a run that begins at its first step takes five seconds for every step from 20 on, until it is told to stop.
+kill-once: rank 1 is killed when the file FAULTY_FILE appears, in the first start only.
+freeze: rank 1 is stopped in step 10, in the first start only.
+wait, kill-once: a run that begins at its first step takes five seconds for every step from 20 on, until it is told to
+    stop.
 early: what runs before the ranks in a job's first start waits for a signal.
 """
 
@@ -17,8 +20,9 @@ import time
 from typing import Any
 
 fault, module = sys.argv[1], sys.argv[3]
+first_start = "SLURM_RESTART_COUNT" not in os.environ
 del sys.argv[1:4]
-if fault == "early" and module == "job.launch.slurm.directories" and "SLURM_RESTART_COUNT" not in os.environ:
+if fault == "early" and module == "job.launch.slurm.directories" and first_start:
     print("waiting for a signal", file=sys.stderr, flush=True)
     signal.pause()
 if module != "job.train" or fault == "early":
@@ -38,10 +42,14 @@ def train_step(job: Any, step: int, micro_batches: Any) -> None:
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("broken on purpose")
+    if step == 10 and job.process.rank == 1 and fault == "freeze" and first_start:
+        os.kill(os.getpid(), signal.SIGSTOP)
     steps.append(step)
-    end = time.monotonic() + 5 * (fault == "wait" and steps[0] == 0 and step >= 20)
+    end = time.monotonic() + 5 * (fault in ("wait", "kill-once") and steps[0] == 0 and step >= 20)
     while time.monotonic() < end and train.signals.requested is None:
         time.sleep(0.02)
+        if fault == "kill-once" and first_start and job.process.rank == 1 and os.path.exists(os.environ["FAULTY_FILE"]):
+            os.kill(os.getpid(), signal.SIGKILL)
     step_of_the_job(job, step, micro_batches)
 
 

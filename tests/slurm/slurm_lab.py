@@ -64,16 +64,17 @@ def overdue(
 ) -> Iterator[dict[str, tuple[Slurm, str]]]:
     """Jobs with a time limit of a minute, which passes while other tests run.
 
-    One is of a program that stops when told to, the other of one that is deaf.
+    One is of a program that stops when told to, one of a program that is deaf, and one is told as soon as it starts.
     """
     jobs = {}
-    for kind in ("polite", "deaf"):
+    for kind in ("polite", "deaf", "saving"):
+        delay = 60 if kind == "saving" else 5
         slurm = Slurm(slurm_cluster, tmp_path_factory.mktemp(kind))
         jobs[kind] = (
             slurm,
             slurm.sbatch(
                 "run",
-                options=("--time=1", "--signal=B:USR1@5"),
+                options=("--time=1", f"--signal=B:USR1@{delay}"),
                 env={
                     "CYCLEVAE_PYTHON": f"{ROOT}/tests/slurm/idle.sh {kind}",
                     "CYCLEVAE_TEST_PYTHON": sys.executable,

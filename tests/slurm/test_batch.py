@@ -148,6 +148,28 @@ def test_two_jobs_share_a_node(slurm: Slurm) -> None:
     assert [slurm.ended(job) for job in jobs] == [[("COMPLETED", "0:0")]] * 2
 
 
+def test_a_frozen_rank_does_not_hold_the_nodes(slurm: Slurm, quiet: Losses) -> None:
+    """It ends by nothing but KILL, long before srun's --wait is over."""
+    job = slurm.sbatch(
+        "run",
+        "training.sick_rank_timeout_seconds=15",
+        env={"CYCLEVAE_PYTHON": f"{FAULTY} freeze", "CYCLEVAE_LINGER_SECONDS": "3"},
+    )
+    run = slurm.directory / "run"
+    slurm.wait(lambda: "requeued" in events(run), "the requeue", job)
+    assert "ending the ranks that are left" in (run / "slurm" / f"{job}.log").read_text()
+    assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
+    assert losses(run) == quiet
+
+
+def test_a_signal_that_comes_with_every_start(overdue: dict[str, tuple[Slurm, str]]) -> None:
+    """--signal at the time limit or above: each start saves, which counts as progress, so it would go on for ever."""
+    slurm, job = overdue["saving"]
+    assert slurm.ended(job)[-1][0] == "FAILED"
+    assert events(slurm.directory / "run") == ["started", "requeued", "started", "failed"]
+    assert "so the time limit leaves no time to train" in (slurm.directory / "run/slurm" / f"{job}.log").read_text()
+
+
 def test_a_time_limit_of_a_minute(overdue: dict[str, tuple[Slurm, str]]) -> None:
     """The warning comes in time, and the job is requeued; so is one that does not end. SLURM by itself does neither."""
     for kind, reason in (("polite", "told to stop by SIGUSR1"), ("deaf", "time limit reached")):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from slurm_runs import ROOT, SMALL, STEPS, Losses, Slurm, losses
+from cluster import wait_for
+from slurm_runs import ROOT, SMALL, STEPS, Losses, Slurm, events, losses
 
 pytest_plugins = ["slurm_lab"]
 pytestmark = pytest.mark.timeout(1200)
@@ -19,10 +23,10 @@ SWEPT = [one for one in SMALL if "train_batch_size" not in one]
 TWO_NODES = ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
 
 
-def cyclevae(slurm: Slurm, *arguments: str, check: bool = True) -> str:
-    """Standard output of `cyclevae ARGUMENTS...`."""
+def cyclevae(slurm: Slurm, *arguments: str, check: bool = True, within: Sequence[str] = ()) -> str:
+    """Standard output of `cyclevae ARGUMENTS...`, started by the command `within`."""
     done = subprocess.run(
-        [sys.executable, "-m", "job", *arguments],
+        [*within, sys.executable, "-m", "job", *arguments],
         env=slurm.cluster.env,
         cwd=ROOT,
         text=True,
@@ -74,6 +78,19 @@ def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, qui
     assert f"log: {runs[3]}/slurm/{jobs[3]}.log" in done.stdout
     assert losses(runs[2]) == quiet
     assert (sweep / "multirun.yaml").exists()
+
+    # Again, one point at a time: the failing one does not keep the others from their turn, which are finished.
+    again = [*command[:-1], "training.train_batch_size=3,2,1", "hydra.sweeper.max_batch_size=1"]
+    done = subprocess.run(
+        [sys.executable, *again], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600
+    )
+    slurm.jobs.append(job_of(runs[3]))
+    assert done.returncode == 1
+    assert "error: 1 of 1 runs did not finish" in done.stderr
+    assert {size: job_of(run) for size, run in runs.items() if size != 3} == {1: jobs[1], 2: jobs[2]}
+    assert [line.split("  ")[0] for line in done.stdout.splitlines() if line.startswith("finished already")] == [
+        f"finished already: training.train_batch_size={size}" for size in (2, 1)
+    ]
 
 
 def test_the_submitter_is_killed(slurm: Slurm, quiet: Losses) -> None:
@@ -129,9 +146,15 @@ def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
     assert f"0: step 5/{STEPS}" in cyclevae(slurm, "slurm", "logs", "-n", "1000", str(run))
     again = cyclevae(slurm, "slurm", "resume", str(run), check=False)
     assert again == "", "it is running"
-    cyclevae(slurm, "slurm", "cancel", str(run))
-    assert slurm.ended(job_of(run))[-1][0] == "CANCELLED"
-    cyclevae(slurm, "slurm", "resume", str(run))
+    first = job_of(run)
+    second = slurm.sbatch("run")
+    assert slurm.ended(second) == [("FAILED", "1:0")]
+    assert f"is being trained by job {first}" in (slurm.directory / f"{second}.out").read_text()
+    assert cyclevae(slurm, "slurm", "cancel", "999999", check=False) == ""
+    # At once, while the first still saves, and within another job's allocation, whose variables are not the new job's.
+    assert cyclevae(slurm, "slurm", "cancel", str(run)) == f"cancelled job {first}\n"
+    cyclevae(slurm, "slurm", "resume", str(run), within=["salloc", "--ntasks=1", "--cpus-per-task=1", "--mem=300"])
+    assert slurm.ended(first)[-1][0] == "CANCELLED"
     slurm.jobs.append(job_of(run))
     assert slurm.ended(job_of(run)) == [("COMPLETED", "0:0")]
     assert losses(run) == quiet
@@ -168,3 +191,84 @@ def test_a_point_of_an_array_is_cancelled_and_resumed(slurm: Slurm, quiet: Losse
     assert slurm.ended(job_of(run)) == [("COMPLETED", "0:0")]
     assert losses(run) == quiet
     assert [one["state"] for one in json.loads(cyclevae(slurm, "slurm", "status", "--json", str(run)))] == ["FINISHED"]
+
+
+def test_the_last_point_is_requeued_like_all_and_a_controller_may_be_away(slurm: Slurm, quiet: Losses) -> None:
+    """The last task of an array has the array's own id as SLURM_JOB_ID."""
+    trigger = slurm.directory / "kill"
+    faulty = f"{sys.executable} {ROOT}/tests/slurm/faulty.py kill-once"
+    submitted = json.loads(
+        cyclevae(
+            slurm,
+            "slurm",
+            "submit",
+            "--json",
+            *TWO_NODES,
+            f"hydra.launcher.python='env FAULTY_FILE={trigger} {faulty}'",
+            *SWEPT,
+            f"logging.save_dir={slurm.directory}",
+            "logging.run_name=sweep",
+            "training.global_batch_size=4",
+            "training.train_batch_size=1,2",
+        )
+    )
+    jobs = {one["job"]: Path(one["run"]) for one in submitted}
+    slurm.jobs.extend(jobs)
+    for job, run in jobs.items():
+        slurm.reached(str(run), 15, job)
+    with slurm.cluster.controller_away():
+        trigger.touch()
+        wait_for(lambda: not any(alive(run) for run in jobs.values()), "the ranks to be gone")
+        time.sleep(8)  # the batch steps ask in vain
+    for job, run in jobs.items():
+        assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
+        assert events(run) == ["started", "requeued", "started", "finished"]
+    assert losses(jobs[submitted[1]["job"]]) == quiet
+
+
+def alive(run: Path) -> bool:
+    return (run / "slurm" / "alive").exists()
+
+
+def test_jobs_that_cannot_train_say_why_and_are_not_tried_again(slurm: Slurm) -> None:
+    """Each is submitted by a process of its own, all at once."""
+    taken = socket.create_server(("", 0))
+    port = str(taken.getsockname()[1])
+    cases: dict[str, tuple[list[str], dict[str, str], str]] = {
+        "delay": (["hydra.launcher.signal_delay_s=700"], {}, "not below the time limit 00:10:00"),
+        "setup": (["hydra.launcher.setup=['echo no such module >&2; exit 3']"], {}, "no such module"),
+        "options": (["hydra.launcher.srun_args=[--nosuch]"], {}, "unrecognized option '--nosuch'"),
+        "pyxis": (
+            ["hydra/launcher=slurm_pyxis", "hydra.launcher.container.image=x.sqsh"],
+            {},
+            "unrecognized option '--container-image=x.sqsh'",
+        ),
+        "address": ([], {"MASTER_ADDR": "no.such.host"}, "MASTER_ADDR=no.such.host is no host"),
+        "port": (["hydra.launcher.max_restarts=0"], {"MASTER_PORT": port}, f"port {port} of"),
+        "held": (["+hydra.launcher.additional_parameters.hold=true"], {}, "exit code 0:0"),
+    }
+    submit = [sys.executable, "-m", "job", "slurm", "submit", "--config-name", "mmdit_cycle_vae"]
+    where = [*TWO_NODES, *SMALL, f"logging.save_dir={slurm.directory}"]
+    submitters = [
+        subprocess.Popen(
+            [*submit, *options, *where, f"logging.run_name={name}"],
+            env=slurm.cluster.env | variables,
+            cwd=ROOT,
+        )
+        for name, (options, variables, _) in cases.items()
+    ]
+    assert [submitter.wait() for submitter in submitters] == [0] * len(cases)
+    runs = {name: slurm.directory / name for name in cases}
+    jobs = {name: job_of(run) for name, run in runs.items()}
+    slurm.jobs.extend(jobs.values())
+    (held,) = json.loads(cyclevae(slurm, "slurm", "status", "--json", str(runs["held"])))
+    assert (held["state"], held["reason"]) == ("PENDING", "JobHeldUser")
+    cyclevae(slurm, "slurm", "cancel", str(runs["held"]))
+    states = {name: "CANCELLED" if name == "held" else "FAILED" for name in cases}
+    ended = {name: [state for state, _ in slurm.ended(job)] for name, job in jobs.items()}
+    assert ended == {name: [state] for name, state in states.items()}, "each started once"
+    for row in json.loads(cyclevae(slurm, "slurm", "list", "--json", str(slurm.directory))):
+        name = Path(row["run"]).name
+        assert row["state"] == states[name]
+        assert cases[name][2] in row["reason"], name
+    taken.close()

@@ -28,6 +28,11 @@ def entry(container: dict[str, Any], directories: Sequence[str]) -> Entry:
     """
     runtime = container["runtime"]
     if runtime is None:
+        if container["image"]:
+            raise UserError(
+                "hydra.launcher.container.image is set, but not how to run it: add hydra/launcher=slurm_pyxis or "
+                "hydra/launcher=slurm_apptainer (container.runtime)"
+            )
         return Entry()
     if runtime not in RUNTIMES:
         raise UserError(f"hydra.launcher.container.runtime={runtime}: choose {' or '.join(RUNTIMES)}")

@@ -11,8 +11,9 @@ from typing import Any
 
 import submitit
 
+from job.errors import UserError
 from job.launch.points import Point
-from job.launch.slurm import container
+from job.launch.slurm import container, scheduler
 
 BATCH = Path(__file__).with_name("batch.sh")
 # Keys of hydra.launcher that are not options of sbatch, or that are handed over below in another form.
@@ -52,10 +53,9 @@ class Executor(submitit.SlurmExecutor):
         sbatch takes variables before a script's own #SBATCH lines: those of a job in which this program runs would be
         taken for the new job's, and the site's defaults for what the user asked for.
         """
-        unset = [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]
         asked = [name for name in SITE_DEFAULTS if self.parameters.get(name)]
-        unset += [f"SBATCH_{SITE_DEFAULTS[name]}" for name in asked]
-        return ["env", *(part for name in unset for part in ("-u", name)), "sbatch", str(submission_file_path)]
+        without = scheduler.without_variables([f"SBATCH_{SITE_DEFAULTS[name]}" for name in asked])
+        return [*without, "sbatch", str(submission_file_path)]
 
 
 def job_script(points: Sequence[Point], params: dict[str, Any]) -> tuple[Executor, str]:
@@ -97,19 +97,49 @@ def _supervise(point: Point, srun: Sequence[str], params: dict[str, Any]) -> str
 def _executor(entry: container.Entry, points: int, params: dict[str, Any]) -> Executor:
     """submitit's executor with the options of sbatch that `params` mean."""
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in entry.variables.items()]
+    # A line that fails ends the job. Not by `set -e`, which many a module's own scripts do not survive.
+    setup = [f"eval {shlex.quote(line)} || setup_failed $? {shlex.quote(line)}" for line in params["setup"] or []]
+    options = {"requeue": True, "signal": f"B:USR1@{params['signal_delay_s']}"} | params["additional_parameters"]
+    if options["requeue"] is False:  # submitit writes --requeue=False, which sbatch does not know
+        del options["requeue"]
+        options["no-requeue"] = True
     asked = {name: value for name, value in params.items() if name not in NOT_FOR_SBATCH and value is not None}
     asked |= {
         "timeout_min": params["timeout_min"],  # also when None: submitit would make five minutes of a missing one
         "tasks_per_node": params["tasks_per_node"] or params["gpus_per_node"] or 1,
-        "setup": [BATCH.read_text(), *(params["setup"] or []), *exports],
+        "setup": [BATCH.read_text(), f"signal_delay={signal_delay(params)}", *setup, *exports],
         "use_srun": False,
         "stderr_to_stdout": True,
         "wckey": None,
-        "additional_parameters": {"requeue": True, "signal": f"B:USR1@{params['signal_delay_s']}"}
-        | params["additional_parameters"],
+        "additional_parameters": options,
     }
-    executor = Executor(folder=params["submitit_folder"])
+    folder = str(params["submitit_folder"])
+    if "%" in folder or "\\" in folder:
+        raise UserError(
+            f"{folder}: sbatch takes % and \\ in the names of its files for its own signs; give logging.run_name and "
+            "logging.save_dir others, or set hydra.launcher.submitit_folder"
+        )
+    executor = Executor(folder=folder)
     executor.update_parameters(**executor._convert_parameters(asked))
     if points > 1:
         executor.parameters["map_count"] = points
     return executor
+
+
+def signal_delay(params: dict[str, Any]) -> int:
+    """Seconds before the time limit at which SLURM signals the job.
+
+    UserError where the limit is known to be no longer: the job would be told to stop as soon as it starts, and be
+    requeued for ever. Where the partition sets the limit, the batch step compares.
+    """
+    delay = int(params["signal_delay_s"])
+    signal = str(params["additional_parameters"].get("signal", ""))
+    if signal.rpartition("@")[2].isdigit():  # B:USR1@300
+        delay = int(signal.rpartition("@")[2])
+    minutes = params["timeout_min"]
+    if minutes is not None and delay >= 60 * minutes:
+        raise UserError(
+            f"hydra.launcher.signal_delay_s={delay} is not below hydra.launcher.timeout_min={minutes}: the run would "
+            "be told to stop as soon as it starts; give it more time or a shorter delay"
+        )
+    return delay

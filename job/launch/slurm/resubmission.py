@@ -18,11 +18,12 @@ def resubmit(run: RunDirectory, queued: Mapping[str, str], dry_run: bool) -> str
 
     `queued` has the states of the jobs in the queue. UserError when the run has one there, or has no script to submit.
     """
-    if run.job in queued:
+    if queued.get(run.job, scheduler.COMPLETING) != scheduler.COMPLETING:  # one that ends is waited for by the next
         raise UserError(f"{run.path} has job {run.job} in the queue ({queued[run.job]}): nothing to resume")
     if not run.submission:
         raise UserError(f"{run.path} was started by sbatch slurm/train.sbatch: give that command again and it goes on")
-    command, index = run.submission["again"], run.submission["index"]
+    # The command has left out the variables of the job in which it was made, not those of the one we are in now.
+    command, index = [*scheduler.without_variables(), *run.submission["again"]], run.submission["index"]
     if not Path(command[-1]).exists():
         raise UserError(f"{command[-1]} is gone: submit the run again with the same command and it goes on")
     if dry_run:

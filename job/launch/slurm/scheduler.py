@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from job.errors import JobError, UserError
 
@@ -20,6 +22,17 @@ OVER = {
     "DEADLINE",
     "PREEMPTED",
 }
+
+COMPLETING = "COMPLETING"  # state of a job that is over but for its last processes
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in the queue."""
+
+    state: str  # PENDING, RUNNING, ...
+    reason: str = ""  # why it waits, in SLURM's words
+    start: str = ""  # when SLURM expects to start it, where it says so
 
 
 def available() -> bool:
@@ -40,10 +53,28 @@ def output(*command: str) -> str:
         raise JobError(f"{command[0]}: no answer from the SLURM controller for {error.timeout:.0f} s") from error
 
 
+def without_variables(names: Iterable[str] = ()) -> list[str]:
+    """`env -u NAME ...`, to go before sbatch: these variables, and those of a job in which this program runs.
+
+    sbatch would take them for the new job's, and its steps would ask for what that other job was given.
+    """
+    unset = [*(name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"), *names]
+    return ["env", *(part for name in unset for part in ("-u", name))]
+
+
+def queue() -> dict[str, QueuedJob]:
+    """Every one of the user's jobs that has not ended, by id (`12`, or `12_3` of an array)."""
+    jobs = {}
+    for line in output("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%S|%r").splitlines():
+        job, state, start, reason = line.split("|", 3)
+        waits = state == "PENDING"
+        jobs[job] = QueuedJob(state, reason if waits else "", start if waits and start != "N/A" else "")
+    return jobs
+
+
 def queued() -> dict[str, str]:
-    """State of every one of the user's jobs that has not ended, by id (`12`, or `12_3` of an array)."""
-    lines = output("squeue", "--me", "--noheader", "--array", "--format=%i|%T").split()
-    return dict(line.split("|") for line in lines)
+    """The states of these jobs."""
+    return {job: entry.state for job, entry in queue().items()}
 
 
 def ended(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -84,7 +84,7 @@ def test_a_sweep_is_an_array_named_after_what_varies(script: Script, tmp_path: P
 def test_scripts_are_valid_bash(script: Script, tmp_path: Path) -> None:
     text = script("loss.cycle_text_weight=0.05,0.1", "hydra.launcher.setup=['module load cuda']")
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
-    assert text.index("trap ") < text.index("module load cuda") < text.index("case ")
+    assert text.index("trap ") < text.index("module load cuda") < text.index("\ncase ")
 
 
 def test_pyxis(script: Script, tmp_path: Path) -> None:
@@ -127,6 +127,12 @@ def test_apptainer(script: Script, tmp_path: Path) -> None:
         (["training.num_train_steps=-1,5"], 1, "training.num_train_steps=-1"),
         (["training.seed=1,1"], 1, "two points"),
         (["hydra/launcher=slurm_pyxis"], 1, "hydra.launcher.container.image"),
+        (["hydra.launcher.container.image=x.sif"], 1, "add hydra/launcher=slurm_pyxis"),
+        (["hydra.launcher.timeout_min=3"], 1, "signal_delay_s=180 is not below"),
+        (["hydra.launcher.timeout_min=5", "+hydra.launcher.additional_parameters.signal=B:USR1@300"], 1, "300"),
+        (["logging.run_name=a%j"], 1, "a%j/.submitit: sbatch takes %"),
+        ([r"logging.run_name='a\\b'"], 1, "sbatch takes %"),
+        (["hydra/launcher=submitit_slurm"], 1, "use hydra/launcher=slurm"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_queued(
@@ -135,6 +141,13 @@ def test_mistakes_are_told_before_anything_is_queued(
     told = script(*arguments, code=code)
     assert words in told
     assert "Traceback" not in told
+
+
+def test_no_requeue(script: Script) -> None:
+    """submitit would write --requeue=False."""
+    text = script("+hydra.launcher.additional_parameters.requeue=false")
+    assert "#SBATCH --no-requeue\n" in text
+    assert "--requeue" not in text.replace("--no-requeue", "")
 
 
 def test_what_a_job_is_submitted_from_does_not_shape_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

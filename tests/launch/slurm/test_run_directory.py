@@ -7,13 +7,17 @@ import os
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from job import slurm
-from job.config import Config
-from job.errors import JobError
+from job.config import Config, to_dict
+from job.errors import JobError, UserError
+from job.launch import waiting
 from job.launch.points import Point
+from job.launch.run_status import show
 from job.launch.slurm import scheduler, sweep
-from job.launch.slurm.run_directory import RunDirectory, find_runs
+from job.launch.slurm.run_directory import RunDirectory, by_number, find_runs, statuses
+from job.launch.slurm.scheduler import QueuedJob
 from job.launch.waiting import Outcome
 
 LOG = """\
@@ -92,12 +96,13 @@ def test_status_from_the_run_directory_alone(
         "loss": 4.5,
         "seconds_left": 120,
         "restarts": 1,
-        "reason": "exit code 1",
+        "reason": f"exit code 1; {run.first_failure('7')}",
     }
+    queued = {"7": QueuedJob("RUNNING")}
     (run.path / "slurm" / "alive").touch()
-    assert run.status({"7": "RUNNING"}).alive
+    assert run.status(queued, {}).alive
     os.utime(run.path / "slurm" / "alive", (0, 0))
-    assert not run.status({"7": "RUNNING"}).alive
+    assert not run.status(queued, {}).alive
 
 
 def test_the_outcome_without_accounting(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +152,170 @@ def test_waiting_ends_when_no_run_is_in_the_queue(tmp_path: Path, monkeypatch: p
     point = Point(tmp_path, tmp_path, "a=1", [], Config())
     assert sweep.wait({"7": point}) == [Outcome("7", "a=1", "COMPLETED", None, f"{tmp_path}/slurm/7.log")]
     assert answers == []
+
+
+def submitted(path: Path, job: str, **more: object) -> RunDirectory:
+    (path / "slurm").mkdir(parents=True)
+    note = {"job": job, "again": ["sbatch", "script"], "index": None, "time": 1} | more
+    (path / "slurm" / "submission.json").write_text(json.dumps(note))
+    return RunDirectory(path)
+
+
+def test_why_a_job_waits(tmp_path: Path) -> None:
+    run = submitted(tmp_path / "r", "8")
+    queued = {"8": QueuedJob("PENDING", "Resources", "2026-01-01T10:00:00")}
+    (row,) = statuses([run], queued)
+    assert (row.state, row.reason) == ("PENDING", "Resources, expected to start 2026-01-01T10:00:00")
+
+
+def test_a_job_that_died_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accounting knows how, and the job's own output may tell why."""
+    runs = [submitted(tmp_path / name, name, folder=str(tmp_path)) for name in ("8", "9", "10")]
+    (tmp_path / "9_0_log.out").write_text("module: command not found\n")
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"8": ("CANCELLED", "0:0"), "9": ("FAILED", "3:0")})
+    cancelled, failed, unknown = statuses(runs, {})
+    assert (cancelled.state, cancelled.reason) == ("CANCELLED", "exit code 0:0")
+    assert failed.state == "FAILED"
+    assert failed.reason is not None
+    assert failed.reason.startswith("exit code 3:0; no failure was recorded; the last lines of the log:")
+    assert failed.reason.endswith("module: command not found")
+    assert failed.log == str(tmp_path / "9_0_log.out")
+    assert unknown.state == "ENDED"
+    assert [row.state for row in statuses(runs, None)] == ["SUBMITTED"] * 3, "SLURM does not answer"
+
+
+@pytest.mark.parametrize("name", ["slurm/submission.json", "config.yaml", "training_log.jsonl", "slurm/events.jsonl"])
+def test_a_damaged_file_is_named_and_spoils_no_other_run(run: RunDirectory, name: str) -> None:
+    other = submitted(run.path.with_name("a=2"), "8")
+    (run.path / name).write_bytes(b"\xff{")
+    damaged, whole = statuses([RunDirectory(run.path), other], None)
+    assert damaged.state == "DAMAGED"
+    assert f"{run.path / name} cannot be read" in str(damaged.reason)
+    assert whole.state == "SUBMITTED"
+
+
+def test_a_refused_job_is_not_the_runs(run: RunDirectory) -> None:
+    with (run.path / "slurm" / "events.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"time": 4, "job": "9", "event": "refused", "reason": "", "exit_code": 1}) + "\n")
+    (run.path / "slurm" / "submission.json").write_text(json.dumps({"job": "9", "time": 3}))
+    assert run.job == "7"
+
+
+def test_numbers_are_sorted_as_numbers() -> None:
+    names = ["seed=10", "seed=2", "lr=0.5", "seed=2,x=1"]
+    assert sorted(map(Path, names), key=by_number) == list(map(Path, ["lr=0.5", "seed=2", "seed=2,x=1", "seed=10"]))
+
+
+def test_a_sweep_is_given_by_its_directory(run: RunDirectory, tmp_path: Path) -> None:
+    other = submitted(run.path.with_name("a=10"), "8")
+    third = submitted(run.path.with_name("a=2"), "9")
+    assert RunDirectory.chosen([run.path.parent]) == [run, third, other]
+
+
+@pytest.mark.parametrize("name", ["999999", "12_3", "{run}"])
+def test_what_is_not_in_the_queue_is_not_cancelled(
+    name: str, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scheduler, "queued", lambda: {"12_4": "RUNNING"})
+    monkeypatch.setattr(scheduler, "output", lambda *command: pytest.fail(f"{command}"))
+    assert slurm.main(["cancel", name.format(run=run.path)]) == 1
+    assert "nothing to cancel" in capsys.readouterr().err
+
+
+def test_what_is_cancelled(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run, a task of an array, an array; of a sweep what is left."""
+    commands: list[tuple[str, ...]] = []
+    submitted(run.path.with_name("a=2"), "9")
+    monkeypatch.setattr(scheduler, "queued", lambda: {"12_3": "RUNNING", "12_4": "PENDING", "7": "RUNNING"})
+    monkeypatch.setattr(scheduler, "output", lambda *command: commands.append(command))
+    assert slurm.main(["cancel", str(run.path), "12_3", "12", str(run.path.parent)]) == 0
+    assert commands == [("scancel", job) for job in ("7", "12_3", "12", "7")]
+
+
+def test_what_a_sweep_still_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished points and those in the queue are left out and named; a finished one that was changed is not."""
+    monkeypatch.setattr(scheduler, "queued", lambda: {"1": "PENDING", "2": "COMPLETING"})
+    points = [Point(tmp_path / name, tmp_path, name, [], Config()) for name in ("queued", "ends", "done", "changed")]
+    for job, point in enumerate(points, 1):
+        submitted(point.run_dir, str(job))
+    for point in points[2:]:
+        (point.run_dir / "checkpoints" / f"step_{point.config.training.num_train_steps:08}").mkdir(parents=True)
+        (point.run_dir / "result.json").touch()
+        (point.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(point.config)))
+    (points[3].run_dir / "config.yaml").write_text("training: {num_train_steps: 1}\n")
+    assert sweep.busy(points) == {"1": points[0]}
+    assert [sweep.is_finished(point) for point in points] == [False, False, True, False]
+    assert capsys.readouterr().out.splitlines() == [
+        "job 1: queued  (in the queue already: PENDING)",
+        f"finished already: done  ({tmp_path}/done)",
+    ]
+    with pytest.raises(UserError, match="is being trained by job 1"):
+        sweep.busy(points[:1])
+
+
+def test_what_is_resumed_of_a_sweep(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a finished point nor one that is in the queue."""
+    script = str(run.path / "script")
+    Path(script).touch()
+    others = [submitted(run.path.with_name(f"a={job}"), str(job), again=["sbatch", script]) for job in (8, 9, 10)]
+    (others[0].path / "slurm" / "events.jsonl").write_text('{"time": 2, "job": "8", "event": "finished"}\n')
+    monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING"})
+    assert slurm.main(["resume", "--dry-run", "--json", str(run.path.parent)]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == [str(others[2].path)]
+    monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING", "10": "RUNNING"})
+    assert slurm.main(["resume", "--dry-run", str(run.path.parent)]) == 1
+    assert "every run is finished or has a job in the queue" in capsys.readouterr().err
+
+
+def test_results_and_node_hours(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes for an hour, four for half of one; the third start was killed with its node."""
+    starts = [("started", 0, 2), ("requeued", 3600, 2), ("started", 7200, 4), ("failed", 9000, 4), ("started", 9999, 2)]
+    lines = [
+        json.dumps({"time": time, "job": "7", "restarts": 0, "event": event, "reason": "", "node_count": nodes})
+        for event, time, nodes in starts
+    ]
+    (run.path / "slurm" / "events.jsonl").write_text("\n".join(lines) + "\n")
+    (run.path / "evaluation.jsonl").write_text('{"step": 20, "l2t/latent_gain": 1.25, "samples": 4}\n')
+    status = run.status(None, {})
+    assert status.results == {"l2t/latent_gain": 1.25, "samples": 4}
+    assert status.node_hours == 4
+    show([status, submitted(run.path.with_name("a=2"), "8").status(None, {})], as_json=False)
+    header, first, *_, second = capsys.readouterr().out.splitlines()
+    assert header.split()[-2:] == ["l2t/latent_gain", "run"]
+    assert (first.split()[-2], second.split()[-2]) == ("1.250", "-")
+
+
+def test_waiting_for_runs_that_were_submitted_before(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = submitted(run.path.with_name("a=2"), "8")
+    monkeypatch.setattr(scheduler, "queued", dict)
+    monkeypatch.setattr(scheduler, "ended", lambda _jobs: {"8": ("COMPLETED", "0:0")})
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(waiting, "ended", [])
+    assert slurm.main(["wait", str(run.path.parent)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == "job 7: FAILED (exit code 1)  (a=1)"
+    assert printed.out.splitlines()[-1] == f"job 8: COMPLETED  ({other.path.name})"
+    assert "1 of 2 runs did not finish" in printed.err
+
+
+def test_a_list_that_is_shown_again_and_again(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "available", lambda: False)
+    monkeypatch.setattr("time.sleep", sleep)
+    assert slurm.main(["status", str(run.path), "--watch", "2"]) == 130
+    assert (waits, capsys.readouterr().out.count("FAILED")) == ([2, 2], 2)
