@@ -8,6 +8,7 @@ from __future__ import annotations
 from job.key_help import answer_help
 from job.output import open_standard_descriptors
 from job.runtime.launcher_variables import status_lines, use_huge_pages
+from job.runtime.processors import share_machine, use_own_processors
 from job.runtime.stop import StopSignals
 
 signals = StopSignals()
@@ -15,7 +16,8 @@ if __name__ == "__main__":
     open_standard_descriptors()  # before anything opens a file or a socket
     answer_help()  # at once: torch takes seconds to load
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
-    use_huge_pages()  # before torch is imported: it reads the variable once
+    use_huge_pages()  # before torch is imported: it reads the variables once
+    use_own_processors()
 
 import os
 import sys
@@ -67,7 +69,16 @@ from job.runtime.precision import autocast, compute_dtype
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.watchdog import Watchdog
 from job.trained import RECORD_KEY
-from job.training_run import TrainingRun, describe_nonfinite, for_evaluation, new_learner, new_loader, restore
+from job.training_run import (
+    METRICS_KEY,
+    OVER_RANKS,
+    TrainingRun,
+    describe_nonfinite,
+    for_evaluation,
+    new_learner,
+    new_loader,
+    restore,
+)
 
 # How long a step may take that runs the blocks compiled for the first time in this process. Compiling took 301 s for a
 # small model on a busy machine, while the watchdog's default is 300 s: it ended a run that was well, and would have
@@ -94,6 +105,7 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     # Another rank may compile that much longer; in all other steps the watchdogs keep to their own timeout.
     patience = max(timeout, COMPILE_SECONDS) if config.training.compile_model else timeout
     process = distributed.start(config.training.device, patience)  # type: ignore[arg-type]
+    share_machine(distributed.gather)
     # Flushed: who waits for a run wants to know for what.
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
@@ -162,7 +174,7 @@ def train_watched(
 def train_to_end(run: TrainingRun, checkpoint: Checkpoint | None, say: Callable[[str], None]) -> ExitCode:
     """From the checkpoint, or from the beginning, to the last step or a stop."""
     total = run.config.training.num_train_steps
-    start = restore(run, checkpoint) if checkpoint is not None else 0
+    start = restore(run, checkpoint, say) if checkpoint is not None else 0
     run.checkpointer.prepare(run.learner.tensors())
     parameters = sum(p.numel() for p in run.learner.objective.parameters()) / 1e6
     say(
@@ -268,7 +280,7 @@ def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
                     loss, metrics, base = learner.module(on_device, step, stage, base)
                 with learner.parts("backward"):
                     (loss / len(micro_batches)).backward()
-        learner.accumulator.add(metrics)
+        learner.accumulator.add(metrics, len(on_device["row_lengths"]))
     with learner.parts("optimizer"):
         grad_norm = learner.optimizer.step(step)
     learner.accumulator.end_step(step, grad_norm)
@@ -319,9 +331,9 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
     run.watchdog.beat(done, "saving")
     sampler = run.loader.sampler
     kept = record(done, run.config, run.loader.dataset.fingerprint, sampler.global_batch_size)
-    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description)}
+    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
     with run.reporter.phases("checkpoint"):
-        run.checkpointer.save(done, run.learner.tensors(), kept, blocking=blocking)
+        run.checkpointer.save(done, run.learner.tensors_to_save(), kept, blocking=blocking)
 
 
 # Evaluating.

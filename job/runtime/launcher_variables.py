@@ -1,7 +1,8 @@
 """The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
 
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
-Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES. Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
+Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_THREADS. Users: CC, CXX (compilers),
+THP_MEM_ALLOC_ENABLE, OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -100,6 +101,38 @@ def failures_file(environ: Mapping[str, str]) -> Path | None:
 def named_compiler(environ: Mapping[str, str], variable: str) -> str | None:
     """The compiler that CC or CXX names, as torch.compile reads it."""
     return environ.get(variable)
+
+
+def ranks_of_node(environ: Mapping[str, str]) -> int:
+    """How many of the run's processes torchrun has started on this node."""
+    return int(environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def processors_of_slurm_task(environ: Mapping[str, str]) -> int | None:
+    """Processors that SLURM gives to a task of this job step; None outside one, and under torchrun."""
+    if "SLURM_PROCID" not in environ or "LOCAL_WORLD_SIZE" in environ:
+        return None
+    if "SLURM_CPUS_PER_TASK" in environ:
+        return int(environ["SLURM_CPUS_PER_TASK"])
+    # Tasks of every node, `2(x3),1`: three nodes of two and one of one. SLURM_NODEID counts them.
+    tasks = [
+        int(number)
+        for number, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        for _ in range(int(nodes or 1))
+    ]
+    here = tasks[min(int(environ.get("SLURM_NODEID", 0)), len(tasks) - 1)]
+    return max(1, int(environ.get("SLURM_CPUS_ON_NODE", here)) // here)
+
+
+def choose_threads(threads: int) -> None:
+    """Let PyTorch compute with so many threads, unless a number was chosen already; before torch is imported."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ.update(OMP_NUM_THREADS=str(threads), CYCLEVAE_THREADS="ours")
+
+
+def threads_are_ours(environ: Mapping[str, str]) -> bool:
+    """Whether `choose_threads` has set OMP_NUM_THREADS, and not the user."""
+    return environ.get("CYCLEVAE_THREADS") == "ours"
 
 
 def use_huge_pages() -> None:
