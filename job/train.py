@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from job.key_help import answer_help
+from job.launch.from_train import launch_if_asked
 from job.output import open_standard_descriptors
 from job.runtime.launcher_variables import status_lines, use_huge_pages
 from job.runtime.processors import share_machine, use_own_processors
@@ -15,6 +16,7 @@ signals = StopSignals()
 if __name__ == "__main__":
     open_standard_descriptors()  # before anything opens a file or a socket
     answer_help()  # at once: torch takes seconds to load
+    launch_if_asked()
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
     use_huge_pages()  # before torch is imported: it reads the variables once
     use_own_processors()
@@ -34,6 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from job import checkpoint_names
+from job.batch_sizes import batch_sizes
 from job.command import explain, guarded, refuse_unknown_keys
 from job.config import Config, config_dir
 from job.config_checks import validate
@@ -44,7 +47,6 @@ from job.data.loader import (
     evaluation_batches,
     open_datasets,
 )
-from job.data.sampler import batch_sizes
 from job.errors import ExitCode, JobError, UsageError, UserError
 from job.files import storage_problem, write_json
 from job.monitoring.curves import write_curves

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from job.batch_sizes import batch_sizes
 from job.config import Config
 from job.data.description import ModelDescription
 from job.data.loader import BatchFormat, BatchSplit, Loader
-from job.data.sampler import Sampler, batch_sizes
+from job.data.sampler import Sampler
 from job.data.shards import Dataset
 from job.files import json_lines
 from job.model.weights import apply_weights

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,3 +52,17 @@ def test_options_first() -> None:
     mixed = ["a=1", "--config-name", "demo", "b=2", "--config-dir", "mine", "--cfg", "job"]
     assert options_first(mixed) == (["--config-name=demo", "--config-dir=mine"], ["a=1", "b=2", "--cfg", "job"])
     assert options_first([]) == ([], [])
+
+
+def test_launching_needs_no_torch(tmp_path: Path) -> None:
+    """Neither by `submit` nor by job.train, which trains with it: sweeps are sent from machines that have none."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch here')")
+    sweep = ["--multirun", "hydra/launcher=trainjob", "hydra.launcher.dry_run=true", "hydra.launcher.kind=trainjob"]
+    command = [sys.executable, "-m", "job.train", *sweep, "data=synthetic", "training.seed=1,2"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kind: TrainJob\n") == 2
+    wrong = subprocess.run([*command, "training.seeds=1"], env=environment, capture_output=True, text=True, timeout=100)
+    assert (wrong.returncode, "did you mean training.seed" in wrong.stderr) == (2, True), wrong.stderr
+    assert "Traceback" not in wrong.stderr
