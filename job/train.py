@@ -8,7 +8,7 @@ from __future__ import annotations
 from job.key_help import answer_help
 from job.launch.from_train import launch_if_asked
 from job.output import open_standard_descriptors
-from job.runtime.launcher_variables import status_lines, use_huge_pages
+from job.runtime.launcher_variables import status_lines, trainer_server, use_huge_pages
 from job.runtime.processors import share_machine, use_own_processors
 from job.runtime.stop import StopSignals
 
@@ -56,6 +56,7 @@ from job.monitoring.flops import Work
 from job.monitoring.phases import Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
+from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
@@ -204,7 +205,14 @@ def loop(run: TrainingRun, start: int) -> str | None:
     total = c.training.num_train_steps
     learner, reporter = run.learner, run.reporter
     reporter.begin(start, run.evaluated)
-    progress = Progress(total, start, show=run.process.is_main, status_lines=status_lines(os.environ))
+    trainer = trainer_server(os.environ)
+    progress = Progress(
+        total,
+        start,
+        show=run.process.is_main,
+        status_lines=status_lines(os.environ),
+        trainer=TrainerServer(*trainer) if trainer else None,
+    )
     batches = run.loader.steps(start, total)
     nonfinite_in_a_row = DelayedRead()
     logged, last_save = start, time.monotonic()

@@ -1,6 +1,7 @@
 """The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
 
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
+Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
 Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_THREADS. Users: CC, CXX (compilers),
 THP_MEM_ALLOC_ENABLE, OMP_NUM_THREADS.
 """
@@ -90,6 +91,15 @@ def started_by_torchrun(environ: Mapping[str, str]) -> bool:
 def status_lines(environ: Mapping[str, str]) -> bool:
     """Whether rank 0 prints its progress as JSON lines too, for a launcher that reads it (CYCLEVAE_STATUS_LINES=1)."""
     return environ.get("CYCLEVAE_STATUS_LINES") == "1"
+
+
+def trainer_server(environ: Mapping[str, str]) -> tuple[str, Path, Path | None] | None:
+    """Where Kubeflow Trainer takes a run's progress, the file of the pod's token, and that of the certificate."""
+    url, token = environ.get("KUBEFLOW_TRAINER_SERVER_URL"), environ.get("KUBEFLOW_TRAINER_SERVER_TOKEN")
+    if not url or not token:
+        return None
+    certificate = environ.get("KUBEFLOW_TRAINER_SERVER_CA_CERT")
+    return url, Path(token), Path(certificate) if certificate else None
 
 
 def failures_file(environ: Mapping[str, str]) -> Path | None:
