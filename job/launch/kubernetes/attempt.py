@@ -135,7 +135,7 @@ def how_it_ended(attempt: Attempt) -> str | None:
     if note is None:
         return None
     if note["ended"]:
-        return note["cause"]  # type: ignore[no-any-return]
+        return str(note["cause"]) if note["cause"] is not None else None
     limit = MemoryGroup.of_this_container().limit_in_words()
     return (
         f"its container was killed as a whole{last_step(attempt.run_dir)}, as happens when its node is lost or its "
