@@ -3,7 +3,7 @@
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
 Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
 Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_THREADS. Users: CC, CXX (compilers),
-THP_MEM_ALLOC_ENABLE, OMP_NUM_THREADS.
+THP_MEM_ALLOC_ENABLE, OMP_NUM_THREADS, TORCH_CPP_LOG_LEVEL.
 """
 
 from __future__ import annotations
@@ -162,6 +162,15 @@ def let_hydra_raise() -> None:
 def share_address(here: Placement) -> None:
     """Tell PyTorch's env:// rendezvous where the ranks meet; srun does not set its variables."""
     os.environ.update(MASTER_ADDR=str(here.address), MASTER_PORT=str(here.port))
+
+
+def quiet_cpp_warnings() -> None:
+    """Let PyTorch's C++ code say errors only, in this process and its workers. Call it before torch is imported.
+
+    When the store's node goes, each process that asks it anything prints a warning with thirty lines of C++ stack,
+    after which nobody finds the line that says which rank was lost. A user's own TORCH_CPP_LOG_LEVEL stands.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def keep_signals_from_torchrun() -> None:

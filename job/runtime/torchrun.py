@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from job.runtime.launcher_variables import choose_threads, keep_signals_from_torchrun
+from job.runtime.launcher_variables import choose_threads, keep_signals_from_torchrun, quiet_cpp_warnings
 from job.runtime.processors import own_threads
 from job.runtime.stop import on_signals
 
@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run torchrun; returns the exit code."""
     on_signals(_pass_on)  # before the imports below, which take seconds
     keep_signals_from_torchrun()
+    quiet_cpp_warnings()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import determine_local_world_size, parse_args, run
