@@ -215,6 +215,8 @@ def cause_of(attempt: Attempt, code: int, memory: MemoryGroup, kills_before: int
     """Why this pod ended with `code`: what the container's limits did, else what the ranks recorded."""
     if code in (ExitCode.FINISHED, ExitCode.STOPPED):
         return None
+    if code in (ExitCode.FAILED, ExitCode.USAGE):  # a rank has said why
+        return first_cause(read_failures(attempt.failures))
     found = diagnosis(memory, kills_before, attempt.run_dir)
     if found is None:
         return first_cause(read_failures(attempt.failures))
