@@ -244,7 +244,7 @@ VERBS: list[tuple[str, str, list[str]]] = [
     ("pytorchjobs", "list", ["list"]),
     ("pytorchjobs", "get", ["status", "run"]),
     ("pytorchjobs", "patch", ["resume", "run"]),
-    ("pods", "list", ["status", "run"]),
+    ("pods", "list", ["logs", "run"]),  # `status` and `list` show it as the row's reason
     ("pods/log", "get", ["logs", "run"]),
 ]
 
