@@ -22,7 +22,7 @@ def submit(arguments: list[str], options: argparse.Namespace) -> None:
 
     given = {"namespace": options.namespace, "context": options.context}
     where = [f"hydra.launcher.{name}={value}" for name, value in given.items() if value]
-    submit_sweep("pytorchjob", [*where, *arguments], options.dry_run, options.json)
+    submit_sweep("kubernetes", [*where, *arguments], options.dry_run, options.json)
 
 
 def list_runs(options: argparse.Namespace) -> None:
@@ -46,38 +46,63 @@ def logs(options: argparse.Namespace) -> None:
     from job.launch.kubernetes import logs
 
     cluster = connect(options)
-    cluster.get(options.job)
+    job = cluster.get(options.job)
     if options.follow:
-        logs.follow(cluster, options.job, options.lines)
-    elif not cluster.pods(options.job):
+        logs.follow(cluster, job, options.lines)
+    elif not cluster.pods(job):
         raise UserError(f"job {options.job} has no pods: cyclevae k8s status {options.job}")
     else:
-        logs.show(cluster, options.job, options.lines)
+        logs.show(cluster, job, options.lines)
+
+
+def wait(options: argparse.Namespace) -> None:
+    """Wait until jobs are over; exit code 1 when one failed."""
+    from job.launch.kubernetes.kinds import annotation, kind_of
+    from job.launch.kubernetes.names import OVERRIDES_ANNOTATION
+    from job.launch.kubernetes.sweep import wait as until_over
+    from job.launch.waiting import summarize
+
+    cluster = connect(options)
+    jobs = chosen(cluster, options.jobs)
+    outcomes = []
+    for kind in {kind_of(job) for job in jobs}:
+        points = {
+            job["metadata"]["name"]: annotation(job, OVERRIDES_ANNOTATION) or job["metadata"]["name"]
+            for job in jobs
+            if kind_of(job) == kind
+        }
+        outcomes += until_over(cluster, kind, points)
+    summarize(outcomes)
 
 
 def cancel(options: argparse.Namespace) -> None:
     """End jobs; they save first and can be resumed."""
-    from job.launch.kubernetes.names import QUEUE_LABEL
-    from job.launch.kubernetes.status import OVER, state
+    from job.launch.kubernetes.kinds import OVER, is_queued, state
+    from job.launch.kubernetes.names import CANCELLED_ANNOTATION
+    from job.launch.kubernetes.status import progress_to_note, run_status
 
     cluster = connect(options)
     for job in chosen(cluster, options.jobs):
         name, now = job["metadata"]["name"], state(job)
         if now in OVER:
             print(f"job {name} is over already: {now}")
-        elif QUEUE_LABEL in job["metadata"]["labels"]:  # Kueue would start a suspended job again
-            cluster.delete(name)
-            print(f"deleted job {name}; submit it again with the same command and it goes on")
-        else:
-            cluster.suspend(name, True)
-            print(f"cancelled job {name}")
+            continue
+        noted = {CANCELLED_ANNOTATION: progress_to_note(run_status(cluster, job))}
+        if not is_queued(job):
+            cluster.suspend(job, True, noted)
+        else:  # Kueue would start a suspended job again, unless its Workload is not active
+            cluster.annotate(job, noted)
+            workload = cluster.workload(job)
+            if workload is not None:
+                cluster.activate(workload, False)
+        print(f"cancelled job {name}")
 
 
 def resume(options: argparse.Namespace) -> None:
     """Start cancelled and failed jobs again; they go on from their last checkpoint."""
+    from job.launch.kubernetes.kinds import annotation, state
     from job.launch.kubernetes.manifests import to_yaml
     from job.launch.kubernetes.names import RUN_ANNOTATION
-    from job.launch.kubernetes.status import state
 
     cluster = connect(options)
     resumed: dict[str, str] = {}
@@ -88,11 +113,11 @@ def resume(options: argparse.Namespace) -> None:
         if options.dry_run:
             print(to_yaml([fresh(job)]), end="")
         elif now == "SUSPENDED":
-            cluster.suspend(name, False)
+            wake(cluster, job)
         else:
-            cluster.delete(name)
+            cluster.delete(job)
             cluster.create(fresh(job))
-        resumed[name] = job["metadata"].get("annotations", {}).get(RUN_ANNOTATION, name)
+        resumed[name] = annotation(job, RUN_ANNOTATION) or name
     if options.dry_run:
         return
     if options.json:
@@ -101,14 +126,32 @@ def resume(options: argparse.Namespace) -> None:
         print("\n".join(f"job {name}: {run}" for name, run in resumed.items()))
 
 
+def wake(cluster: Any, job: dict[str, Any]) -> None:
+    """Let a cancelled job go on, as soon as Kueue has room for it where it is in a queue."""
+    from job.launch.kubernetes.kinds import is_queued
+    from job.launch.kubernetes.names import CANCELLED_ANNOTATION
+
+    forgotten = {CANCELLED_ANNOTATION: None}
+    if not is_queued(job):
+        cluster.suspend(job, False, forgotten)
+        return
+    workload = cluster.workload(job)
+    if workload is not None:
+        cluster.activate(workload, True)
+    cluster.annotate(job, forgotten)
+
+
 def fresh(job: dict[str, Any]) -> dict[str, Any]:
     """A job as it was sent, without what the server and the operator have added."""
-    sent = ("name", "labels", "annotations")
+    from job.launch.kubernetes.names import CANCELLED_ANNOTATION
+
+    metadata = {key: dict(job["metadata"][key]) for key in ("labels", "annotations") if key in job["metadata"]}
+    metadata.get("annotations", {}).pop(CANCELLED_ANNOTATION, None)
     return {
         "apiVersion": job["apiVersion"],
         "kind": job["kind"],
         "spec": job["spec"],
-        "metadata": {key: job["metadata"][key] for key in sent if key in job["metadata"]},
+        "metadata": {"name": job["metadata"]["name"], **metadata},
     }
 
 
@@ -153,7 +196,11 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("job", metavar="JOB")
     add_log_options(output, "go on as lines are added, through restarts", "of every pod (default: 50)")
 
-    several += [add_verb(verbs, "cancel", cancel, parents), add_verb(verbs, "resume", resume, parents)]
+    several += [
+        add_verb(verbs, "wait", wait, parents),
+        add_verb(verbs, "cancel", cancel, parents),
+        add_verb(verbs, "resume", resume, parents),
+    ]
     for verb in several:
         verb.add_argument("jobs", nargs="+", metavar="JOB", help="a job or a sweep")
     add_outputs(verbs, dry_run="print the manifests only")

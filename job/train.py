@@ -6,16 +6,26 @@
 from __future__ import annotations
 
 from job.key_help import answer_help
+from job.launch.from_train import launch_if_asked
 from job.output import open_standard_descriptors
-from job.runtime.launcher_variables import last_end, launch_time, status_lines, use_huge_pages
+from job.runtime.launcher_variables import (
+    last_end,
+    launch_time,
+    status_lines,
+    trainer_server,
+    use_huge_pages,
+)
+from job.runtime.processors import share_machine, use_own_processors
 from job.runtime.stop import StopSignals
 
 signals = StopSignals()
 if __name__ == "__main__":
     open_standard_descriptors()  # before anything opens a file or a socket
     answer_help()  # at once: torch takes seconds to load
+    launch_if_asked()
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
-    use_huge_pages()  # before torch is imported: it reads the variable once
+    use_huge_pages()  # before torch is imported: it reads the variables once
+    use_own_processors()
 
 import os
 import sys
@@ -32,6 +42,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from job import checkpoint_names
+from job.batch_sizes import batch_sizes
 from job.command import explain, guarded, refuse_unknown_keys
 from job.config import Config, config_dir
 from job.config_checks import validate
@@ -42,7 +53,6 @@ from job.data.loader import (
     evaluation_batches,
     open_datasets,
 )
-from job.data.sampler import batch_sizes
 from job.errors import ExitCode, JobError, UsageError, UserError
 from job.files import storage_problem, write_json
 from job.monitoring.curves import write_curves
@@ -53,6 +63,7 @@ from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
+from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
@@ -68,7 +79,16 @@ from job.runtime.precision import autocast, compute_dtype
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.watchdog import Watchdog
 from job.trained import RECORD_KEY, tokenizer_of
-from job.training_run import TrainingRun, describe_nonfinite, for_evaluation, new_learner, new_loader, restore
+from job.training_run import (
+    METRICS_KEY,
+    OVER_RANKS,
+    TrainingRun,
+    describe_nonfinite,
+    for_evaluation,
+    new_learner,
+    new_loader,
+    restore,
+)
 
 # How long a step may take that runs the blocks compiled for the first time in this process. Compiling took 301 s for a
 # small model on a busy machine, while the watchdog's default is 300 s: it ended a run that was well, and would have
@@ -95,6 +115,7 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     # Another rank may compile that much longer; in all other steps the watchdogs keep to their own timeout.
     patience = max(timeout, COMPILE_SECONDS) if config.training.compile_model else timeout
     process = distributed.start(config.training.device, patience)  # type: ignore[arg-type]
+    share_machine(distributed.gather)
     # Flushed: who waits for a run wants to know for what.
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
@@ -163,7 +184,7 @@ def train_watched(
 def train_to_end(run: TrainingRun, checkpoint: Checkpoint | None, say: Callable[[str], None]) -> ExitCode:
     """From the checkpoint, or from the beginning, to the last step or a stop."""
     total = run.config.training.num_train_steps
-    start = restore(run, checkpoint) if checkpoint is not None else 0
+    start = restore(run, checkpoint, say) if checkpoint is not None else 0
     run.checkpointer.prepare(run.learner.tensors())
     parameters = sum(p.numel() for p in run.learner.objective.parameters()) / 1e6
     say(
@@ -191,7 +212,14 @@ def loop(run: TrainingRun, start: int) -> str | None:
     total = c.training.num_train_steps
     learner, reporter = run.learner, run.reporter
     reporter.begin(start, run.evaluated)
-    progress = Progress(total, start, show=run.process.is_main, status_lines=status_lines(os.environ))
+    trainer = trainer_server(os.environ)
+    progress = Progress(
+        total,
+        start,
+        show=run.process.is_main,
+        status_lines=status_lines(os.environ),
+        trainer=TrainerServer(*trainer) if trainer else None,
+    )
     batches = run.loader.steps(start, total)
     nonfinite_in_a_row = DelayedRead()
     logged, last_save = start, time.monotonic()
@@ -269,7 +297,7 @@ def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
                     loss, metrics, base = learner.module(on_device, step, stage, base)
                 with learner.parts("backward"):
                     (loss / len(micro_batches)).backward()
-        learner.accumulator.add(metrics)
+        learner.accumulator.add(metrics, len(on_device["row_lengths"]))
     with learner.parts("optimizer"):
         grad_norm = learner.optimizer.step(step)
     learner.accumulator.end_step(step, grad_norm)
@@ -320,9 +348,9 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
     run.watchdog.beat(done, "saving")
     sampler = run.loader.sampler
     kept = record(done, run.config, run.loader.dataset.fingerprint, sampler.global_batch_size)
-    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description)}
+    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
     with run.reporter.phases("checkpoint"):
-        run.checkpointer.save(done, run.learner.tensors(), kept, blocking=blocking)
+        run.checkpointer.save(done, run.learner.tensors_to_save(), kept, blocking=blocking)
 
 
 # Evaluating.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from job.batch_sizes import batch_sizes
 from job.config import Config
 from job.data.description import ModelDescription
 from job.data.loader import BatchFormat, BatchSplit, Loader
-from job.data.sampler import Sampler, batch_sizes
+from job.data.sampler import Sampler
 from job.data.shards import Dataset
 from job.files import json_lines
 from job.model.weights import apply_weights
@@ -34,6 +35,9 @@ from job.runtime.sharding import whole
 from job.runtime.stop import ignore_in_worker
 from job.runtime.watchdog import Watchdog
 
+# In a checkpoint's record: of what its metrics are the sums. Versions without it saved those of a single rank.
+METRICS_KEY, OVER_RANKS = "metrics", "over all ranks, weighted with samples"
+
 
 @dataclass
 class Learner:
@@ -52,6 +56,10 @@ class Learner:
             "optimizer": self.optimizer.tensors(),
             "metrics": self.accumulator.tensors(),
         }
+
+    def tensors_to_save(self) -> dict[str, Any]:
+        """The same, with the metrics of all ranks in place of this one's. All ranks call it together."""
+        return self.tensors() | {"metrics": self.accumulator.over_ranks(sum_over_ranks)}
 
 
 @dataclass
@@ -99,9 +107,16 @@ def new_learner(config: Config, data: Dataset, process: Process, initial: Initia
     return Learner(objective, module, optimizer, Accumulator(process.device), Parts(process.device))
 
 
-def restore(run: TrainingRun, checkpoint: Checkpoint) -> int:
+def restore(run: TrainingRun, checkpoint: Checkpoint, say: Callable[[str], None]) -> int:
     """Go on from a checkpoint; returns the steps it has done."""
     saved = run.checkpointer.load(checkpoint, run.learner.tensors())
+    over_ranks = saved.get(METRICS_KEY) == OVER_RANKS
+    if not over_ranks and bool(run.learner.accumulator.sums.any()):
+        say(
+            f"{checkpoint.path} is of an earlier version, which kept the metrics of one rank alone: the next line of "
+            f"training_log.jsonl is a mean of the steps after step {checkpoint.step} only"
+        )
+    run.learner.accumulator.loaded(run.process.is_main, over_ranks)
     if run.process.is_main:
         # The checkpoint only says that the evaluation was made; its figures stand in the log.
         evaluations = json_lines(run.run_dir / "evaluation.jsonl")

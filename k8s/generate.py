@@ -1,4 +1,4 @@
-"""Writes the jobs of k8s/overlays from the settings below, with the manifests that the launcher sends.
+"""Writes the jobs of k8s/overlays and k8s/runtime from the settings below, as the launcher writes its own.
 
 python k8s/generate.py [ROOT]
 """
@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from job.files import write_below
-from job.launch.kubernetes.manifests import pytorch_job, to_yaml, train_job
+from job.launch.kubernetes.kinds import PYTORCH_JOB, TRAIN_JOB, Kind
+from job.launch.kubernetes.manifests import job_of, to_yaml, training_runtime
 from job.launch.kubernetes.names import METRICS_PORT
 from job.launch.kubernetes.pods import LaunchedRun
 from job.launch.kubernetes.settings import ContainerSettings, Settings
@@ -40,24 +41,37 @@ LARGE = [
 ]
 DEMO = ["--config-name", "demo", "training.global_batch_size=32", "training.train_batch_size=16"]
 
-OVERLAYS: dict[str, tuple[Settings, list[str]]] = {
-    "single-gpu": (ONE_GPU, LARGE),
-    "node8": (EIGHT_GPUS, LARGE),
-    "elastic": (ELASTIC, LARGE),
-    "cpu-demo": (CPU, DEMO),
-    "kueue": (replace(ONE_GPU, queue="cyclevae"), LARGE),
-    "trainjob": (replace(EIGHT_GPUS, nodes=2), LARGE),
+# A TrainJob has image, priority and account from its runtime; with `prepare` the data can be written.
+RUNTIME = Settings(
+    container=ContainerSettings("cyclevae"),
+    priority_class="cyclevae",
+    service_account="cyclevae",
+    prepare=EMBEDDED,
+)
+ONE_GPU_TRAIN_JOB = replace(ONE_GPU, container=ContainerSettings(), priority_class=None, service_account=None)
+TWO_NODES = replace(ONE_GPU_TRAIN_JOB, nodes=2, gpus_per_node=8, mem_gb=512, shm_gb=64)
+RANKS = 16  # of a node, whose metrics have ports in the runtime
+
+OVERLAYS: dict[str, tuple[Kind, Settings, list[str]]] = {
+    "single-gpu": (PYTORCH_JOB, ONE_GPU, LARGE),
+    "node8": (PYTORCH_JOB, EIGHT_GPUS, LARGE),
+    "elastic": (PYTORCH_JOB, ELASTIC, LARGE),
+    "cpu-demo": (PYTORCH_JOB, CPU, DEMO),
+    "kueue": (PYTORCH_JOB, replace(ONE_GPU, queue="cyclevae"), LARGE),
+    "trainjob": (TRAIN_JOB, TWO_NODES, LARGE),
+    "trainjob-kueue": (TRAIN_JOB, replace(ONE_GPU_TRAIN_JOB, queue="cyclevae"), LARGE),
 }
 
 
 def files() -> dict[str, str]:
     """Content of every generated file by its path in the repository."""
     written = {}
-    for name, (settings, arguments) in OVERLAYS.items():
+    runtime = training_runtime("cyclevae", RUNTIME, RANKS)
+    written["k8s/runtime/runtime.yaml"] = f"# {NOTE}\n{to_yaml([runtime])}"
+    for name, (kind, settings, arguments) in OVERLAYS.items():
         own = [f"logging.run_name={name}", f"monitoring.port={METRICS_PORT}"]
         run = LaunchedRun(name, f"/runs/{name}", [*arguments, *own])
-        objects = train_job(run, settings) if name == "trainjob" else [pytorch_job(run, settings)]
-        written[f"k8s/overlays/{name}/job.yaml"] = f"# {NOTE}\n{to_yaml(objects)}"
+        written[f"k8s/overlays/{name}/job.yaml"] = f"# {NOTE}\n{to_yaml([job_of(kind, run, settings)])}"
     return written
 
 

@@ -45,12 +45,20 @@ def _object(
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **content}
 
 
+JOB_LABELS = ("training_kubeflow_org_job_name", "jobset_sigs_k8s_io_jobset_name")
+
+
 def pod_monitor() -> dict[str, Any]:
     """Scrapes the ports metrics-0 ... of every pod of a run; a pod names as many as it has ranks."""
     relabelings = [
         {"targetLabel": "job", "replacement": "cyclevae"},
         {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"},
-        {"sourceLabels": ["__meta_kubernetes_pod_label_training_kubeflow_org_job_name"], "targetLabel": "job_id"},
+        # A pod is of a PyTorchJob or of a TrainJob: one of the two is empty.
+        {
+            "sourceLabels": [f"__meta_kubernetes_pod_label_{name}" for name in JOB_LABELS],
+            "separator": "",
+            "targetLabel": "job_id",
+        },
     ]
     endpoints = [
         {"port": f"metrics-{number}", "path": "/metrics", "honorLabels": True, "relabelings": relabelings}

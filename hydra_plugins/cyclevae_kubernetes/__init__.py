@@ -1,4 +1,4 @@
-"""hydra/launcher=pytorchjob: one PyTorchJob of Kubeflow's training operator per sweep point.
+"""hydra/launcher=kubernetes: one job per sweep point, a TrainJob or a PyTorchJob of Kubeflow's.
 
 What it does is in job.launch.kubernetes.sweep.
 """
@@ -19,18 +19,18 @@ from job.launch.kubernetes.settings import Settings
 
 
 @dataclass
-class PyTorchJobConf(Settings):
-    _target_: str = "hydra_plugins.cyclevae_kubernetes.PyTorchJobLauncher"
+class KubernetesConf(Settings):
+    _target_: str = "hydra_plugins.cyclevae_kubernetes.KubernetesLauncher"
     namespace: str | None = None  # null: the context's, else cyclevae
     context: str | None = None  # of the kubeconfig; null: the current one, or the pod's own cluster
     wait: bool = True  # stay until all runs have ended
     dry_run: bool = False  # print the manifests, send nothing
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="pytorchjob_schema", node=PyTorchJobConf, provider="cyclevae")
+ConfigStore.instance().store(group="hydra/launcher", name="kubernetes_schema", node=KubernetesConf, provider="cyclevae")
 
 
-class PyTorchJobLauncher(Launcher):
+class KubernetesLauncher(Launcher):
     """Every point is a job of `python -m job.train ...`, which the operator starts again when exit codes ask for it."""
 
     def __init__(self, **params: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 
-from job.config import TrainingConfig
 from job.errors import UserError
 
 ROUNDS = 8
@@ -46,19 +45,6 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
         values[walking] = (left << half) | right
         walking = walking[values[walking] >= np.uint64(size)]
     return values.astype(np.int64)
-
-
-def batch_sizes(training: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """Samples per optimizer step over all ranks, and forward passes per step. UserError when they do not divide."""
-    per_pass = training.train_batch_size * world_size
-    if training.global_batch_size is None:
-        return per_pass * training.gradient_accumulation_steps, training.gradient_accumulation_steps
-    if training.global_batch_size % per_pass:
-        raise UserError(
-            f"training.global_batch_size={training.global_batch_size} is not a multiple of training.train_batch_size="
-            f"{training.train_batch_size} x {world_size} processes; change one of them"
-        )
-    return training.global_batch_size, training.global_batch_size // per_pass
 
 
 class Sampler:

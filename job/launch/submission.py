@@ -30,8 +30,8 @@ submitted: list[SubmittedJob] = []
 
 
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
-def _never_called(_values: DictConfig) -> None:
-    """Stands in for job.train, which hydra.main needs a function for: launchers start job.train by its name."""
+def compose_and_launch(_values: DictConfig) -> None:
+    """Have Hydra read sys.argv and call the launcher; never called itself, since launchers name job.train in jobs."""
 
 
 def submit_sweep(launcher: str, arguments: Sequence[str], dry_run: bool, as_json: bool) -> None:
@@ -50,7 +50,7 @@ def submit_sweep(launcher: str, arguments: Sequence[str], dry_run: bool, as_json
     sys.argv = ["cyclevae", "--multirun", *options, *ours, *overrides]
     before = len(submitted)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        _never_called()
+        compose_and_launch()
     if as_json:
         print(json.dumps([asdict(job) for job in submitted[before:]]))
 

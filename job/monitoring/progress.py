@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from job.metric_names import LOSS_TERMS
+from job.monitoring.trainer_status import TrainerServer, TrainerStatus
 
 COLUMNS = 100  # of a line for people
 BAR_COLUMNS = 10  # of which the bar itself
@@ -56,9 +57,13 @@ class Progress:
     With `status_lines` it also prints one JSON object a log interval on stdout. Launchers read that line, never the
     one for people, whose words may change: {"cyclevae": "progress", "step": 480, "steps": 700, "loss": 6.3,
     "tokens_per_second": 1360.0, "seconds_left": 77}. `loss` is null when no step of the interval had a finite one.
+    A `trainer`, Kubeflow's, is told the same.
     """
 
-    def __init__(self, total: int, step: int, show: bool, status_lines: bool = False) -> None:
+    def __init__(
+        self, total: int, step: int, show: bool, status_lines: bool = False, trainer: TrainerServer | None = None
+    ) -> None:
+        self._trainer = TrainerStatus(trainer) if show and trainer is not None else None
         self.total, self.first, self.started = total, step, time.monotonic()
         self.show, self.status_lines = show, status_lines
         self.bar: Any = None
@@ -83,6 +88,8 @@ class Progress:
             self._print(f"{start}{fitted(values, COLUMNS - len(start) - len(end))}{end}")
         if self.status_lines:
             self._print(self._status_line(step, values, left))
+        if self._trainer is not None:
+            self._trainer.tell(step, self.total, left, values)
 
     def first_step(self, step: int, seconds: float) -> None:
         """Tell that the first step of this process is done, long before the first log interval may be.
@@ -103,6 +110,8 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self._trainer is not None:
+            self._trainer.close()
 
     def _seconds_left(self, step: int) -> float:
         """At the mean pace since this process began to step, evaluations and saves included."""

@@ -1,8 +1,10 @@
 """The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
 
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
-Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END.
-Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
+Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
+Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END,
+CYCLEVAE_THREADS.
+Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE, OMP_NUM_THREADS, TORCH_CPP_LOG_LEVEL.
 """
 
 from __future__ import annotations
@@ -100,6 +102,15 @@ def status_lines(environ: Mapping[str, str]) -> bool:
     return environ.get("CYCLEVAE_STATUS_LINES") == "1"
 
 
+def trainer_server(environ: Mapping[str, str]) -> tuple[str, Path, Path | None] | None:
+    """Where Kubeflow Trainer takes a run's progress, the file of the pod's token, and that of the certificate."""
+    url, token = environ.get("KUBEFLOW_TRAINER_SERVER_URL"), environ.get("KUBEFLOW_TRAINER_SERVER_TOKEN")
+    if not url or not token:
+        return None
+    certificate = environ.get("KUBEFLOW_TRAINER_SERVER_CA_CERT")
+    return url, Path(token), Path(certificate) if certificate else None
+
+
 def failures_file(environ: Mapping[str, str]) -> Path | None:
     """File to which every rank appends why it failed, for a launcher that reads it (CYCLEVAE_FAILURES)."""
     path = environ.get(failure_records.VARIABLE)
@@ -128,6 +139,38 @@ def named_compiler(environ: Mapping[str, str], variable: str) -> str | None:
     return environ.get(variable)
 
 
+def ranks_of_node(environ: Mapping[str, str]) -> int:
+    """How many of the run's processes torchrun has started on this node."""
+    return int(environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def processors_of_slurm_task(environ: Mapping[str, str]) -> int | None:
+    """Processors that SLURM gives to a task of this job step; None outside one, and under torchrun."""
+    if "SLURM_PROCID" not in environ or "LOCAL_WORLD_SIZE" in environ:
+        return None
+    if "SLURM_CPUS_PER_TASK" in environ:
+        return int(environ["SLURM_CPUS_PER_TASK"])
+    # Tasks of every node, `2(x3),1`: three nodes of two and one of one. SLURM_NODEID counts them.
+    tasks = [
+        int(number)
+        for number, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        for _ in range(int(nodes or 1))
+    ]
+    here = tasks[min(int(environ.get("SLURM_NODEID", 0)), len(tasks) - 1)]
+    return max(1, int(environ.get("SLURM_CPUS_ON_NODE", here)) // here)
+
+
+def choose_threads(threads: int) -> None:
+    """Let PyTorch compute with so many threads, unless a number was chosen already; before torch is imported."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ.update(OMP_NUM_THREADS=str(threads), CYCLEVAE_THREADS="ours")
+
+
+def threads_are_ours(environ: Mapping[str, str]) -> bool:
+    """Whether `choose_threads` has set OMP_NUM_THREADS, and not the user."""
+    return environ.get("CYCLEVAE_THREADS") == "ours"
+
+
 def use_huge_pages() -> None:
     """Let large tensors on a CPU lie in huge pages, which takes a tenth off a step. Call it before torch is imported.
 
@@ -145,6 +188,15 @@ def let_hydra_raise() -> None:
 def share_address(here: Placement) -> None:
     """Tell PyTorch's env:// rendezvous where the ranks meet; srun does not set its variables."""
     os.environ.update(MASTER_ADDR=str(here.address), MASTER_PORT=str(here.port))
+
+
+def quiet_cpp_warnings() -> None:
+    """Let PyTorch's C++ code say errors only, in this process and its workers. Call it before torch is imported.
+
+    When the store's node goes, each process that asks it anything prints a warning with thirty lines of C++ stack,
+    after which nobody finds the line that says which rank was lost. A user's own TORCH_CPP_LOG_LEVEL stands.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def keep_signals_from_torchrun() -> None:

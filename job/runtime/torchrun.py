@@ -9,14 +9,19 @@ the workers, which end the run by themselves, and the worker's exit code becomes
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-from job.runtime.launcher_variables import keep_signals_from_torchrun
+from job.runtime.launcher_variables import choose_threads, keep_signals_from_torchrun, quiet_cpp_warnings
+from job.runtime.processors import own_threads
 from job.runtime.stop import on_signals
 
+FROZEN_SECONDS = 2.0  # between two looks for frozen workers
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -37,6 +42,32 @@ def _pass_on(number: int) -> None:
             continue
 
 
+def is_frozen(pid: int) -> bool:
+    """Whether a process was told to end and cannot: it is stopped (SIGSTOP), with SIGTERM waiting for it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # ended in between
+        return False
+    status = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    waiting = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return status["State"].startswith("T") and bool(waiting & 1 << (signal.SIGTERM - 1))
+
+
+def end_frozen_workers() -> None:
+    """A thread: end workers that are told to end and are frozen.
+
+    torchrun tells its workers to end as soon as the other nodes have left the run. It gives them the time of a step and
+    a save, minutes, in which a frozen one does nothing; and until it has ended, its pod is in the way of the next.
+    """
+    while True:
+        time.sleep(FROZEN_SECONDS)
+        for pid in _children():
+            if is_frozen(pid):
+                os.write(2, f"process {pid} is frozen (SIGSTOP) and was told to end: killed\n".encode())
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
 def exit_code(worker_codes: list[int]) -> int:
     """The run's exit code from those of its failed workers (negative: killed by that signal).
 
@@ -51,10 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run torchrun; returns the exit code."""
     on_signals(_pass_on)  # before the imports below, which take seconds
     keep_signals_from_torchrun()
+    quiet_cpp_warnings()
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import determine_local_world_size, parse_args, run
 
     from job.errors import ExitCode
 
@@ -66,7 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return ExitCode.USAGE
+    threading.Thread(target=end_frozen_workers, name="frozen workers", daemon=True).start()
     try:
+        # torchrun would choose one thread where it starts several workers, and leave the other cores idle.
+        choose_threads(own_threads(determine_local_world_size(options.nproc_per_node)))
         run(options)
     except ChildFailedError as error:
         code = exit_code([failure.exitcode for failure in error.failures.values()])

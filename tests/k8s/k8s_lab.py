@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from k8s_node import Node, node, unable, wait_for
 from k8s_operator import TrainingOperator
 from k8s_runs import ROOT
+from k8s_trainer import Kueue, Trainer, definitions
 
 CRDS = ROOT.parent / "shared" / "crds"
 
@@ -73,6 +76,39 @@ def operator(kubernetes: Node) -> Iterator[TrainingOperator]:
     one = TrainingOperator(kubernetes)
     yield one
     one.stop()
+    assert one.failure is None, one.failure
+
+
+@contextlib.contextmanager
+def defined(kubernetes: Node, group_version: str) -> Iterator[None]:
+    """The kinds of a group while a test needs them: others are of a cluster without."""
+    objects = definitions(group_version)
+    kubernetes.kubectl("create", "--filename=-", stdin=yaml.safe_dump_all(objects))
+    for one in objects:
+        plural = one["spec"]["names"]["plural"]
+        kubernetes.kubectl("wait", "--for=condition=Established", f"crd/{one['metadata']['name']}", "--timeout=60s")
+        wait_for(lambda: kubernetes.kubectl("get", "--raw", f"/apis/{group_version}/{plural}", check=False), plural)  # noqa: B023
+    yield
+    kubernetes.kubectl("delete", "crd", *(one["metadata"]["name"] for one in objects))
+
+
+@pytest.fixture
+def train_jobs(kubernetes: Node) -> Iterator[Trainer]:
+    """Kubeflow Trainer, played."""
+    with defined(kubernetes, "trainer.kubeflow.org/v1alpha1"):
+        one = Trainer(kubernetes)
+        yield one
+        one.stop()
+    assert one.failure is None, one.failure
+
+
+@pytest.fixture
+def kueue(kubernetes: Node) -> Iterator[Kueue]:
+    """Kueue, played; it manages PyTorchJobs."""
+    with defined(kubernetes, "kueue.x-k8s.io/v1beta1"):
+        one = Kueue(kubernetes, manages=("pytorchjobs",))
+        yield one
+        one.stop()
     assert one.failure is None, one.failure
 
 

@@ -142,13 +142,13 @@ def _owner(job: Object) -> Object:
     }
 
 
-def for_a_cluster_without_network(pod: Object, meeting_port: int) -> Object:
+def for_a_cluster_without_network(pod: Object, meeting_port: int, index: int) -> Object:
     """A pod with what only the tests' cluster needs: all pods live on the host's network without DNS.
 
     So two of them must not want the same port. And they must not be told the same address: torchrun tells nodes apart
     by address and process id, which is the same in all containers.
     """
-    address = f"127.0.0.{2 + int(pod['metadata']['labels'][f'{LABEL}replica-index'])}"
+    address = f"127.0.0.{2 + index}"
     pod["spec"] |= {"hostNetwork": True, "dnsPolicy": "Default"}
     for container in pod["spec"]["containers"]:
         metrics = [port for port in container.get("ports", []) if port["name"].startswith("metrics-")]
@@ -178,7 +178,7 @@ def set_condition(status: Object, kind: str, holds: bool, reason: str, message: 
     same = next((one for one in conditions if one["type"] == kind), None)
     if is_true(status, "Failed") or (same is not None and (same["status"], same["reason"]) == (word, reason)):
         return
-    changed = same["lastTransitionTime"] if same is not None and same["status"] == word else _now()
+    changed = same["lastTransitionTime"] if same is not None and same["status"] == word else now()
     excluded = {"Restarting": "Running", "Running": "Restarting"}.get(kind)
     kept = [one for one in conditions if one["type"] not in (kind, excluded)]
     if kind in ("Failed", "Succeeded"):
@@ -190,7 +190,7 @@ def set_condition(status: Object, kind: str, holds: bool, reason: str, message: 
             "status": word,
             "reason": reason,
             "message": message,
-            "lastUpdateTime": _now(),
+            "lastUpdateTime": now(),
             "lastTransitionTime": changed,
         },
     ]
@@ -201,7 +201,7 @@ def is_true(status: Object, kind: str) -> bool:
     return any(one["type"] == kind and one["status"] == "True" for one in status.get("conditions", []))
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -217,13 +217,13 @@ class Refused(Exception):
         self.status = status
 
 
-class TrainingOperator:
-    """The operator at work in a thread, on all namespaces, until `stop`.
+class Player:
+    """A controller at work in a thread, on all namespaces, until `stop`: it does what `look` says, again and again.
 
     An exception of its own ends it and is kept in `failure`.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, name: str) -> None:
         self._node = node
         self._pool = urllib3.PoolManager(
             ca_certs=f"{node.base}/ca.crt",
@@ -232,17 +232,21 @@ class TrainingOperator:
             retries=False,
             timeout=10,
         )
-        self._meeting_ports: dict[str, int] = {}
         self._stopped = threading.Event()
         self.failure: str | None = None
-        self._thread = threading.Thread(target=self._work, name="training operator", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
+
+    def look(self) -> None:
+        """Look at every object, and do what it asks for."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join(60)
 
-    def _ask(self, method: str, path: str, body: Object | None = None) -> Object:
+    def ask(self, method: str, path: str, body: Object | None = None) -> Object:
+        """What the server answers. Refused for anything but success."""
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         answer = self._pool.request(
             method,
@@ -254,12 +258,15 @@ class TrainingOperator:
             raise Refused(answer.status, answer.data.decode(errors="replace"))
         return dict(answer.json())
 
+    def delete_pod(self, pod: Object) -> None:
+        """Tell a pod to end, unless it has been told."""
+        if "deletionTimestamp" not in pod["metadata"]:
+            self.ask("DELETE", f"api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}")
+
     def _work(self) -> None:
         while not self._stopped.wait(0.3):
             try:
-                for job in self._ask("GET", f"{GROUP}/pytorchjobs")["items"]:
-                    if "deletionTimestamp" not in job["metadata"]:
-                        self._reconcile(job)
+                self.look()
             except HTTPError:  # the server is away
                 continue
             except Refused as error:
@@ -271,6 +278,19 @@ class TrainingOperator:
             except Exception:
                 self.failure = traceback.format_exc()
                 return
+
+
+class TrainingOperator(Player):
+    """The training operator at work."""
+
+    def __init__(self, node: Node) -> None:
+        self._meeting_ports: dict[str, int] = {}
+        super().__init__(node, "training operator")
+
+    def look(self) -> None:
+        for job in self.ask("GET", f"{GROUP}/pytorchjobs")["items"]:
+            if "deletionTimestamp" not in job["metadata"]:
+                self._reconcile(job)
 
     def _reconcile(self, job: Object) -> None:
         before = job.get("status") or {}
@@ -291,11 +311,11 @@ class TrainingOperator:
         else:
             if is_true(status, "Suspended"):
                 set_condition(status, "Suspended", False, "Resumed", f"PyTorchJob {name} is resumed.")
-                status["startTime"] = _now()
+                status["startTime"] = now()
             if not self._past_limits(job, status, pods):
                 self._reconcile_replicas(job, status, pods)
         if status != before:
-            self._ask(
+            self.ask(
                 "PATCH",
                 f"{GROUP}/namespaces/{job['metadata']['namespace']}/pytorchjobs/{name}/status",
                 {"metadata": {"resourceVersion": job["metadata"]["resourceVersion"]}, "status": status},
@@ -303,7 +323,7 @@ class TrainingOperator:
 
     def _pods(self, job: Object) -> list[Object]:
         selector = f"labelSelector={LABEL}job-name={job['metadata']['name']}"
-        pods = self._ask("GET", f"api/v1/namespaces/{job['metadata']['namespace']}/pods?{selector}")["items"]
+        pods = self.ask("GET", f"api/v1/namespaces/{job['metadata']['namespace']}/pods?{selector}")["items"]
         return [
             pod
             for pod in pods
@@ -313,18 +333,14 @@ class TrainingOperator:
     def _clean_up(self, pods: list[Object], policy: str) -> None:
         for pod in pods:
             if policy == "All" or (policy == "Running" and pod["status"]["phase"] in ("Running", "Pending")):
-                self._delete(pod)
+                self.delete_pod(pod)
                 try:
-                    self._ask(
+                    self.ask(
                         "DELETE", f"api/v1/namespaces/{pod['metadata']['namespace']}/services/{pod['metadata']['name']}"
                     )
                 except Refused as error:
                     if error.status != 404:
                         raise
-
-    def _delete(self, pod: Object) -> None:
-        if "deletionTimestamp" not in pod["metadata"]:
-            self._ask("DELETE", f"api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}")
 
     def _past_limits(self, job: Object, status: Object, pods: list[Object]) -> bool:
         """Fail a job that has restarted or lasted too long."""
@@ -350,12 +366,12 @@ class TrainingOperator:
             why = f"Job {name} has failed because it was active longer than specified deadline"
         if why is not None:
             self._clean_up(pods, "All")
-            status.setdefault("completionTime", _now())
+            status.setdefault("completionTime", now())
             set_condition(status, "Failed", True, "Failed", why)
         return why is not None
 
     def _reconcile_replicas(self, job: Object, status: Object, pods: list[Object]) -> None:
-        status.setdefault("startTime", _now())
+        status.setdefault("startTime", now())
         for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
             counts = {
                 "active": 0,
@@ -375,7 +391,7 @@ class TrainingOperator:
                 if index not in by_index:
                     self._create(job, kind, index)
                 elif index >= replica["replicas"]:
-                    self._delete(by_index[index])
+                    self.delete_pod(by_index[index])
                 else:
                     self._look_after(job, kind, by_index[index], status)
             self._conclude(job, kind, replica, status, counts)
@@ -393,7 +409,7 @@ class TrainingOperator:
                 {"exitCode": NO_EXIT_CODE},
             )
             if restart_policy != "ExitCode" or ended["exitCode"] >= 128:
-                self._delete(pod)
+                self.delete_pod(pod)
                 set_condition(
                     status,
                     "Restarting",
@@ -419,13 +435,13 @@ class TrainingOperator:
             if counts["succeeded"] == replica["replicas"] or (
                 kind == "Worker" and "elasticPolicy" in spec and counts["succeeded"]
             ):
-                status.setdefault("completionTime", _now())
+                status.setdefault("completionTime", now())
                 set_condition(status, "Succeeded", True, "Succeeded", f"PyTorchJob {name} is successfully completed.")
                 return
         if counts["failed"] and replica["replicas"] > counts["succeeded"] + counts["active"]:
             what = f"because {counts['failed']} {kind} replica(s) failed."
             if replica["restartPolicy"] == "Never":
-                status.setdefault("completionTime", _now())
+                status.setdefault("completionTime", now())
                 set_condition(status, "Failed", True, "Failed", f"PyTorchJob {name} is failed {what}")
             else:
                 set_condition(status, "Restarting", True, "Restarting", f"PyTorchJob {name} is restarting {what}")
@@ -433,8 +449,8 @@ class TrainingOperator:
     def _create(self, job: Object, kind: str, index: int) -> None:
         uid, namespace = job["metadata"]["uid"], job["metadata"]["namespace"]
         meeting_port = self._meeting_ports.setdefault(uid, free_ports(1)[0])
-        pod = for_a_cluster_without_network(pod_of(job, kind, index), meeting_port)
-        self._ask("POST", f"api/v1/namespaces/{namespace}/pods", pod)
+        pod = for_a_cluster_without_network(pod_of(job, kind, index), meeting_port, index)
+        self.ask("POST", f"api/v1/namespaces/{namespace}/pods", pod)
         service = {
             "metadata": {
                 "name": pod["metadata"]["name"],
@@ -448,7 +464,7 @@ class TrainingOperator:
             },
         }
         try:
-            self._ask("POST", f"api/v1/namespaces/{namespace}/services", service)
+            self.ask("POST", f"api/v1/namespaces/{namespace}/services", service)
         except Refused as error:
             if error.status != 409:  # that of the pod before this one
                 raise

@@ -129,7 +129,7 @@ def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
 def test_a_sweep_of_which_one_point_fails(
     kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims
 ) -> None:
-    """The point of batch size 3 cannot make batches of 4 of it."""
+    """The point that wants a GPU finds none, which only its pod can know."""
     done = cyclevae(
         kubernetes,
         "-m",
@@ -137,24 +137,23 @@ def test_a_sweep_of_which_one_point_fails(
         "--multirun",
         "hydra/launcher=pytorchjob",
         f"hydra.launcher.namespace={claims.namespace}",
-        *SMALL,
+        *(override for override in SMALL if override != "training.device=cpu"),
         "logging.run_name=sweep",
         "training.num_train_steps=5",
         "training.warmup_steps=0",
-        "training.global_batch_size=4",
-        "training.train_batch_size=2,3",
+        "training.device=cpu,cuda",
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "error: 1 of 2 runs did not finish" in done.stderr
-    assert "COMPLETED  (training.train_batch_size=2)" in done.stdout
-    assert "FAILED (exit code 1)  (training.train_batch_size=3)" in done.stdout
-    assert "training.global_batch_size=4 is not a multiple of training.train_batch_size=3" in done.stdout
+    assert "COMPLETED  (training.device=cpu)" in done.stdout
+    assert "FAILED (exit code 1)  (training.device=cuda)" in done.stdout
+    assert "training.device=cuda, but PyTorch sees no GPU here" in done.stdout
     assert "no failure was recorded" not in done.stdout, "it came with the pod's status, not from its log"
-    assert sorted(losses(claims.runs / "sweep" / "training.train_batch_size=2")) == [1, 2, 3, 4, 5]
+    assert sorted(losses(claims.runs / "sweep" / "training.device=cpu")) == [1, 2, 3, 4, 5]
     rows = json.loads(
         cyclevae(kubernetes, "-m", "job", "k8s", "list", "--json", f"--namespace={claims.namespace}").stdout
     )
-    assert {row["run"][-1]: row["state"] for row in rows} == {"2": "COMPLETED", "3": "FAILED"}
+    assert {row["run"][-3:]: row["state"] for row in rows} == {"cpu": "COMPLETED", "uda": "FAILED"}
 
 
 @pytest.mark.timeout(900)

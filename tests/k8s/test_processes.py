@@ -160,3 +160,15 @@ def test_a_node_joins_and_is_lost(tmp_path: Path) -> None:
         pods.trains(0, nodes=1, starts=3)
         pods.terminate(0)
         assert pods.exit_code(0) == ExitCode.STOPPED
+
+
+def test_the_node_of_the_rendezvous_is_lost(tmp_path: Path) -> None:
+    """The last lines of the other are ours, and not the stacks of PyTorch's C++ code."""
+    with Pods(tmp_path, "training.num_train_steps=1000000", "training.train_batch_size=2") as pods:
+        for index in (0, 1):
+            pods.start(index)
+        wait_for(lambda: len(pods.steps()) >= 3, "step 3", 240)
+        pods.kill(0)
+        assert pods.exit_code(1) == ExitCode.RETRY
+        assert "frame #" not in pods.said(1)
+        assert pods.said(1).rstrip().splitlines()[-1].startswith("workers ended first: rank 1 with 134")

@@ -21,6 +21,7 @@ from k8s_runs import ROOT
 from job import k8s as launcher
 from job.errors import UserError
 from job.launch.kubernetes.cluster import Cluster, Missing, Unreachable
+from job.launch.kubernetes.kinds import PYTORCH_JOB
 from job.launch.kubernetes.manifests import pytorch_job
 from job.launch.kubernetes.names import Object
 from job.launch.kubernetes.pods import LaunchedRun
@@ -230,7 +231,7 @@ def test_a_name_that_is_taken(kubernetes: Node, cluster: Cluster, k8s: Command) 
     foreign["metadata"]["annotations"]["cyclevae/run"] = "/runs/somebody-elses"
     cluster.create(foreign)
     assert "job mine is not of /runs/mine but of /runs/somebody-elses" in k8s(*submit).err
-    cluster.delete("mine")
+    cluster.delete(foreign)
     assert k8s(*submit).code == 0
     again = k8s(*submit)
     assert (again.code, "already" in again.out) == (0, True)
@@ -243,7 +244,7 @@ VERBS: list[tuple[str, str, list[str]]] = [
     ("pytorchjobs", "list", ["list"]),
     ("pytorchjobs", "get", ["status", "run"]),
     ("pytorchjobs", "patch", ["resume", "run"]),
-    ("pods", "list", ["status", "run"]),
+    ("pods", "list", ["logs", "run"]),  # `status` and `list` show it as the row's reason
     ("pods/log", "get", ["logs", "run"]),
 ]
 
@@ -329,7 +330,7 @@ def test_a_watch_that_has_expired_starts_anew(
         return listed(*args, **kwargs)
 
     monkeypatch.setattr(cluster.jobs, "list_namespaced_custom_object", slow)
-    changes = cluster.changes("")
+    changes = cluster.changes(PYTORCH_JOB, "")
     assert "touched" not in next(changes)["first"]["metadata"]["annotations"]
     assert "touched" in next(changes)["first"]["metadata"]["annotations"]
     assert asked == ["list", "watch", "list"]
@@ -339,7 +340,7 @@ def test_a_server_that_is_away_is_waited_for(
     kubernetes: Node, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.create({**a_job("first"), "spec": {**a_job()["spec"], "runPolicy": {"suspend": True}}})
-    changes = cluster.changes("")
+    changes = cluster.changes(PYTORCH_JOB, "")
     assert list(next(changes)) == ["first"]
     kubernetes.kill_server()
     with pytest.raises(Unreachable, match="does not answer"):

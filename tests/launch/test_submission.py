@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,3 +66,17 @@ def test_submitits_launchers_are_refused(launcher: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "on SLURM use hydra/launcher=slurm" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_launching_needs_no_torch(tmp_path: Path) -> None:
+    """Neither by `submit` nor by job.train, which trains with it: sweeps are sent from machines that have none."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch here')")
+    sweep = ["--multirun", "hydra/launcher=trainjob", "hydra.launcher.dry_run=true", "hydra.launcher.kind=trainjob"]
+    command = [sys.executable, "-m", "job.train", *sweep, "data=synthetic", "training.seed=1,2"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kind: TrainJob\n") == 2
+    wrong = subprocess.run([*command, "training.seeds=1"], env=environment, capture_output=True, text=True, timeout=100)
+    assert (wrong.returncode, "did you mean training.seed" in wrong.stderr) == (2, True), wrong.stderr
+    assert "Traceback" not in wrong.stderr

@@ -14,7 +14,7 @@ from ranks import start_ranks
 
 from job.runtime import distributed
 from job.runtime.stop import StopSignals
-from job.runtime.torchrun import exit_code
+from job.runtime.torchrun import FROZEN_SECONDS, exit_code
 
 SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
 
@@ -190,6 +190,29 @@ def test_torchrun_passes_signals_and_exit_codes_on(tmp_path: Path) -> None:
     assert {fault: run.wait(60) for fault, run in runs.items()} == wanted
     for name in SIGNALS:
         assert (tmp_path / f"{name}.txt").read_text().count("saved") == 2
+
+
+def test_a_frozen_worker_that_is_told_to_end_is_killed(tmp_path: Path) -> None:
+    """Otherwise torchrun waits for it as long as a step and a save may take."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    output = tmp_path / "out.txt"
+    with output.open("w") as file:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "job.runtime.torchrun", "--nproc-per-node", "1", str(worker), "none"],
+            stdout=file,
+            stderr=file,
+            env=os.environ
+            | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"},
+        )
+    wait_until(1, "up", output)
+    pid = next(int(line.split()[2]) for line in output.read_text().splitlines() if line.startswith("up 0"))
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(2 * FROZEN_SECONDS)
+    assert run.poll() is None, "one that nobody has told to end is left alone"
+    run.terminate()
+    assert run.wait(60) == 137
+    assert "is frozen (SIGSTOP) and was told to end: killed" in output.read_text()
 
 
 def test_workers_stop_when_torchrun_is_killed(tmp_path: Path) -> None:

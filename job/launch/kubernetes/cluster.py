@@ -6,122 +6,69 @@ Every failure is a JobError with one clear line.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from kubernetes import client, config, watch
+from kubernetes import client, watch
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
-from job.errors import JobError, UserError
-from job.launch.kubernetes.names import (
-    INDEX_OF_POD_LABEL,
-    JOB_OF_POD_LABEL,
-    LABELS,
-    METRICS_PORT_NAME,
-    QUEUE_LABEL,
-    Object,
-)
+from job.errors import JobError
+from job.launch.kubernetes.connection import TIMEOUT, Connection, Missing, Unreachable
+from job.launch.kubernetes.kinds import TRAIN_JOB, Kind, kind_of, pod_index, suspension
+from job.launch.kubernetes.names import LABELS, METRICS_PORT_NAME, Object
 
-JOBS = {"group": "kubeflow.org", "version": "v1", "plural": "pytorchjobs"}
 OURS = ",".join(f"{name}={value}" for name, value in LABELS.items())
-NAMESPACE = "cyclevae"  # where the context names none: that of k8s/base
-TIMEOUT = (10.0, 60.0)  # seconds to connect, to answer
 RETRY_SECONDS = 5.0
+KUEUE = "kueue.x-k8s.io"
 
 
-class Unreachable(JobError):
-    """The server does not answer; it may do so later."""
+@dataclass(frozen=True)
+class Named:
+    """What a job names, and its namespace must have."""
+
+    claims: tuple[str, ...]
+    account: str | None = None
+    queue: str | None = None
+    runtime: str | None = None  # a TrainingRuntime
 
 
-class Missing(JobError):
-    """The cluster has no such object."""
+class Cluster(Connection):
+    """The namespace of a cluster, with its jobs (of both kinds), their pods, and what Kueue has made of them."""
 
-
-class Cluster:
-    """The namespace `namespace` of the cluster of `context`.
-
-    By default they are the kubeconfig's current ones; without a kubeconfig, those of the pod in which this program
-    runs. UserError without any.
-    """
-
-    def __init__(self, namespace: str | None = None, context: str | None = None) -> None:
-        settings = client.Configuration()
-        try:
-            default = _connect(settings, context)
-        except ConfigException as error:
-            raise UserError(
-                f"no cluster: {_first_line(error)}; give a kubeconfig (KUBECONFIG, ~/.kube/config) or run in a pod"
-            ) from error
-        settings.retries = False  # of urllib3: otherwise it tries in silence for minutes before it says what is wrong
-        connection = client.ApiClient(settings)
-        self.namespace: str = namespace or default or NAMESPACE
-        # Any: the client's own types allow nothing that is not spelt out.
-        self.jobs: Any = client.CustomObjectsApi(connection)
-        self.core: Any = client.CoreV1Api(connection)
-        self._where = {**JOBS, "namespace": self.namespace}
-        self._host = settings.host
-
-    @contextmanager
-    def asking(self, what: str) -> Iterator[None]:
-        """JobError for whatever the server answers but what was asked for: Missing, Unreachable or UserError."""
-        try:
-            yield
-        except ApiException as error:
-            raise self._explained(error, what) from error
-        except (HTTPError, OSError) as error:
-            raise Unreachable(f"the cluster at {self._host} does not answer: {_first_line(error)}") from error
-
-    def _explained(self, error: ApiException, what: str) -> JobError:
-        """What an answer of the server means for the user, who asked for `what`."""
-        try:
-            answer = json.loads(error.body or "{}")
-        except ValueError:  # not Kubernetes' own answer
-            answer = {}
-        message = str(answer.get("message") or _first_line(error.body or error.reason or "no reason given"))
-        if error.status == 404:
-            return self._missing(what, message, named=bool(answer.get("details")))
-        if error.status == 401:
-            return UserError(
-                f"{what}: the cluster does not accept these credentials; log in again, or choose another --context"
-            )
-        if error.status == 403:
-            return UserError(f"{what}: {message} (k8s/base/rbac.yaml has the rights that are needed)")
-        if error.status in (429, 500, 502, 503, 504):
-            return Unreachable(f"{what}: the cluster at {self._host} says {error.status}: {message}")
-        return UserError(f"{what}: {message}")
-
-    def _missing(self, what: str, message: str, named: bool) -> Missing:
-        """What is missing. An answer that has not `named` an object means that the server does not know the kind."""
-        if not named:
-            return Missing(
-                f"the cluster has no PyTorchJob (kubeflow.org/v1) for {what}: install Kubeflow's training operator 1.9"
-            )
-        if f'namespaces "{self.namespace}"' in message:
-            return Missing(
-                f"namespace {self.namespace} is missing: kubectl apply -k k8s/base creates one, "
-                "or choose another with --namespace"
-            )
-        return Missing(f"{what}: {message}")
+    def _of(self, kind: Kind) -> dict[str, str]:
+        return {**kind.where, "namespace": self.namespace}
 
     def get(self, name: str) -> Object:
         """The job called `name`. Missing without one."""
-        with self.asking(f"job {name}"):
-            return self.jobs.get_namespaced_custom_object(**self._where, name=name, _request_timeout=TIMEOUT)
+        missing: Missing | None = None
+        for kind in self.kinds:
+            try:
+                with self.asking(f"job {name}"):
+                    found = self.jobs.get_namespaced_custom_object(
+                        **self._of(kind), name=name, _request_timeout=TIMEOUT
+                    )
+                    return dict(found)
+            except Missing as error:
+                missing = missing or error
+        assert missing is not None
+        raise missing
 
     def all(self, selector: str = OURS) -> list[Object]:
-        """The jobs with these labels."""
-        with self.asking("list of jobs"):
+        """The jobs with these labels, of all kinds."""
+        return [job for kind in self.kinds for job in self._list(kind, selector)["items"]]
+
+    def _list(self, kind: Kind, selector: str) -> Object:
+        with self.asking(f"list of {kind.plural}"):
             answer: Object = self.jobs.list_namespaced_custom_object(
-                **self._where, label_selector=selector, _request_timeout=TIMEOUT
+                **self._of(kind), label_selector=selector, _request_timeout=TIMEOUT
             )
-            return list(answer["items"])
+        for job in answer["items"]:  # the items of a list do not say what they are
+            job["kind"], job["apiVersion"] = kind.name, kind.api_version
+        return answer
 
     def create(self, job: Object, dry_run: bool = False) -> None:
         """Create a job; with `dry_run` the server only says whether it would."""
@@ -129,13 +76,16 @@ class Cluster:
         if dry_run:
             options["dry_run"] = "All"
         with self.asking(f"job {job['metadata']['name']}"):
-            self.jobs.create_namespaced_custom_object(**self._where, body=job, _request_timeout=TIMEOUT, **options)
+            self.jobs.create_namespaced_custom_object(
+                **self._of(kind_of(job)), body=job, _request_timeout=TIMEOUT, **options
+            )
 
-    def delete(self, name: str) -> None:
+    def delete(self, job: Object) -> None:
         """Delete a job and wait until it and its pods are gone: a run has one writer at a time."""
+        name = job["metadata"]["name"]
         with self.asking(f"job {name}"):
             self.jobs.delete_namespaced_custom_object(
-                **self._where,
+                **self._of(kind_of(job)),
                 name=name,
                 body=client.V1DeleteOptions(propagation_policy="Foreground"),
                 _request_timeout=TIMEOUT,
@@ -144,26 +94,80 @@ class Cluster:
             try:
                 self.get(name)
             except Missing:
-                if not self.pods(name):
+                if not self.pods(job):
                     return
             if second == 10:
                 print(f"job {name}: waiting until its pods have ended", file=sys.stderr, flush=True)
             time.sleep(1.0)
 
-    def suspend(self, name: str, suspended: bool) -> None:
-        """Let a job's pods end, or start them again; the job stays."""
+    def suspend(self, job: Object, suspended: bool, annotations: Mapping[str, str | None]) -> None:
+        """Let a job's pods end, or start them again; the job stays, with these annotations (None: without them)."""
+        change = suspension(kind_of(job), suspended) | {"metadata": {"annotations": dict(annotations)}}
+        self._change(job, change)
+
+    def annotate(self, job: Object, annotations: Mapping[str, str | None]) -> None:
+        """Give a job these annotations; None takes one away."""
+        self._change(job, {"metadata": {"annotations": dict(annotations)}})
+
+    def _change(self, job: Object, change: Object) -> None:
+        name = job["metadata"]["name"]
         with self.asking(f"job {name}"):
             self.jobs.patch_namespaced_custom_object(
-                **self._where, name=name, body={"spec": {"runPolicy": {"suspend": suspended}}}, _request_timeout=TIMEOUT
+                **self._of(kind_of(job)), name=name, body=change, _request_timeout=TIMEOUT
             )
 
-    def pods(self, job: str) -> list[Any]:
-        """The pods of a job, by replica."""
-        with self.asking(f"pods of job {job}"):
+    def pods(self, job: Object) -> list[Any]:
+        """The pods of a job, by number."""
+        name = job["metadata"]["name"]
+        with self.asking(f"pods of job {name}"):
             answer = self.core.list_namespaced_pod(
-                self.namespace, label_selector=f"{JOB_OF_POD_LABEL}={job}", _request_timeout=TIMEOUT
+                self.namespace, label_selector=f"{kind_of(job).job_label}={name}", _request_timeout=TIMEOUT
             )
-        return sorted(answer.items, key=lambda pod: int(pod.metadata.labels.get(INDEX_OF_POD_LABEL, 0)))
+        return sorted(answer.items, key=pod_index)
+
+    def warnings(self, job: Object) -> list[Any]:
+        """What the cluster has warned of concerning a job and its pods in the last hour, the oldest first.
+
+        None where the user may not read events.
+        """
+        name = job["metadata"]["name"]
+        try:
+            with self.asking(f"events of job {name}"):
+                found = self.core.list_namespaced_event(
+                    self.namespace, field_selector="type=Warning", _request_timeout=TIMEOUT
+                ).items
+        except JobError:
+            return []
+        ours = [
+            event
+            for event in found
+            if event.involved_object.name == name or event.involved_object.name.startswith(f"{name}-")
+        ]
+        return sorted(ours, key=lambda event: str(event.last_timestamp or event.event_time or ""))
+
+    def workload(self, job: Object) -> Object | None:
+        """What Kueue has made to queue a job; None without it."""
+        if KUEUE not in self.groups:
+            return None
+        with self.asking(f"workload of job {job['metadata']['name']}"):
+            found = self.jobs.list_namespaced_custom_object(
+                KUEUE, self.groups[KUEUE], self.namespace, "workloads", _request_timeout=TIMEOUT
+            )
+        return next((one for one in found["items"] if job["metadata"]["uid"] in _owners(one)), None)
+
+    def activate(self, workload: Object, active: bool) -> None:
+        """Let Kueue run a workload when there is room, or keep it from doing so."""
+        name = workload["metadata"]["name"]
+        with self.asking(f"workload {name}"):
+            self.jobs.patch_namespaced_custom_object(
+                KUEUE,
+                self.groups[KUEUE],
+                self.namespace,
+                "workloads",
+                name,
+                {"spec": {"active": active}},
+                _request_timeout=TIMEOUT,
+            )
 
     def log(self, pod: str, lines: int | None = None) -> str:
         """What a pod's ranks have printed; empty before it has started."""
@@ -211,8 +215,8 @@ class Cluster:
             return None
         return bytes(answer.data).decode() if answer.status == 200 else None
 
-    def changes(self, selector: str) -> Iterator[dict[str, Object]]:
-        """The jobs with these labels by name: now, and again after every change.
+    def changes(self, kind: Kind, selector: str) -> Iterator[dict[str, Object]]:
+        """The jobs of a kind with these labels by name: now, and again after every change.
 
         A watch that has expired starts anew, an absent server is waited for.
         """
@@ -220,7 +224,7 @@ class Cluster:
         while True:
             try:
                 with self.asking("watch of jobs"):
-                    for known in self._changes_until_the_watch_ends(selector):
+                    for known in self._changes_until_the_watch_ends(kind, selector):
                         warned = False
                         yield known
             except Unreachable as error:
@@ -233,15 +237,13 @@ class Cluster:
                 if not (isinstance(error.__cause__, ApiException) and error.__cause__.status == 410):
                     raise
 
-    def _changes_until_the_watch_ends(self, selector: str) -> Iterator[dict[str, Object]]:
-        answer = self.jobs.list_namespaced_custom_object(
-            **self._where, label_selector=selector, _request_timeout=TIMEOUT
-        )
+    def _changes_until_the_watch_ends(self, kind: Kind, selector: str) -> Iterator[dict[str, Object]]:
+        answer = self._list(kind, selector)
         known = {job["metadata"]["name"]: job for job in answer["items"]}
         yield dict(known)
         events = watch.Watch().stream(
             self.jobs.list_namespaced_custom_object,
-            **self._where,
+            **self._of(kind),
             label_selector=selector,
             timeout_seconds=300,
             resource_version=answer["metadata"]["resourceVersion"],  # no change between list and watch is missed
@@ -254,18 +256,32 @@ class Cluster:
                 del known[job["metadata"]["name"]]
             yield dict(known)
 
-    def refuse_missing(self, job: Object) -> None:
-        """Missing for a claim, a service account or a queue that a job names and the namespace lacks."""
-        spec = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]
-        for volume in spec["volumes"]:
-            if "persistentVolumeClaim" in volume:
-                claim = volume["persistentVolumeClaim"]["claimName"]
-                self._refuse_missing("claim", claim, self.core.read_namespaced_persistent_volume_claim)
-        if "serviceAccountName" in spec:
-            account = spec["serviceAccountName"]
-            self._refuse_missing("service account", account, self.core.read_namespaced_service_account)
-        if QUEUE_LABEL in job["metadata"]["labels"]:
-            self._refuse_missing_queue(job["metadata"]["labels"][QUEUE_LABEL])
+    def refuse_missing(self, named: Named) -> None:
+        """Missing for a claim, a service account, a queue or a runtime that a job names and the namespace lacks."""
+        for claim in named.claims:
+            self._refuse_missing("claim", claim, self.core.read_namespaced_persistent_volume_claim)
+        if named.account:
+            self._refuse_missing("service account", named.account, self.core.read_namespaced_service_account)
+        if named.runtime:
+            self._refuse_missing_runtime(named.runtime)
+        if named.queue:
+            self._refuse_missing_queue(named.queue)
+
+    def _refuse_missing_runtime(self, runtime: str) -> None:
+        try:
+            with self.asking(f"training runtime {runtime}"):
+                self.jobs.get_namespaced_custom_object(
+                    TRAIN_JOB.group,
+                    TRAIN_JOB.version,
+                    self.namespace,
+                    "trainingruntimes",
+                    runtime,
+                    _request_timeout=TIMEOUT,
+                )
+        except Missing as error:
+            raise Missing(
+                f"namespace {self.namespace} has no TrainingRuntime {runtime}: kubectl apply -k k8s/runtime creates it"
+            ) from error
 
     def _refuse_missing(self, kind: str, name: str, read: Callable[..., Any]) -> None:
         try:
@@ -278,13 +294,11 @@ class Cluster:
 
     def _refuse_missing_queue(self, queue: str) -> None:
         with self.asking(f"queue {queue}"):
-            groups: Any = client.ApisApi(self.jobs.api_client).get_api_versions(_request_timeout=TIMEOUT).groups
-            versions = {group.name: group.preferred_version.version for group in groups}
-            if "kueue.x-k8s.io" not in versions:
+            if KUEUE not in self.groups:
                 raise Missing(f"queue {queue}: the cluster has no Kueue; leave hydra.launcher.queue out")
             self.jobs.get_namespaced_custom_object(
-                "kueue.x-k8s.io",
-                versions["kueue.x-k8s.io"],
+                KUEUE,
+                self.groups[KUEUE],
                 self.namespace,
                 "localqueues",
                 queue,
@@ -292,19 +306,5 @@ class Cluster:
             )
 
 
-def _connect(settings: client.Configuration, context: str | None) -> str | None:
-    """Fill in address and credentials; returns the namespace they come with."""
-    try:
-        config.load_kube_config(context=context, client_configuration=settings)
-    except ConfigException:
-        if context is not None:
-            raise
-        config.load_incluster_config(client_configuration=settings)
-        return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text().strip()
-    contexts, current = config.list_kube_config_contexts()
-    chosen = next(one for one in contexts if one["name"] == context) if context else current
-    return chosen["context"].get("namespace")
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _owners(thing: Object) -> list[str]:
+    return [owner["uid"] for owner in thing["metadata"].get("ownerReferences") or []]

@@ -11,14 +11,14 @@ from typing import Any
 
 from job.errors import JobError
 from job.launch.kubernetes.cluster import Cluster, Unreachable
-from job.launch.kubernetes.names import INDEX_OF_POD_LABEL
-from job.launch.kubernetes.status import OVER, state
+from job.launch.kubernetes.kinds import OVER, pod_index, state
+from job.launch.kubernetes.names import Object
 from job.launch.kubernetes.status_lines import for_people, parse
 
 POLL_SECONDS = 2.0
 
 
-def show(cluster: Cluster, job: str, lines: int) -> None:
+def show(cluster: Cluster, job: Object, lines: int) -> None:
     """Print the last lines of every pod."""
     pods = cluster.pods(job)
     for pod in pods:
@@ -28,12 +28,12 @@ def show(cluster: Cluster, job: str, lines: int) -> None:
             print(f"{prefix(pod, len(pods))}{line}")
 
 
-def follow(cluster: Cluster, job: str, lines: int) -> None:
+def follow(cluster: Cluster, job: Object, lines: int) -> None:
     """Print the last lines of every pod and all that follow, until the job is over."""
     readers: dict[str, threading.Thread] = {}
     while True:
         try:
-            over = state(cluster.get(job)) in OVER  # asked before the pods: none comes after it
+            over = state(cluster.get(job["metadata"]["name"])) in OVER  # asked before the pods: none comes after it
             pods = cluster.pods(job)
         except Unreachable:
             time.sleep(POLL_SECONDS)
@@ -74,4 +74,4 @@ def read(cluster: Cluster, pod: Any, start: str, lines: int) -> None:
 
 def prefix(pod: Any, pods: int) -> str:
     """Which pod a line is from, where there are several."""
-    return f"{pod.metadata.labels.get(INDEX_OF_POD_LABEL, '?')}: " if pods > 1 else ""
+    return f"{pod_index(pod)}: " if pods > 1 else ""

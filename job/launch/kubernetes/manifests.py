@@ -1,21 +1,23 @@
 """The objects that train a run on Kubernetes, from the same settings.
 
-A PyTorchJob for Kubeflow's training operator 1.9, or a TrainingRuntime and a TrainJob for Kubeflow Trainer v2.
+A PyTorchJob of Kubeflow's training operator 1.9 describes its pods in full. A TrainJob of Kubeflow Trainer 2 is small:
+it says what differs from a TrainingRuntime (k8s/runtime), which is installed once and describes the pods of all runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from job.errors import ExitCode
+from job.launch.kubernetes.kinds import PYTORCH_JOB, TRAIN_JOB, Kind
 from job.launch.kubernetes.names import (
     DIGEST_ANNOTATION,
-    INDEX_OF_POD_LABEL,
-    JOB_OF_POD_LABEL,
+    JOB_NAME_VARIABLE,
     LABELS,
     OVERRIDES_ANNOTATION,
     POD_INDEX_VARIABLE,
@@ -25,10 +27,27 @@ from job.launch.kubernetes.names import (
     SWEEP_LABEL,
     Object,
 )
-from job.launch.kubernetes.pods import LaunchedRun, PodKind, from_field, pod_template, present
+from job.launch.kubernetes.pods import (
+    ATTEMPT,
+    LaunchedRun,
+    PodKind,
+    command,
+    from_field,
+    merged,
+    pod_template,
+    present,
+    resources,
+    variables,
+    volumes,
+)
 from job.launch.kubernetes.settings import Settings
 
-TRAINER_V2 = "trainer.kubeflow.org/v1alpha1"
+OURS = "cyclevae.io/launcher"  # who has made a runtimePatch
+
+
+def job_of(kind: Kind, run: LaunchedRun, settings: Settings) -> Object:
+    """The job of a run. UserError for settings that its kind cannot take."""
+    return train_job(run, settings) if kind is TRAIN_JOB else pytorch_job(run, settings)
 
 
 def pytorch_job(run: LaunchedRun, settings: Settings) -> Object:
@@ -37,7 +56,7 @@ def pytorch_job(run: LaunchedRun, settings: Settings) -> Object:
     One node is a Master alone. Several are Workers alone, which find each other through torchrun's c10d rendezvous: the
     operator gives Workers beside a Master an init container that a namespace with restricted pod security refuses.
     """
-    settings.refuse_impossible()
+    settings.refuse_for_pytorch_job()
     replicas = {
         "replicas": settings.nodes,
         "restartPolicy": "ExitCode",  # retries codes of 128 and more, see job.errors.ExitCode
@@ -58,20 +77,20 @@ def pytorch_job(run: LaunchedRun, settings: Settings) -> Object:
             "pytorchReplicaSpecs": {"Worker" if settings.several_nodes else "Master": replicas},
         }
     )
-    return _launched("kubeflow.org/v1", "PyTorchJob", run, settings, spec)
+    return _launched(PYTORCH_JOB, run, settings, spec)
 
 
 def _pytorch_pod(settings: Settings) -> PodKind:
-    index = from_field(POD_INDEX_VARIABLE, f"metadata.labels['{INDEX_OF_POD_LABEL}']")
+    index = from_field(POD_INDEX_VARIABLE, f"metadata.labels['{PYTORCH_JOB.index_label}']")
     if not settings.several_nodes:
-        return PodKind("pytorch", JOB_OF_POD_LABEL, ["--standalone"], [index])
+        return PodKind(PYTORCH_JOB, ["--standalone"], [index])
     environment = [
         index,
         from_field("PET_LOCAL_ADDR", "status.podIP"),  # an address: names of pods that are not ready do not resolve
         # With a store that is shared between rendezvous, ranks never start again after a node has joined.
         {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"},
     ]
-    return PodKind("pytorch", JOB_OF_POD_LABEL, [], environment, gated=False)
+    return PodKind(PYTORCH_JOB, [], environment, gated=False)
 
 
 def _elastic_policy(run: LaunchedRun, settings: Settings) -> Object:
@@ -86,43 +105,90 @@ def _elastic_policy(run: LaunchedRun, settings: Settings) -> Object:
     }
 
 
-def train_job(run: LaunchedRun, settings: Settings) -> list[Object]:
-    """A TrainingRuntime with the pods of a run, and the TrainJob that runs them. UserError for impossible settings.
-
-    (A ClusterTrainingRuntime has the same spec, and needs an administrator.)
-    """
-    settings.refuse_impossible()
-    runtime = {
-        "apiVersion": TRAINER_V2,
-        "kind": "TrainingRuntime",
-        "metadata": {"name": run.name, "labels": LABELS},
-        "spec": {
-            "mlPolicy": {"numNodes": settings.nodes, "torch": {}},
-            "template": {
-                "spec": {
-                    "network": {"publishNotReadyAddresses": True},
-                    "replicatedJobs": [_replicated_job(run, settings)],
-                }
-            },
-        },
-    }
+def train_job(run: LaunchedRun, settings: Settings) -> Object:
+    """The TrainJob of a run: what differs from its TrainingRuntime. UserError for what cannot differ."""
+    settings.refuse_for_train_job()
+    trainer = present(
+        {
+            "image": settings.container.image,
+            "command": command(run, settings, []),
+            "env": variables(settings),
+            "numNodes": settings.nodes,
+            "numProcPerNode": settings.tasks,
+            "resourcesPerNode": resources(settings) or None,
+        }
+    )
     spec = present(
         {
-            "runtimeRef": {"kind": "TrainingRuntime", "name": run.name},
+            "runtimeRef": {"kind": "TrainingRuntime", "name": settings.runtime},
             "suspend": _starts_suspended(settings),
-            "trainer": {"numNodes": settings.nodes, "numProcPerNode": settings.tasks},
+            "trainer": trainer,
+            "runtimePatches": [{"manager": OURS, "trainingRuntimeSpec": _of_nodes({"spec": _pod_patch(settings)})}],
             "activeDeadlineSeconds": _deadline_seconds(settings),
         }
     )
-    return [runtime, _launched(TRAINER_V2, "TrainJob", run, settings, spec)]
+    return _launched(TRAIN_JOB, run, settings, spec)
 
 
-def _replicated_job(run: LaunchedRun, settings: Settings) -> Object:
-    """The Job of a TrainJob's nodes, which is called node in the JobSet."""
-    index = from_field(POD_INDEX_VARIABLE, "metadata.annotations['batch.kubernetes.io/job-completion-index']")
-    template = pod_template(run, settings, PodKind("node", "jobset.sigs.k8s.io/jobset-name", [], [index]))
+def _of_nodes(pod: Object) -> Object:
+    """What a runtime's spec, or a patch of it, says of the pods of its nodes, whose Job is called node."""
+    nodes = {"name": "node", "template": {"spec": {"template": pod}}}
+    return {"template": {"spec": {"replicatedJobs": [nodes]}}}
+
+
+def _pod_patch(settings: Settings) -> Object:
+    """What differs in the pods; lists replace those of the runtime."""
+    spec = present(
+        {
+            "terminationGracePeriodSeconds": settings.grace_seconds,
+            "tolerations": settings.all_tolerations,
+            "volumes": volumes(settings),
+            "nodeSelector": settings.node_selector or None,
+            "serviceAccountName": settings.service_account or None,
+            "imagePullSecrets": [{"name": secret} for secret in settings.container.pull_secrets] or None,
+        }
+    )
+    patched: Object = merged(spec, settings.pod)
+    return patched
+
+
+def training_runtime(name: str, settings: Settings, ranks: int) -> Object:
+    """The TrainingRuntime of TrainJobs: their pods, with the metrics' ports of up to `ranks` ranks.
+
+    (A ClusterTrainingRuntime has the same spec, and needs an administrator.) Its own command trains the run that is
+    called like the TrainJob with the arguments in CYCLEVAE_ARGUMENTS: who makes TrainJobs by other means, such as
+    Kubeflow's SDK, can set variables, but no command.
+    """
+    sized = replace(settings, tasks_per_node=ranks, nodes=2)  # several nodes: pods are spread
+    run = LaunchedRun(name, "", [])
+    environment = [
+        from_field(POD_INDEX_VARIABLE, "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
+        from_field(JOB_NAME_VARIABLE, f"metadata.labels['{TRAIN_JOB.job_label}']"),
+    ]
+    template = pod_template(run, sized, PodKind(TRAIN_JOB, [], environment))
     template["spec"]["restartPolicy"] = "Never"
-    job = {
+    (spread,) = template["spec"]["topologySpreadConstraints"]
+    # The pods of one job, whichever it is.
+    spread |= {"labelSelector": {"matchLabels": LABELS}, "matchLabelKeys": [TRAIN_JOB.job_label]}
+    (container,) = template["spec"]["containers"]
+    container["command"] = ATTEMPT
+    container.pop("resources", None)  # each TrainJob's own
+    spec = _of_nodes(template)
+    (nodes,) = spec["template"]["spec"]["replicatedJobs"]
+    nodes["template"]["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
+    nodes["template"]["spec"] = _failure_policy(settings) | nodes["template"]["spec"]
+    spec["template"]["spec"]["network"] = {"publishNotReadyAddresses": True}
+    return {
+        "apiVersion": TRAIN_JOB.api_version,
+        "kind": "TrainingRuntime",
+        "metadata": {"name": name, "labels": {**LABELS, "trainer.kubeflow.org/framework": "torch"}},
+        "spec": {"mlPolicy": {"numNodes": 1, "torch": {}}, **spec},
+    }
+
+
+def _failure_policy(settings: Settings) -> Object:
+    """What the Job of the nodes does with pods that failed."""
+    return {
         "backoffLimit": settings.max_restarts,
         "podFailurePolicy": {
             "rules": [
@@ -131,17 +197,18 @@ def _replicated_job(run: LaunchedRun, settings: Settings) -> Object:
                 _exit_code_rule("Ignore", ExitCode.RETRY, ExitCode.STOPPED),
             ]
         },
-        "template": template,
     }
-    labels = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
-    return {"name": "node", "template": {"metadata": {"labels": labels}, "spec": job}}
 
 
 def _exit_code_rule(action: str, *codes: ExitCode) -> Object:
     """What a Job does with a pod that ended with one of these codes; ignored ones do not count as failures."""
     return {
         "action": action,
-        "onExitCodes": {"containerName": "node", "operator": "In", "values": [int(code) for code in codes]},
+        "onExitCodes": {
+            "containerName": TRAIN_JOB.container,
+            "operator": "In",
+            "values": [int(code) for code in codes],
+        },
     }
 
 
@@ -154,7 +221,7 @@ def _deadline_seconds(settings: Settings) -> int | None:
     return 60 * settings.deadline_min if settings.deadline_min is not None else None
 
 
-def _launched(api_version: str, kind: str, run: LaunchedRun, settings: Settings, spec: Object) -> Object:
+def _launched(kind: Kind, run: LaunchedRun, settings: Settings, spec: Object) -> Object:
     """The object that a launcher finds again: by its labels, and by annotations that say what it is for."""
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
     labels = present({SWEEP_LABEL: run.sweep or None, QUEUE_LABEL: settings.queue or None})
@@ -165,7 +232,7 @@ def _launched(api_version: str, kind: str, run: LaunchedRun, settings: Settings,
         STOP_ANNOTATION: str(settings.stop_seconds),
     }
     metadata = {"name": run.name, "labels": LABELS | labels, "annotations": present(annotations)}
-    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
+    return {"apiVersion": kind.api_version, "kind": kind.name, "metadata": metadata, "spec": spec}
 
 
 class _Dumper(yaml.SafeDumper):

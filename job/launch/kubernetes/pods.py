@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from job.launch.kubernetes.kinds import Kind
 from job.launch.kubernetes.names import (
     DATA_MOUNT,
     LABELS,
@@ -41,8 +42,7 @@ class LaunchedRun:
 class PodKind:
     """What differs between the pods of a PyTorchJob and those of a TrainJob."""
 
-    container: str  # name by which the operator knows the trainer
-    job_label: str  # label that the operator gives to the pods of a job
+    job: Kind
     torchrun_options: list[str] = field(default_factory=list)
     environment: list[Object] = field(default_factory=list)
     gated: bool = True  # may count as ready only when it trains (nothing looks it up by name before)
@@ -62,12 +62,12 @@ def pod_template(run: LaunchedRun, settings: Settings, kind: PodKind) -> Object:
             "terminationGracePeriodSeconds": settings.grace_seconds,
             "securityContext": _pod_security(settings),
             "containers": [_trainer(run, settings, kind)],
-            "volumes": _volumes(settings),
+            "volumes": volumes(settings),
             "topologySpreadConstraints": _spread(run, kind) if settings.several_nodes else None,
             "priorityClassName": settings.priority_class or None,
             "serviceAccountName": settings.service_account or None,
             "nodeSelector": settings.node_selector or None,
-            "tolerations": settings.tolerations or None,
+            "tolerations": settings.all_tolerations,
             "imagePullSecrets": [{"name": secret} for secret in settings.container.pull_secrets] or None,
         }
     )
@@ -86,7 +86,7 @@ def _pod_security(settings: Settings) -> Object:
     )
 
 
-def _volumes(settings: Settings) -> list[Object]:
+def volumes(settings: Settings) -> list[Object]:
     return [
         {"name": "runs", "persistentVolumeClaim": {"claimName": settings.runs_claim}},
         {"name": "data", "persistentVolumeClaim": {"claimName": settings.data_claim}},
@@ -102,7 +102,7 @@ def _spread(run: LaunchedRun, kind: PodKind) -> list[Object]:
             "maxSkew": 1,
             "topologyKey": "kubernetes.io/hostname",
             "whenUnsatisfiable": "ScheduleAnyway",
-            "labelSelector": {"matchLabels": {kind.job_label: run.name}},
+            "labelSelector": {"matchLabels": {kind.job.job_label: run.name}},
         }
     ]
 
@@ -111,14 +111,14 @@ def _trainer(run: LaunchedRun, settings: Settings, kind: PodKind) -> Object:
     """The container of a pod."""
     container = present(
         {
-            "name": kind.container,
+            "name": kind.job.container,
             "image": settings.container.image,
             "imagePullPolicy": settings.container.pull_policy or None,
-            "command": _command(run, settings, kind),
+            "command": command(run, settings, kind.torchrun_options),
             "workingDir": "/",
             "ports": _ports(run, settings),
-            "env": [*_variables(settings), *kind.environment],
-            "resources": _resources(settings),
+            "env": [*variables(settings), *kind.environment],
+            "resources": resources(settings),
         }
     )
     if run.port:
@@ -126,11 +126,14 @@ def _trainer(run: LaunchedRun, settings: Settings, kind: PodKind) -> Object:
     return container | {"securityContext": RESTRICTED, "volumeMounts": _mounts(settings)}
 
 
-def _command(run: LaunchedRun, settings: Settings, kind: PodKind) -> list[str]:
-    """tini, as the first process of a container must collect orphans and pass signals on; attempt.py; the run."""
-    attempt = ["tini", "--", "python", "-m", "job.launch.kubernetes.attempt"]
+# tini, as the first process of a container must collect orphans and pass signals on; then attempt.py
+ATTEMPT = ["tini", "--", "python", "-m", "job.launch.kubernetes.attempt"]
+
+
+def command(run: LaunchedRun, settings: Settings, torchrun_options: list[str]) -> list[str]:
+    """What a pod does: attempt.py, which prepares data and becomes torchrun, which starts the run."""
     how = [run.directory, str(settings.max_restarts), *settings.prepare]
-    return [*attempt, *how, "--", *kind.torchrun_options, "-m", "job.train", *run.arguments]
+    return [*ATTEMPT, *how, "--", *torchrun_options, "-m", "job.train", *run.arguments]
 
 
 def _ports(run: LaunchedRun, settings: Settings) -> list[Object]:
@@ -144,7 +147,7 @@ def _metrics_port(rank: int, first: int) -> Object:
     return {"name": METRICS_PORT_NAME.format(rank=rank), "containerPort": first + rank}
 
 
-def _variables(settings: Settings) -> list[Object]:
+def variables(settings: Settings) -> list[Object]:
     """Variables of the ranks; those of the user win."""
     values = present(
         {
@@ -158,7 +161,7 @@ def _variables(settings: Settings) -> list[Object]:
     return [{"name": name, "value": str(value)} for name, value in (values | settings.container.env).items()]
 
 
-def _resources(settings: Settings) -> Object:
+def resources(settings: Settings) -> Object:
     """Memory and GPUs as limits; processors are only requested, since a limit would throttle the loader."""
     limits = {}
     if settings.mem_gb:

@@ -1,4 +1,4 @@
-"""What a run asks of the cluster: the keys of hydra.launcher for hydra/launcher=pytorchjob."""
+"""What a run asks of the cluster: the keys of hydra.launcher."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from typing import Any
 
 from job.errors import UserError
 
+# What Trainer 2.3 lets a TrainJob change of the pods that its runtime describes, by a runtimePatch.
+PATCHABLE = {
+    "affinity",
+    "imagePullSecrets",
+    "nodeSelector",
+    "schedulingGates",
+    "securityContext",
+    "serviceAccountName",
+    "terminationGracePeriodSeconds",
+    "tolerations",
+    "volumes",
+}
+OF_THE_RUNTIME = ("priority_class", "start_min", "fs_group")  # settings that a TrainJob cannot change
+OF_ITS_RUNTIME = (
+    "a TrainJob takes it from its TrainingRuntime; change it in k8s/runtime, or set hydra.launcher.kind=pytorchjob"
+)
+
 
 @dataclass
 class ContainerSettings:
-    image: str | None = None
+    image: str | None = None  # null: that of the TrainingRuntime, for a TrainJob
     pull_policy: str | None = None  # null: IfNotPresent, Always for :latest
     pull_secrets: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)  # variables set for the ranks
@@ -20,6 +37,8 @@ class ContainerSettings:
 class Settings:
     """What a run asks of the cluster. The names are those of hydra/launcher=slurm where they mean the same."""
 
+    kind: str = "auto"  # trainjob, pytorchjob; auto: TrainJob where the cluster knows it, else PyTorchJob
+    runtime: str = "cyclevae"  # of TrainJobs: the TrainingRuntime that k8s/runtime installs
     nodes: int = 1
     min_nodes: int | None = None  # train on this many while others are missing; null: on all nodes or not at all
     gpus_per_node: int | None = None
@@ -38,6 +57,7 @@ class Settings:
     service_account: str | None = None
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[Any] = field(default_factory=list)
+    unreachable_seconds: int = 60  # until pods of a node that does not answer are given up (Kubernetes: 300)
     fs_group: int | None = 1000  # group that may write the claims; null where the cluster chooses one (OpenShift)
     max_restarts: int = 5  # restarts in a row without a new checkpoint, after which the job fails
     deadline_min: int | None = None  # minutes after which the job is ended for good
@@ -55,6 +75,18 @@ class Settings:
         return self.nodes > 1
 
     @property
+    def elastic(self) -> bool:
+        """Whether a run may train while nodes are missing."""
+        return self.min_nodes is not None and self.min_nodes < self.nodes
+
+    @property
+    def all_tolerations(self) -> list[Any]:
+        """The user's tolerations, and how long a node may be away before its pods are given up."""
+        keys = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+        toleration = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": self.unreachable_seconds}
+        return [*self.tolerations, *({"key": key, **toleration} for key in keys)]
+
+    @property
     def torchrun_seconds(self) -> int:
         """How long torchrun waits for its workers after SIGTERM, before it kills them."""
         return self.stop_seconds + 30
@@ -66,13 +98,42 @@ class Settings:
 
     def refuse_impossible(self) -> None:
         """UserError for settings that no cluster could take."""
-        if not self.container.image:
-            raise UserError("hydra.launcher.container.image is not set: give the image that holds this program")
         if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:
             raise UserError(
                 f"hydra.launcher.min_nodes={self.min_nodes}: give a number from 1 to hydra.launcher.nodes={self.nodes}"
             )
-        lowest = {"nodes": 1, "tasks": 1, "max_restarts": 0, "stop_seconds": 1, "start_min": 1}
+        lowest = {
+            "nodes": 1,
+            "tasks": 1,
+            "max_restarts": 0,
+            "stop_seconds": 1,
+            "start_min": 1,
+            "unreachable_seconds": 1,
+        }
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise UserError(f"hydra.launcher.{name}={getattr(self, name)}: give a positive number")
+
+    def refuse_for_pytorch_job(self) -> None:
+        """UserError for what a PyTorchJob lacks or cannot take."""
+        self.refuse_impossible()
+        if not self.container.image:
+            raise UserError("hydra.launcher.container.image is not set: give the image that holds this program")
+
+    def refuse_for_train_job(self) -> None:
+        """UserError for what a TrainJob cannot take: much of its pods is its TrainingRuntime's."""
+        self.refuse_impossible()
+        if self.elastic:
+            raise UserError(
+                f"hydra.launcher.min_nodes={self.min_nodes} needs hydra.launcher.kind=pytorchjob: a TrainJob trains on "
+                "all of its nodes or not at all"
+            )
+        defaults = Settings()
+        for name in OF_THE_RUNTIME:
+            if getattr(self, name) != getattr(defaults, name):
+                raise UserError(f"hydra.launcher.{name}={getattr(self, name)}: {OF_ITS_RUNTIME}")
+        if self.container.pull_policy:
+            raise UserError(f"hydra.launcher.container.pull_policy={self.container.pull_policy}: {OF_ITS_RUNTIME}")
+        unknown = sorted(self.pod.keys() - PATCHABLE)
+        if unknown:
+            raise UserError(f"hydra.launcher.pod.{unknown[0]}: {OF_ITS_RUNTIME}")

@@ -1,4 +1,4 @@
-"""hydra/launcher=pytorchjob: the points of a sweep become PyTorchJobs.
+"""hydra/launcher=kubernetes: the points of a sweep become TrainJobs or PyTorchJobs.
 
 The same point again finds its own job by its name, and its run directory on the claim.
 """
@@ -15,13 +15,15 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from job.errors import UserError
-from job.launch.kubernetes.cluster import OURS, Cluster, Missing
-from job.launch.kubernetes.manifests import pytorch_job, to_yaml
+from job.batch_sizes import batch_sizes
+from job.errors import JobError, UserError
+from job.launch.kubernetes.cluster import OURS, Cluster, Missing, Named
+from job.launch.kubernetes.kinds import KINDS, OVER, TRAIN_JOB, Kind, annotation, kind_called, state
+from job.launch.kubernetes.manifests import job_of, to_yaml
 from job.launch.kubernetes.names import DATA_MOUNT, DIGEST_ANNOTATION, METRICS_PORT, RUN_ANNOTATION, RUNS_MOUNT, Object
 from job.launch.kubernetes.pods import LaunchedRun
 from job.launch.kubernetes.settings import ContainerSettings, Settings
-from job.launch.kubernetes.status import OVER, first_failure, outcome, state
+from job.launch.kubernetes.status import first_failure, outcome
 from job.launch.points import Point, points_of, returns_of
 from job.launch.submission import SubmittedJob, submitted
 from job.launch.waiting import FINISHED, Outcome, leave_jobs_on_signals, show_changes, summarize
@@ -33,26 +35,70 @@ DIGEST_LENGTH = 8
 def launch(
     config: DictConfig, context: HydraContext, params: dict[str, Any], job_overrides: Sequence[Sequence[str]]
 ) -> list[JobReturn]:
-    """What hydra/launcher=pytorchjob does with a batch of points; `params` are the values of hydra.launcher.
+    """What hydra/launcher=kubernetes does with a batch of points; `params` are the values of hydra.launcher.
 
     UserError for what cannot be sent, before anything is; JobError when a run failed.
     """
     points = points_of(config, context, job_overrides, Path("/"))
     settings = settings_of(params)
     runs = [run_of(point, Path("/", config.hydra.sweep.dir)) for point in points]
-    jobs = [pytorch_job(run, settings) for run in runs]
+    for point in points:
+        refuse_batch_sizes(point, settings)
+    kind = chosen_kind(settings, params)
+    jobs = [job_of(kind, run, settings) for run in runs]
     if params["dry_run"]:
         print(to_yaml(jobs), end="")
         return returns_of(job_overrides, points)
     cluster = Cluster(params["namespace"], params["context"])
+    if kind not in cluster.kinds:
+        raise UserError(
+            f"the cluster does not know {kind.name}s: install {kind.needs}, or set hydra.launcher.kind=auto"
+        )
     there = refuse(cluster, runs, jobs)
+    cluster.refuse_missing(named_by(kind, settings))
     for run, job in zip(runs, jobs, strict=True):
         words = send(cluster, job, there.get(run.name))
         submitted.append(SubmittedJob(run.name, run.directory))
         print(f"job {run.name}: {words}{run.overrides}  ({run.directory})", flush=True)
     if params["wait"]:
-        summarize(wait(cluster, {run.name: run.overrides for run in runs}))
+        summarize(wait(cluster, kind, {run.name: run.overrides for run in runs}))
     return returns_of(job_overrides, points)
+
+
+def chosen_kind(settings: Settings, params: Mapping[str, Any]) -> Kind:
+    """The kind of job: the one that is set, else the first that the cluster serves and that can do what is asked.
+
+    Without a cluster, which a dry run may be, it is the first that can.
+    """
+    if settings.kind != "auto":
+        return kind_called(settings.kind)
+    able = [kind for kind in KINDS if kind is not TRAIN_JOB or not settings.elastic]
+    try:
+        served = Cluster(params["namespace"], params["context"]).kinds
+    except JobError:
+        if not params["dry_run"]:
+            raise
+        served = list(KINDS)
+    return next((kind for kind in able if kind in served), able[0])
+
+
+def named_by(kind: Kind, settings: Settings) -> Named:
+    """What a run's job names that has to be there before it."""
+    return Named(
+        claims=(settings.runs_claim, settings.data_claim),
+        account=settings.service_account,
+        queue=settings.queue,
+        runtime=settings.runtime if kind is TRAIN_JOB else None,
+    )
+
+
+def refuse_batch_sizes(point: Point, settings: Settings) -> None:
+    """UserError when a run's batch does not divide among its ranks, whatever number of nodes it may train on."""
+    for nodes in range(settings.min_nodes or settings.nodes, settings.nodes + 1):
+        try:
+            batch_sizes(point.config.training, nodes * settings.tasks)
+        except UserError as error:
+            raise UserError(f"on {nodes} nodes of {settings.tasks}: {error}") from error
 
 
 def settings_of(params: Mapping[str, Any]) -> Settings:
@@ -113,13 +159,12 @@ def refuse(cluster: Cluster, runs: Sequence[LaunchedRun], jobs: Sequence[Object]
             continue
         refuse_another(run, job, found)
         there[run.name] = found
-    cluster.refuse_missing(jobs[0])
     return there
 
 
 def refuse_another(run: LaunchedRun, job: Object, found: Object) -> None:
     """UserError when the job of a run's name is another's, or trains the run with other settings."""
-    directory = _annotation(found, RUN_ANNOTATION)
+    directory = annotation(found, RUN_ANNOTATION)
     if directory != run.directory:
         raise UserError(
             f"job {run.name} is not of {run.directory} but of {directory or 'something else'}: "
@@ -141,36 +186,32 @@ def send(cluster: Cluster, job: Object, found: Object | None) -> str:
         now = state(found)
         if now not in OVER or (now == FINISHED and same_settings(job, found)):
             return f"{now} already  "
-        cluster.delete(job["metadata"]["name"])
+        cluster.delete(found)
     cluster.create(job)
     return ""
 
 
 def same_settings(one: Object, other: Object) -> bool:
     """Whether two jobs were made of the same settings."""
-    return _annotation(one, DIGEST_ANNOTATION) == _annotation(other, DIGEST_ANNOTATION)
+    return annotation(one, DIGEST_ANNOTATION) == annotation(other, DIGEST_ANNOTATION)
 
 
-def _annotation(job: Object, name: str) -> str | None:
-    return (job["metadata"].get("annotations") or {}).get(name)
-
-
-def wait(cluster: Cluster, points: Mapping[str, str]) -> list[Outcome]:
+def wait(cluster: Cluster, kind: Kind, points: Mapping[str, str]) -> list[Outcome]:
     """Show the states of jobs until all are over; returns how each ended. Signals end the waiting alone.
 
     `points` has what sets each job's run apart.
     """
     leave_jobs_on_signals("cyclevae k8s")
     last: dict[str, Object] = {}
-    show_changes(points, _states_until_over(cluster, points, last))
+    show_changes(points, _states_until_over(cluster.changes(kind, OURS), points, last))
     return [_outcome(cluster, name, point, last.get(name)) for name, point in points.items()]
 
 
 def _states_until_over(
-    cluster: Cluster, points: Mapping[str, str], last: dict[str, Object]
+    changes: Iterator[Mapping[str, Object]], points: Mapping[str, str], last: dict[str, Object]
 ) -> Iterator[dict[str, str]]:
     """States of the jobs that are not over, after every change, until all are. `last` gets the jobs as last seen."""
-    for jobs in cluster.changes(OURS):
+    for jobs in changes:
         last.clear()
         last.update(jobs)
         states = {name: state(jobs[name]) if name in jobs else "DELETED" for name in points}
@@ -186,5 +227,5 @@ def _outcome(cluster: Cluster, name: str, point: str, job: Object | None) -> Out
         return Outcome(name, point, "DELETED", None, log)
     if state(job) == FINISHED:
         return Outcome(name, point, FINISHED, None, log)
-    pods = cluster.pods(name)
-    return Outcome(name, point, outcome(job, pods), first_failure(cluster, pods), log)
+    pods = cluster.pods(job)
+    return Outcome(name, point, outcome(job, pods), first_failure(cluster, job, pods), log)

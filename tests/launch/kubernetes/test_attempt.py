@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from schemas import ROOT
 
-from job.errors import ExitCode
+from job.errors import ExitCode, JobError, UserError
 from job.launch.kubernetes import attempt as pod
+from job.launch.kubernetes import container
+from job.launch.kubernetes.container import MemoryGroup, diagnosis
 from job.launch.kubernetes.status import recorded_failure
+from job.launch.kubernetes.status_lines import last_progress
 
 
 def attempt(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -149,3 +152,94 @@ def test_a_run_that_is_given_up_says_so(tmp_path: Path, termination_log: Path, m
     assert failure is not None
     assert "6 starts in a row without a new checkpoint" in failure.message
     assert not (tmp_path / "kubernetes" / "attempts.json").exists(), "a resume counts anew"
+
+
+def memory_group(directory: Path, kills: int) -> None:
+    """The files of a container's control group, as version 2 has them."""
+    (directory / "memory.events").write_text(f"low 0\nhigh 0\nmax 9\noom 1\noom_kill {kills}\n")
+    (directory / "memory.max").write_text(f"{2**30}\n")
+
+
+def test_a_container_that_ran_out_of_memory_says_so(
+    tmp_path: Path, termination_log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks only know that one of them is gone; and the next start that is given up names it too."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "training_log.jsonl").write_text('{"step": 40}\n')
+    memory_group(tmp_path, kills=3)
+    memory = MemoryGroup.of_this_container(tmp_path)
+    monkeypatch.setattr(pod.MemoryGroup, "of_this_container", lambda: memory)
+    torchrun_ends(monkeypatch, run_dir, 134, lost={"consequence": True})
+    ends = pod.train
+
+    def killed_meanwhile(attempt: pod.Attempt) -> None:
+        memory_group(tmp_path, kills=4)
+        ends(attempt)
+
+    monkeypatch.setattr(pod, "train", killed_meanwhile)
+    with pytest.raises(SystemExit) as ended:
+        pod.main()
+    assert ended.value.code == 134
+    failure = recorded_failure(termination_log.read_text())
+    assert failure is not None
+    assert failure.message.startswith("out of memory after step 40: the container came to its limit of 1Gi")
+    again = pod.attempt_of(["run", "5", "--"])
+    again = pod.Attempt(run_dir, again.max_restarts, [], [], "1")
+    assert "out of memory after step 40" in str(pod.how_it_ended(again))
+
+
+def test_kills_of_before_are_not_this_starts(tmp_path: Path) -> None:
+    memory_group(tmp_path, kills=3)
+    memory = MemoryGroup.of_this_container(tmp_path)
+    assert diagnosis(memory, 3, tmp_path) is None
+    assert str(diagnosis(memory, 2, tmp_path)).startswith("out of memory: the container")
+
+
+def test_memory_under_version_1(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{3 * 2**29}\n")
+    memory = MemoryGroup.of_this_container(tmp_path)
+    assert (memory.kills(), memory.limit_in_words()) == (2, "1.5Gi")
+
+
+def test_a_full_place_to_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = MemoryGroup.of_this_container(tmp_path)
+    monkeypatch.setattr(container, "is_full", lambda place: place == "/dev/shm")
+    assert diagnosis(memory, 0, tmp_path) == "/dev/shm is full; raise hydra.launcher.shm_gb"
+
+
+def test_a_container_that_was_killed_as_a_whole_is_told_of_by_the_next(tmp_path: Path) -> None:
+    attempt = pod.Attempt(tmp_path, 0, [], [], "0")
+    assert pod.how_it_ended(attempt) is None, "the first start"
+    pod.begin(attempt)
+    assert "its container was killed as a whole" in str(pod.how_it_ended(attempt))
+    (tmp_path / "kubernetes" / "attempts.json").write_text('{"checkpoint": null, "trained": 1.0, "fruitless": 1}')
+    with pytest.raises(JobError, match=r"2 starts in a row .*; the last one: its container was killed as a whole"):
+        pod.begin(attempt)
+
+
+def test_a_pod_tells_at_once_where_its_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "training_log.jsonl").write_text('{"step": 40, "loss": 2.5}\n')
+    (tmp_path / "config.yaml").write_text("training: {num_train_steps: 80}\n")
+    pod.begin(pod.Attempt(tmp_path, 5, [], [], "0"))
+    assert last_progress(capsys.readouterr().out) == {"cyclevae": "progress", "step": 40, "steps": 80, "loss": 2.5}
+
+
+def test_a_pod_without_arguments_trains_the_run_that_is_called_like_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CYCLEVAE_JOB", "mine")
+    monkeypatch.setenv("CYCLEVAE_ARGUMENTS", "--config-name demo 'loss.cycle_text_weight=0.1'")
+    monkeypatch.setenv("CYCLEVAE_POD_INDEX", "1")
+    found = pod.attempt_of([])
+    assert (str(found.run_dir), found.pod_index, found.prepare) == ("/runs/mine", "1", [])
+    assert found.torchrun == [
+        *("-m", "job.train", "--config-name", "demo", "loss.cycle_text_weight=0.1"),
+        *("logging.run_name=mine", "monitoring.port=9400"),
+    ]
+    monkeypatch.setenv("CYCLEVAE_ARGUMENTS", "'open")
+    with pytest.raises(UserError, match="CYCLEVAE_ARGUMENTS"):
+        pod.attempt_of([])
+    monkeypatch.delenv("CYCLEVAE_JOB")
+    with pytest.raises(UserError, match="neither arguments nor CYCLEVAE_JOB"):
+        pod.attempt_of([])

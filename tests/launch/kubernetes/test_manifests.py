@@ -15,7 +15,8 @@ from schemas import ROOT, needs_crds, problems
 
 from generate_monitoring import PORTS, pod_monitor
 from job.errors import ExitCode, UserError
-from job.launch.kubernetes.manifests import pytorch_job, train_job
+from job.launch.kubernetes.kinds import TRAIN_JOB
+from job.launch.kubernetes.manifests import pytorch_job, training_runtime
 from job.launch.kubernetes.names import STOP_ANNOTATION
 from job.launch.kubernetes.pods import LaunchedRun
 from job.launch.kubernetes.settings import ContainerSettings, Settings
@@ -53,6 +54,20 @@ def test_generated_files_are_up_to_date(path: str) -> None:
 
 def test_every_overlay_is_generated() -> None:
     assert {path.name for path in (ROOT / "k8s" / "overlays").iterdir()} == set(OVERLAYS)
+
+
+@pytest.mark.parametrize("name", ["trainjob", "trainjob-kueue"])
+def test_a_job_comes_after_its_runtime_and_both_after_the_namespace(name: str) -> None:
+    """Trainer refuses a job without its runtime, and copies the runtime when the job is made."""
+    kinds = [one["kind"] for one in render(ROOT / "k8s" / "overlays" / name)]
+    assert kinds.index("Namespace") < kinds.index("TrainingRuntime") < kinds.index("TrainJob")
+
+
+def test_what_the_server_would_add_to_the_network_policy_is_there() -> None:
+    """Otherwise `kubectl apply` finds a difference every time."""
+    (policy,) = yaml.safe_load_all((ROOT / "k8s" / "base" / "networkpolicy.yaml").read_text())
+    rules = [*policy["spec"]["ingress"], *policy["spec"]["egress"]]
+    assert all("protocol" in port for rule in rules for port in rule.get("ports", []))
 
 
 @needs_crds
@@ -109,10 +124,17 @@ def test_validation_finds_what_is_wrong() -> None:
     assert "accessMode" in " ".join(problems(claim))
 
 
+def generated(name: str) -> list[dict[str, Any]]:
+    """The generated objects of an overlay, the runtime of a TrainJob among them."""
+    kind, _, _ = OVERLAYS[name]
+    paths = [f"k8s/overlays/{name}/job.yaml", *(["k8s/runtime/runtime.yaml"] if kind is TRAIN_JOB else [])]
+    return [one for path in paths for one in yaml.safe_load_all((ROOT / path).read_text())]
+
+
 @pytest.mark.parametrize("name", sorted(OVERLAYS))
 def test_grace_times_are_in_order(name: str) -> None:
     """Kubernetes kills after torchrun would, and torchrun after a step and a save have had their time."""
-    manifests = list(yaml.safe_load_all((ROOT / "k8s" / "overlays" / name / "job.yaml").read_text()))
+    manifests = generated(name)
     (annotations,) = (one["metadata"]["annotations"] for one in manifests if "annotations" in one["metadata"])
     needed = int(annotations[STOP_ANNOTATION])
     for pod in (pod for one in manifests for pod in pods_of(one)):
@@ -122,9 +144,8 @@ def test_grace_times_are_in_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(OVERLAYS))
 def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None:
-    settings, _ = OVERLAYS[name]
-    manifests = yaml.safe_load_all((ROOT / "k8s" / "overlays" / name / "job.yaml").read_text())
-    (pod,) = [pod for one in manifests for pod in pods_of(one)]
+    _, settings, _ = OVERLAYS[name]
+    (pod,) = [pod for one in generated(name) for pod in pods_of(one)]
     spec = pod["spec"]
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -141,7 +162,7 @@ def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None
     ports = {port["name"]: port["containerPort"] for port in trainer["ports"]}
     assert {f"metrics-{rank}": 9400 + rank for rank in range(settings.tasks)}.items() <= ports.items()
     assert settings.tasks <= PORTS
-    assert "monitoring.port=9400" in trainer["command"]
+    assert any("monitoring.port=9400" in (ROOT / path).read_text() for path in files() if f"/{name}/" in path)
 
 
 def test_one_node_is_a_master_and_several_are_workers_that_nothing_keeps_from_finding_each_other() -> None:
@@ -178,7 +199,7 @@ def test_exit_codes_decide_on_a_restart() -> None:
     (replica,) = pytorch_job(RUN, SETTINGS)["spec"]["pytorchReplicaSpecs"].values()
     assert replica["restartPolicy"] == "ExitCode"
     assert {code for code in ExitCode if code >= 128} == {ExitCode.RETRY, ExitCode.STOPPED}
-    runtime, _ = train_job(RUN, SETTINGS)
+    runtime = training_runtime("cyclevae", SETTINGS, 8)
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     told = {
         code: rule["action"]

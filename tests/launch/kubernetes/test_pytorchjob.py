@@ -28,6 +28,8 @@ def submit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr("sys.argv", ["cyclevae"])
         monkeypatch.chdir(tmp_path)
         needed = ["data=synthetic", "logging.run_name=r", "hydra.launcher.container.image=image:1"]
+        if not any(argument.startswith("hydra.launcher.kind=") for argument in arguments):
+            needed.append("hydra.launcher.kind=pytorchjob")
         assert k8s.main(["submit", "--dry-run", *needed, *arguments]) == code
         printed = capsys.readouterr()
         return printed.err if code else printed.out
@@ -74,6 +76,33 @@ def test_a_run_is_a_job_of_its_name(manifests: Manifests) -> None:
 
 
 @needs_crds
+def test_a_train_job_is_small_and_valid(manifests: Manifests) -> None:
+    """Everything that is the same for all runs is in the runtime."""
+    (job,) = manifests(
+        "hydra.launcher.kind=trainjob",
+        "hydra.launcher.nodes=2",
+        "hydra.launcher.gpus_per_node=8",
+        "hydra.launcher.mem_gb=64",
+        "+hydra.launcher.node_selector.gpu=h200",
+        "hydra.launcher.queue=gold",
+        "+hydra.launcher.container.env.NCCL_DEBUG=INFO",
+    )
+    assert problems(job) == []
+    assert (job["kind"], job["metadata"]["name"]) == ("TrainJob", "r")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gold"
+    spec = job["spec"]
+    assert (spec["suspend"], spec["runtimeRef"]) == (True, {"kind": "TrainingRuntime", "name": "cyclevae"})
+    run = spec["trainer"]
+    assert (run["numNodes"], run["numProcPerNode"], run["image"]) == (2, 8, "image:1")
+    assert run["resourcesPerNode"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "8"}
+    assert run["command"][4:7] == ["job.launch.kubernetes.attempt", "/runs/r", "5"]
+    assert {"name": "NCCL_DEBUG", "value": "INFO"} in run["env"]
+    (patch,) = spec["runtimePatches"]
+    (nodes,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    assert nodes["template"]["spec"]["template"]["spec"]["nodeSelector"] == {"gpu": "h200"}
+
+
+@needs_crds
 def test_jobs_are_valid(manifests: Manifests) -> None:
     (job,) = manifests("hydra.launcher.gpus_per_node=8", "+hydra.launcher.container.env.NCCL_DEBUG=INFO")
     assert problems(job) == []
@@ -116,6 +145,30 @@ def test_metrics_where_the_user_wants_them(manifests: Manifests) -> None:
         (["training.seed=1,1"], 1, "two points"),
         (["hydra.launcher.container.image=null"], 1, "hydra.launcher.container.image"),
         (["hydra.launcher.min_nodes=2"], 1, "hydra.launcher.min_nodes=2"),
+        (["hydra.launcher.kind=mpijob"], 1, "hydra.launcher.kind=mpijob: choose one of auto, trainjob, pytorchjob"),
+        (
+            ["hydra.launcher.kind=trainjob", "hydra.launcher.nodes=2", "hydra.launcher.min_nodes=1"],
+            1,
+            "min_nodes=1 needs",
+        ),
+        (["hydra.launcher.kind=trainjob", "hydra.launcher.start_min=5"], 1, "takes it from its TrainingRuntime"),
+        (["hydra.launcher.kind=trainjob", "+hydra.launcher.pod.hostIPC=true"], 1, "hydra.launcher.pod.hostIPC"),
+        (
+            ["hydra.launcher.nodes=2", "training.global_batch_size=32", "training.train_batch_size=32"],
+            1,
+            "on 2 nodes of 1: training.global_batch_size=32 is not a multiple",
+        ),
+        (
+            [
+                "hydra.launcher.nodes=3",
+                "hydra.launcher.min_nodes=1",
+                "training.global_batch_size=12",
+                "training.train_batch_size=2",
+                "hydra.launcher.tasks_per_node=3",
+            ],
+            1,
+            "on 3 nodes of 3:",
+        ),
         (["logging.save_dir=results"], 1, "logging.save_dir=results is not on the claim"),
         (["data=shards", "data.dir=elsewhere/mine"], 1, "data.dir=elsewhere/mine is not on the claim"),
     ],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from job.launch.kubernetes import logs
-from job.launch.kubernetes.names import INDEX_OF_POD_LABEL, QUEUE_LABEL, RUN_ANNOTATION
-from job.launch.kubernetes.status import measured, run_status, state
+from job.launch.kubernetes.cluster import Unreachable
+from job.launch.kubernetes.kinds import PYTORCH_JOB, state
+from job.launch.kubernetes.names import CANCELLED_ANNOTATION, QUEUE_LABEL, RUN_ANNOTATION
+from job.launch.kubernetes.status import lost_node, measured, queue_reason, run_status
 from job.launch.kubernetes.status_lines import for_people, last_progress
 from job.monitoring.exporter import Metrics
 
@@ -21,8 +24,10 @@ def job(*conditions: str, suspended: bool = False, queue: bool = False) -> dict[
         for one in conditions
     ]
     return {
+        "kind": "PyTorchJob",
         "metadata": {
             "name": "r",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
             "labels": {QUEUE_LABEL: "q"} if queue else {},
             "annotations": {RUN_ANNOTATION: "/runs/r"},
         },
@@ -51,15 +56,23 @@ class Pods:
 
     @staticmethod
     def _pod(index: int, code: int | None, message: str | None) -> Any:
-        ended = None if code is None else SimpleNamespace(exit_code=code, message=message)
+        ended = None if code is None else SimpleNamespace(exit_code=code, message=message, reason=None)
         container = SimpleNamespace(state=SimpleNamespace(terminated=ended, waiting=None))
         return SimpleNamespace(
-            metadata=SimpleNamespace(name=f"r-worker-{index}", labels={INDEX_OF_POD_LABEL: str(index)}),
+            metadata=SimpleNamespace(
+                name=f"r-worker-{index}", labels={PYTORCH_JOB.index_label: str(index)}, annotations=None
+            ),
             status=SimpleNamespace(init_container_statuses=None, container_statuses=[container], conditions=[]),
         )
 
-    def pods(self, _job: str) -> list[Any]:
+    def pods(self, _job: Any) -> list[Any]:
         return self._pods
+
+    def warnings(self, _job: Any) -> list[Any]:
+        return []
+
+    def workload(self, _job: Any) -> None:
+        return None
 
     def metrics(self, _pod: Any, _path: str = "metrics") -> None:
         return None
@@ -148,7 +161,7 @@ def test_a_run_that_says_nothing_yet() -> None:
 def test_logs_are_shown_without_the_lines_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     shown = for_people(LOG)
     assert len(shown) == 4, "what was cut short is no status line, and is shown"
-    logs.show(Pods((LOG, None, None)), "r", 2)  # type: ignore[arg-type]
+    logs.show(Pods((LOG, None, None)), job(), 2)  # type: ignore[arg-type]
     assert capsys.readouterr().out.splitlines() == shown[-2:], "as many lines as were asked for"
 
 
@@ -164,7 +177,7 @@ class Stream(Pods):
 
 def test_a_log_is_followed_without_the_lines_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = Stream((LOG, 0, None))
-    logs.read(cluster, cluster.pods("r")[0], "0: ", 50)  # type: ignore[arg-type]
+    logs.read(cluster, cluster.pods(job())[0], "0: ", 50)  # type: ignore[arg-type]
     assert capsys.readouterr().out.splitlines() == [f"0: {line}" for line in for_people(LOG)]
 
 
@@ -188,3 +201,76 @@ def test_numbers_are_read_from_the_endpoint_as_it_writes_them() -> None:
         name: found[name] for name in ("step", "steps", "loss", "tokens_per_second", "restarts", "seconds_left")
     } == {"step": 30, "steps": 80, "loss": 4.5, "tokens_per_second": 123.4, "restarts": 2, "seconds_left": 25}
     assert measured("") == {}
+
+
+class Deaf(Pods):
+    """Pods on a node that is away: the server answers for it with an error."""
+
+    def log(self, pod: str, lines: int) -> str:
+        raise Unreachable(f"log of pod {pod}: the cluster says 500: connection refused")
+
+
+def test_a_pod_that_does_not_answer_is_one_rows_reason() -> None:
+    row = run_status(Deaf(("", None, None)), job("Running"))  # type: ignore[arg-type]
+    assert (row.state, row.reason) == ("RUNNING", "log of pod r-worker-0: the cluster says 500: connection refused")
+
+
+def on_a_node(ready: str, containers_ready: str) -> Any:
+    (pod,) = Pods(("", None, None)).pods(None)
+    pod.spec = SimpleNamespace(node_name="node2")
+    pod.status.conditions = [
+        SimpleNamespace(type="Ready", status=ready, last_transition_time="12:00", message=None),
+        SimpleNamespace(type="ContainersReady", status=containers_ready, last_transition_time="11:00", message=None),
+    ]
+    return pod
+
+
+def test_a_node_that_does_not_answer_is_named() -> None:
+    said = lost_node(on_a_node("False", "True"))
+    assert said is not None
+    assert said.startswith("node2 does not answer since 12:00: r-worker-0 is made again when the node is back, deleted")
+    assert "holds the rendezvous" in said
+    assert lost_node(on_a_node("True", "True")) is None
+    assert lost_node(on_a_node("False", "False")) is None, "its own containers are not ready"
+
+
+def test_a_queued_job_has_the_words_of_kueue() -> None:
+    waiting = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "insufficient quota for cpu"}
+    queued = job("Created", suspended=True, queue=True)
+    assert queue_reason(queued, {"status": {"conditions": [waiting]}}) == "Kueue: insufficient quota for cpu"
+    said = queue_reason(queued, None)
+    assert said is not None
+    assert "Kueue has made no Workload of it: it does not manage PyTorchJobs here" in said
+    queued["metadata"]["creationTimestamp"] = datetime.now(UTC).isoformat()
+    assert queue_reason(queued, None) is None, "it may still come"
+
+
+def test_a_cancelled_job_keeps_its_last_known_progress() -> None:
+    cancelled = job("Created", suspended=True, queue=True)
+    cancelled["metadata"]["annotations"][CANCELLED_ANNOTATION] = '{"step": 40, "steps": 80, "loss": 2.5}'
+    row = run_status(Pods(), cancelled)  # type: ignore[arg-type]
+    assert (row.state, row.step, row.steps, row.loss) == ("SUSPENDED", 40, 80, 2.5)
+    cancelled["metadata"]["annotations"][CANCELLED_ANNOTATION] = "by hand"
+    assert run_status(Pods(), cancelled).steps is None  # type: ignore[arg-type]
+
+
+def train_job(suspended: bool = False, **status: Any) -> dict[str, Any]:
+    metadata = {"name": "r", "labels": {}, "creationTimestamp": "2026-01-01T00:00:00Z"}
+    return {"kind": "TrainJob", "metadata": metadata, "spec": {"suspend": suspended}, "status": status}
+
+
+def test_states_of_a_train_job() -> None:
+    resumed = {"type": "Suspended", "status": "False"}
+    assert state(train_job()) == "PENDING"
+    assert state(train_job(conditions=[resumed], jobsStatus=[{"name": "node", "active": 2}])) == "RUNNING"
+    assert state(train_job(jobsStatus=[{"name": "node", "active": 0, "failed": 1}])) == "RESTARTING"
+    assert state(train_job(suspended=True)) == "SUSPENDED"
+    assert state(train_job(conditions=[{"type": "Complete", "status": "True"}])) == "COMPLETED"
+    assert state(train_job(conditions=[{"type": "Failed", "status": "True", "message": "m"}])) == "FAILED"
+
+
+def test_a_train_job_tells_its_progress_by_itself() -> None:
+    metrics = [{"name": "step", "value": "42"}, {"name": "steps", "value": "100"}, {"name": "loss", "value": "6.5"}]
+    posted = {"progressPercentage": 42, "estimatedRemainingSeconds": 77, "metrics": metrics}
+    row = run_status(Pods(), train_job(trainerStatus=posted))  # type: ignore[arg-type]
+    assert (row.step, row.steps, row.loss, row.seconds_left) == (42, 100, 6.5, 77)
