@@ -11,9 +11,10 @@ train: .venv/runtime                  ## set up, prepare the embedded text, trai
 	$(BIN)/python -m job.prepare --out data/demo
 	$(BIN)/python -m job.train --config-name demo
 
-# Two processes, each with its own shared runs and data; a single file is quicker in one: .venv/bin/python -m pytest FILE
+# `make test PROCESSES=2`: in two processes, each with its own shared runs and data.
+PROCESSES := 0
 test: .venv/dev                       ## the test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
 test-monitoring: .venv/dev            ## metrics, rules and dashboards under a real Prometheus and Alertmanager
 	$(BIN)/python -m pytest -m monitoring
