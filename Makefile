@@ -11,8 +11,10 @@ train: .venv/runtime                  ## set up, prepare the embedded text, trai
 	$(BIN)/python -m job.prepare --out data/demo
 	$(BIN)/python -m job.train --config-name demo
 
+# `make test PROCESSES=2`: in two processes, each with its own shared runs and data.
+PROCESSES := 0
 test: .venv/dev                       ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
 test-monitoring: .venv/dev            ## metrics, rules and dashboards under a real Prometheus and Alertmanager
 	$(BIN)/python -m pytest -m monitoring
@@ -42,11 +44,13 @@ lint: .venv/dev                       ## ruff (rules and format) and mypy
 	$(BIN)/pip install --quiet --requirement requirements-dev.lock
 	touch $@
 
+# Keeps what is locked and adds what is new; `make lock LOCKED=` takes the newest release of everything.
+LOCKED := --constraint requirements.lock --constraint requirements-dev.lock
 lock:                                 ## write requirements*.lock and docker/*.lock anew from pyproject.toml
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet --upgrade setuptools .
+	.venv-lock/bin/pip install --quiet --upgrade $(LOCKED) setuptools .
 	.venv-lock/bin/pip freeze --all --exclude cyclevae --exclude pip | sed 's/+cpu$$//' > requirements.lock
-	.venv-lock/bin/pip install --quiet '.[dev]'
+	.venv-lock/bin/pip install --quiet $(LOCKED) '.[dev]'
 	.venv-lock/bin/pip freeze --all --exclude cyclevae --exclude pip | sed 's/+cpu$$//' | grep -vxFf requirements.lock > requirements-dev.lock
 	.venv-lock/bin/pip install --quiet uv==0.13.9
 	PATH=$(CURDIR)/.venv-lock/bin:$$PATH .venv-lock/bin/python docker/lock.py

@@ -29,6 +29,7 @@ def validate(config: Config) -> list[str]:
         refuse_unread(config, dotted, value, f)
     refuse_missing_data(config)
     refuse_empty_ranges(config)
+    refuse_evaluation_of_one(config)
     refuse_partly_masked_padding(config)
     refuse_mode_weights(config)
     refuse_sequential_schedule(config)
@@ -92,6 +93,15 @@ def refuse_empty_ranges(config: Config) -> None:
     if model.latent_beta_min > model.latent_beta_max:
         raise UserError(
             f"model.latent_beta_min={model.latent_beta_min} is above model.latent_beta_max={model.latent_beta_max}"
+        )
+
+
+def refuse_evaluation_of_one(config: Config) -> None:
+    """Refuse an evaluation of a single sample: its gains compare a sample with another one."""
+    if config.logging.num_eval_batches * config.training.eval_batch_size < 2:
+        raise UserError(
+            "training.eval_batch_size=1 with logging.num_eval_batches=1 evaluates a single sample; "
+            "set one of them to at least 2"
         )
 
 

@@ -16,7 +16,7 @@ from job.arguments import (
     given_decoding,
 )
 from job.command import guarded
-from job.text_files import read_latents, read_lengths, refuse_suffix, say_written, write_texts
+from job.text_files import read_latents, read_lengths, refuse_output, say_written, write_texts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parser().parse_args(argv)
-    refuse_suffix(options.texts, (".txt", ".jsonl"))
+    refuse_output(options.texts, (".txt", ".jsonl"))
     latents, lengths = read_latents(options.latents)
     model = load(options.path, device=options.device, average=options.ema, data=options.data)
     texts = model.decode(
@@ -62,4 +62,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, output_is_result=False))  # a result that cannot be written is an error of its own

@@ -11,7 +11,7 @@ from job.api import load
 from job.arguments import add_device_option, add_inference_options, add_model_options, at_least
 from job.command import guarded
 from job.errors import UserError
-from job.text_files import read_texts, refuse_suffix, say_written, write_latents, write_lengths
+from job.text_files import read_texts, refuse_output, say_written, write_latents, write_lengths
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parser().parse_args(argv)
-    refuse_suffix(options.latents, (".npy", ".jsonl"))
+    refuse_output(options.latents, (".npy", ".jsonl"))
+    if options.lengths:
+        refuse_output(options.lengths, ())
     texts = read_texts(options.texts, options.text_key)
     if not texts:
         raise UserError(f"{options.texts}: no texts")
@@ -57,4 +59,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, output_is_result=False))  # a result that cannot be written is an error of its own

@@ -39,22 +39,30 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
     Without the first fsync the rename could reach the disk before the content does, and leave an empty file of the
     right name; without the second the rename itself could be lost after the caller went on.
+
+    A device or a pipe is written to, and the file that a link points to replaced: the rename would put a file in their
+    place, and whoever is root would have no /dev/null any more.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    target = path.resolve() if path.is_symlink() and path.is_file() else path
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     try:
+        if path.is_char_device() or path.is_fifo():
+            with path.open("wb") as device:
+                write(device)
+            return
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         # A full disk names no file, and nobody knows the temporary one.
         error.filename, error.filename2 = str(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    directory = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

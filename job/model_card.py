@@ -21,16 +21,23 @@ CARD_FILE = "README.md"
 FIGURES_KEY = "evaluation"  # of config.json
 VERSIONS = ("cyclevae", "torch", "mmdit", "hyper-connections", "x-transformers", "tokenizers", "safetensors")
 
+WITH_TOKENIZER = """\
+latents = model.encode(["A text."])  # float32 [1, {latent_dim}], in the units of the encoder below
+texts = model.decode(latents)"""
+WITHOUT_TOKENIZER = """\
+latents = model.encode_ids([[5, 6, 7]])  # token ids -> float32 [1, {latent_dim}], in the units of the training data
+tokens = model.decode_ids(latents)"""
+ON_THE_COMMAND_LINE = """
+
+On the command line `cyclevae encode {name} texts.txt latents.npy`, `cyclevae decode {name} latents.npy texts.txt`."""
 HOW_TO_LOAD = """\
 ```python
 from job import load  # of the package cyclevae
 
 model = load("{name}")  # this directory
-latents = model.encode(["A text."])  # float32 [1, {latent_dim}], in the units of the encoder below
-texts = model.decode(latents)
-```
+{calls}
+```{command_line}
 
-On the command line `cyclevae encode {name} texts.txt latents.npy` and `cyclevae decode {name} latents.npy texts.txt`.
 `training.init_from={name}` trains it further."""
 
 
@@ -59,7 +66,7 @@ def model_card(trained: Trained, name: str) -> str:
         "Texts to latents and latents to texts: a multimodal MMDiT, trained in both directions by cyclevae "
         f"(loss.loss_type={trained.config.loss.loss_type}).",
         "## How to load it",
-        HOW_TO_LOAD.format(name=name, latent_dim=trained.latent_dim),
+        _how_to_load(trained, name),
         "## Data",
         _markdown_table(_data_rows(trained)),
         "## Held-out figures",
@@ -71,6 +78,14 @@ def model_card(trained: Trained, name: str) -> str:
         _markdown_table((package, metadata.version(package)) for package in VERSIONS),
     ]
     return f"---\n{front_matter}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _how_to_load(trained: Trained, name: str) -> str:
+    """What a reader can do with the model: without a tokenizer it takes and gives token ids alone."""
+    has_tokenizer = trained.tokenizer is not None
+    calls = WITH_TOKENIZER if has_tokenizer else WITHOUT_TOKENIZER
+    command_line = ON_THE_COMMAND_LINE.format(name=name) if has_tokenizer else ""
+    return HOW_TO_LOAD.format(name=name, calls=calls.format(latent_dim=trained.latent_dim), command_line=command_line)
 
 
 def _front_matter(trained: Trained, name: str, figures: dict[str, float]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class ToleratedStream:
 
     def __init__(self, stream: TextIO | None, end_with_reader: bool = False) -> None:
         self.failure: OSError | ValueError | None = None
+        self.missing = stream is None  # the caller closed it
         self._end_with_reader = end_with_reader
         self._stream: Any = stream
         if stream is None:  # Python makes none for a descriptor that was closed when it started

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,12 @@ NPY_MAGIC = b"\x93NUMPY"
 
 def _content(name: str) -> bytes:
     """All of a file, or of standard input."""
-    if name == STANDARD:
-        return sys.stdin.buffer.read()
+    if name == STANDARD and sys.stdin is None:
+        raise UserError("standard input: it is closed")
     try:
-        return Path(name).read_bytes()
+        return sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror or error}") from error
+        raise UserError(f"{_shown(name)}: {error.strerror or error}") from error
 
 
 def _shown(name: str) -> str:
@@ -40,15 +41,25 @@ def _shown(name: str) -> str:
 
 
 def _write(name: str, content: bytes) -> None:
-    """Write a file, whole or not at all, or to standard output."""
-    if name == STANDARD:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-        return
+    """Write a file, whole or not at all, or to standard output. UserError where it cannot be written."""
     try:
-        write_whole(Path(name), lambda file: file.write(content))
+        if name == STANDARD:
+            _write_standard(content)
+        else:
+            write_whole(Path(name), lambda file: file.write(content))
+    except BrokenPipeError:  # `... | head`: the command ends without a word
+        raise
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror or error}") from error
+        shown = "standard output" if name == STANDARD else name
+        raise UserError(f"{shown}: {error.strerror or error}") from error
+
+
+def _write_standard(content: bytes) -> None:
+    """Write to standard output. Its text stream would lose what it cannot write (job.output); here it is the result."""
+    if getattr(sys.stdout, "missing", False):
+        raise UserError("standard output: it is closed")
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
 
 
 def say_written(what: str, name: str) -> None:
@@ -57,9 +68,18 @@ def say_written(what: str, name: str) -> None:
         print(f"{what} in {name}", file=sys.stderr)
 
 
-def refuse_suffix(name: str, suffixes: Sequence[str]) -> None:
-    """UserError for a file name whose ending says none of the formats."""
-    if name != STANDARD and Path(name).suffix not in suffixes:
+def refuse_output(name: str, suffixes: Sequence[str]) -> None:
+    """UserError for a file that cannot be written, or whose name's ending says none of the formats.
+
+    Said before a model is loaded and hours of work are lost.
+    """
+    if name == STANDARD:
+        return
+    path = Path(name)
+    there = next(place for place in path.absolute().parents if place.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(path if path.exists() else there, os.W_OK):
+        raise UserError(f"{name}: no file can be written there; give another name")
+    if suffixes and path.suffix not in suffixes:
         raise UserError(
             f"{name}: give a name that ends with {' or '.join(suffixes)}, or - for standard input or output"
         )

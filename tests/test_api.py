@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,24 @@ def test_encode_decode_encode_through_files(elsewhere: Path, run: Path, model: M
     np.testing.assert_allclose([line["latent"] for line in again], model.encode(model.round_trip(TEXTS)), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("latents", "redirection", "code", "said"),
+    [
+        ("-", ">/dev/full", 1, "error: standard output: No space left on device\n"),
+        ("-", ">&-", 1, "error: standard output: it is closed\n"),
+        ("latents.npy", ">&- 2>/dev/full", 0, ""),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_an_error(
+    latents: str, redirection: str, code: int, said: str, run: Path, elsewhere: Path
+) -> None:
+    """And nothing else is: what is said beside a result may be lost."""
+    command = f'"{sys.executable}" -m job.encode "{run}" texts.txt {latents} --device cpu {redirection}'
+    done = subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.decode()) == (code, said)
+    assert Path("latents.npy").exists() == (latents != "-")
+
+
 def test_standard_input_and_output(run: Path, elsewhere: Path, model: Model) -> None:
     def command(name: str, given: bytes) -> bytes:
         arguments = [sys.executable, "-m", "job", name, str(run), "-", "-", "--device", "cpu"]
@@ -183,6 +202,8 @@ def test_standard_input_and_output(run: Path, elsewhere: Path, model: Model) -> 
         (decode, ["in.jsonl", "out.txt"], b'{"latent": "x"}\n', "in.jsonl: latents are not lists of numbers"),
         (decode, ["in.jsonl", "out.txt"], b'{"latent": [1, 2]}\n', "this model takes \\[N, 8\\]"),
         (decode, ["in.jsonl", "out.csv"], b"", "out.csv: give a name that ends with .txt or .jsonl"),
+        (decode, ["in.jsonl", "in.txt/out.txt"], b"", "in.txt/out.txt: no file can be written there"),
+        (encode, ["in.txt", "out.npy", "--lengths", "."], b"text\n", r"\.: no file can be written there"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(
@@ -221,6 +242,7 @@ def test_a_run_needs_its_data_for_held_out_texts_alone(
 
 def test_an_export_needs_neither_run_nor_data(run: Path, data: Path, elsewhere: Path, model: Model) -> None:
     convert.main(["export", str(run), "exported"])
+    assert 'latents = model.encode(["A text."])' in Path("exported/README.md").read_text()
     np.save("expected.npy", model.encode(TEXTS))
     code = (
         "import json, sys, numpy as np; from job import load; m = load('exported', device='cpu'); "

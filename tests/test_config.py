@@ -83,6 +83,10 @@ def test_defaults_of_the_main_configuration() -> None:
         (["training.warmup_steps=50", "training.num_train_steps=20"], ["training.warmup_steps=50", "longer", "=20"]),
         (["training.allow_changed=[training.lr]"], ["training.allow_changed", "training.lr", "optimizer.lr"]),
         ([f"training.seed={2**64}"], [f"training.seed={2**64}", "at most"]),
+        (
+            ["training.eval_batch_size=1", "logging.num_eval_batches=1"],
+            ["training.eval_batch_size=1", "logging.num_eval_batches=1", "a single sample", "at least 2"],
+        ),
         (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
     ],
 )

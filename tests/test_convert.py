@@ -106,6 +106,7 @@ def test_the_model_card_is_one_that_the_hub_reads(run: Path, config: Config, tmp
     assert {result.metric_type: result.metric_value for result in card.data.eval_results}["l2t/latent_gain"] == 0.7
     for words in (
         'load("out")',
+        "model.encode_ids([[5, 6, 7]])",  # its data came without a tokenizer
         "| latents | 6 dimensions |",
         "| model.hidden_size | 16 |",
         "| torch |",

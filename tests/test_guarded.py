@@ -135,6 +135,22 @@ def test_a_file_that_does_not_fit_on_the_disk_is_named(tmp_path: Path) -> None:
     assert storage_problem(failed.value) == f"{tmp_path}/config.yaml: No space left on device"
 
 
+def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> None:
+    """A rename over it would leave a file in the place of a pipe, a link or, for root, /dev/null."""
+    pipe, linked, link = tmp_path / "pipe", tmp_path / "file", tmp_path / "link"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    linked.write_bytes(b"old")
+    link.symlink_to(linked)
+    for path in (pipe, link):
+        write_whole(path, lambda file: file.write(b"new"))
+    assert os.read(reader, 10) == linked.read_bytes() == b"new"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+
 PRINTS = """
 import sys
 from job.command import guarded

@@ -266,17 +266,22 @@ def test_a_run_whose_only_failure_is_a_print_is_finished(redirection: str, tmp_p
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "config.yaml", "training_log.jsonl", "curves.png", "result.json"])
-def test_what_is_in_the_way_of_a_file_or_directory_is_one_line(name: str, tmp_path: Path) -> None:
+def test_what_is_in_the_way_of_a_file_or_directory_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """At the start and at the end of a run."""
     (tmp_path / "run").mkdir()
     if name == "checkpoints":
         (tmp_path / "run" / name).touch()
     else:
         (tmp_path / "run" / name / "x").mkdir(parents=True)
-    done = in_a_process("", tmp_path, "logging.run_name=run")
-    assert done.returncode == ExitCode.FAILED
-    assert len(done.stderr.splitlines()) == 1
-    assert f"{tmp_path}/run/{name}: is a " in done.stderr
+    run = ["training.warmup_steps=0", "logging.run_name=run", f"logging.save_dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["train", *TINY, *run])
+    monkeypatch.setattr(main_job, "failures", [])
+    assert guarded(main_job.main) == ExitCode.FAILED
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert f"{tmp_path}/run/{name}: is a " in said
 
 
 def test_a_full_disk_at_the_start_is_one_line(tmp_path: Path) -> None:

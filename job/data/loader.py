@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from job.config import Config
 from job.data.description import ModelDescription
 from job.data.sampler import Sampler
-from job.data.shards import Dataset, DatasetInfo, ShardDataset, Split
+from job.data.shards import LEAST_ROWS, Dataset, DatasetInfo, ShardDataset, Split
 from job.data.synthetic import SyntheticDataset
 from job.errors import JobError, RetryError, UserError
 
@@ -100,7 +100,7 @@ def rounded_up(length: int) -> int:
 def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
     """Training and validation split that `config.data` names.
 
-    Raises UserError for a damaged dataset or rows longer than model.max_seq_len.
+    Raises UserError for a damaged dataset, rows longer than model.max_seq_len, or too few samples to evaluate on.
     """
     if config.data.source == "synthetic":
         return _synthetic(config, "train"), _synthetic(config, "validation")
@@ -113,9 +113,11 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
             f"({train.info.max_length} tokens); set model.max_seq_len={rounded_up(train.info.max_length)} "
             f"or prepare with --max-length {longest}"
         )
-    if not len(validation):
+    # Said before the first step: the evaluation that needs them comes after the last one.
+    if len(validation) < LEAST_ROWS["validation"]:
         raise UserError(
-            f"{directory}: the validation split is empty; prepare with a larger --validation-fraction or more texts"
+            f"{directory}: too few samples in the validation split ({len(validation)}; an evaluation compares at "
+            f"least {LEAST_ROWS['validation']}); prepare with a larger --validation-fraction or more texts"
         )
     return train, validation
 

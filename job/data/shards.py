@@ -27,6 +27,7 @@ PARTS = ("tokens", "offsets", "latents")
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+LEAST_ROWS = {"train": 1, "validation": 2}  # an evaluation compares a sample with another one
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from job.data.optional import import_optional
 from job.data.shards import DatasetInfo
 from job.errors import UserError
 
@@ -105,15 +106,14 @@ def _find(source: str, local_files_only: bool) -> Path:
         if not (path / TOKENIZER_FILE).is_file():
             raise UserError(f"{path}: no {TOKENIZER_FILE} in this directory")
         return path / TOKENIZER_FILE
-    from huggingface_hub import hf_hub_download
-
+    download = import_optional("huggingface_hub", "huggingface_hub").hf_hub_download
     try:
         for extra in NAMING_FILES:
             try:
-                hf_hub_download(source, extra, local_files_only=local_files_only)
+                download(source, extra, local_files_only=local_files_only)
             except Exception:  # the library's own kinds, and those of its transport
                 continue
-        return Path(hf_hub_download(source, TOKENIZER_FILE, local_files_only=local_files_only))
+        return Path(download(source, TOKENIZER_FILE, local_files_only=local_files_only))
     except Exception as error:
         where = "the local cache" if local_files_only else "the hub"
         raise UserError(

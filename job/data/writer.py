@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from job.data.shards import INFO_FILE, PARTS, SPLITS, DatasetInfo, shard_file
+from job.data.shards import INFO_FILE, LEAST_ROWS, PARTS, SPLITS, DatasetInfo, shard_file
 from job.errors import UserError
 from job.files import file_entry, write_json, write_whole
 
@@ -89,16 +89,16 @@ def write_info(
 ) -> DatasetInfo:
     """Write dataset.json, which turns the shards of `records` (in order within each split) into a dataset.
 
-    UserError if a split is empty.
+    UserError if a split has too few rows.
     """
     of_split: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
     for record in records:
         of_split[record.split].append(record)
     counts = {split: sum(record.rows for record in of_split[split]) for split in of_split}
     for split, count in counts.items():
-        if not count:
+        if count < LEAST_ROWS[split]:
             raise UserError(
-                f"no sample is left for the {split} split; "
+                f"too few samples are left for the {split} split ({count}; it needs at least {LEAST_ROWS[split]}); "
                 "give more texts, another --validation-fraction or a larger --max-length"
             )
     train = of_split["train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import metadata
 
 from torch import nn
@@ -31,8 +32,11 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     Called with modality_tokens=([B, S, H], [B, 1, H]), modality_masks=([B, S] bool, None), time_cond=[B, cond_dim].
     """
     check_packages()
-    from mmdit.mmdit_generalized_pytorch import MMDiT
-    from mmdit.mmdit_pytorch import JointAttention
+    with warnings.catch_warnings():
+        # x-transformers calls it when it is imported: torch 2.15 would say so on the terminal of every command.
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+        from mmdit.mmdit_generalized_pytorch import MMDiT
+        from mmdit.mmdit_pytorch import JointAttention
 
     dims = (config.hidden_size, config.hidden_size)
     backbone = MMDiT(

@@ -67,8 +67,13 @@ def write_curves(run_dir: Path, out: Path | None = None) -> Path:
         if any(key in line for line in logs[panel.log] for key in panel.keys)
     ]
     rows = max(1, math.ceil(len(panels) / COLUMNS))
-    figure = Figure(figsize=(5 * COLUMNS, 3 * rows), layout="constrained")
-    figure.suptitle(run_dir.resolve().name)
+    width, height = 5 * COLUMNS, 3 * rows + 0.4  # inches
+    figure = Figure(figsize=(width, height))
+    # Fixed margins: matplotlib's layout engines draw everything once more to find them, seconds at the end of each run.
+    figure.subplots_adjust(
+        left=0.8 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - 0.8 / height, wspace=0.2, hspace=0.4
+    )
+    figure.suptitle(run_dir.resolve().name, y=1 - 0.25 / height)
     for number, panel in enumerate(panels, start=1):
         draw(figure.add_subplot(rows, COLUMNS, number), panel, logs[panel.log])
     write_whole(out, lambda file: figure.savefig(file, format="png", dpi=100))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from job.config import Config
 from job.data.loader import Batch, BatchFormat, BatchSplit, LatentScale, Loader, evaluation_batches, open_datasets
 from job.data.sampler import Sampler
-from job.data.shards import ShardDataset
+from job.data.shards import INFO_FILE, SPLITS, ShardDataset
 from job.data.synthetic import SyntheticDataset
+from job.data.writer import write_info, write_shard
 from job.errors import RetryError, UserError
 
 DATASET = SyntheticDataset(50, 32, 4, 21, 0, "train")
@@ -179,6 +182,29 @@ def test_datasets_come_from_the_configuration(prepared: Path) -> None:
         open_datasets(shard_config(prepared, longest - 1))
     with pytest.raises(UserError, match=r"dataset\.json is missing"):
         open_datasets(shard_config(prepared.parent, 48))
+
+
+def test_too_few_samples_to_evaluate_on_are_said_before_training(tmp_path: Path) -> None:
+    texts = [np.arange(3) + number for number in range(3)]
+    records = [write_shard(tmp_path, split, 0, texts, np.ones((3, 4)), 10) for split in SPLITS]
+    info = write_info(
+        tmp_path,
+        records,
+        vocab_size=10,
+        mask_token_id=1,
+        pad_token_id=0,
+        tokenizer=None,
+        encoder={},
+        options={},
+        generated_by="a test",
+    )
+    open_datasets(shard_config(tmp_path, 8))
+    # As an earlier version wrote them.
+    records[1] = write_shard(tmp_path, "validation", 0, texts[:1], np.ones((1, 4)), 10)
+    few = {"counts": info.counts | {"validation": 1}, "shards": info.shards | {"validation": [1]}}
+    (tmp_path / INFO_FILE).write_text(json.dumps(asdict(info) | few | {"files": info.files | records[1].files}))
+    with pytest.raises(UserError, match=r"too few samples in the validation split \(1; .* at least 2\)"):
+        open_datasets(shard_config(tmp_path, 8))
 
 
 def test_synthetic_data_come_from_the_configuration() -> None:

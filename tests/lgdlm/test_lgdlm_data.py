@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_run import tiny_run
 
+from job import evaluate, sample
 from job.data.shards import ShardDataset
 from job.data.tokenizer import train
 from job.errors import UsageError, UserError
+from job.lgdlm.checkpoint import convert as convert_checkpoint
 from job.lgdlm.data import DataOptions, convert
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -115,14 +119,25 @@ def test_mask_and_padding_are_two_tokens(directories: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="shared/golden is not here")
-def test_the_golden_pair_fits_the_golden_model(tmp_path: Path) -> None:
+def test_the_golden_pair_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The research code's data and checkpoint, by the commands of the README, with the line that one of them prints."""
+    said = convert_checkpoint(GOLDEN / "lgdlm_checkpoint", tmp_path / "weights.safetensors")
+    shape = said.partition("use it with: ")[2].split()
     options = DataOptions(
         mask_token_id=3, pad_token_id=0, vocab_size=97, validation_fraction=0.3, max_length=12, skip_bad=True
     )
-    data = GOLDEN / "lgdlm_data"
-    convert(data / "tokens", data / "latents", tmp_path / "out", options)
-    info = ShardDataset(tmp_path / "out", "train").info
-    assert (sum(info.counts.values()), info.max_length, info.latent_dim) == (7, 11, 16)
+    pair = (GOLDEN / "lgdlm_data" / "tokens", GOLDEN / "lgdlm_data" / "latents")
+    with pytest.raises(UserError, match=r"too few samples are left for the validation split \(1; .*--validation-frac"):
+        convert(*pair, tmp_path / "data", options)
+    convert(*pair, tmp_path / "data", replace(options, validation_fraction=0.5))
+    info = ShardDataset(tmp_path / "data", "train").info
+    assert (info.counts, info.max_length, info.latent_dim) == ({"train": 5, "validation": 2}, 11, 16)
+    run = tiny_run(tmp_path / "run", tmp_path / "data", *shape, "training.num_train_steps=2")
+    capsys.readouterr()
+    evaluate.main([str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)["samples"] == 2
+    sample.main([str(run), "--count", "2"])
+    assert len(capsys.readouterr().out.split("text ")) == 3
 
 
 def test_ids_come_from_the_tokenizer_or_must_be_given(directories: tuple[Path, Path], tmp_path: Path) -> None:
