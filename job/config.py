@@ -33,6 +33,7 @@ DECODES_TEXTS = ("loss.loss_type", ("cycle_vae", "l2t", "random", "sequential"))
 RANDOM_MASKS = ("loss.text_t_mode", "random")
 RANDOM_MODES = ("loss.loss_type", "random")
 SEQUENTIAL_MODES = ("loss.loss_type", "sequential")
+SHARDED = ("training.strategy", "fsdp")
 MONITORED = ("monitoring.enabled", True)
 
 
@@ -199,6 +200,13 @@ class TrainingConfig:
         "for models that do not fit; evaluation still holds one copy of the weights)",
         choices=("ddp", "fsdp"),
     )
+    shard_size: int | None = key(
+        None,
+        "neighbouring ranks that hold one copy of the model in shards between them, such as the GPUs of a node; "
+        "null: all ranks",
+        above=0,
+        read_if=SHARDED,
+    )
     compile_model: bool = key(False, "torch.compile the blocks", read_if=FAST)
     activation_checkpointing: bool = key(
         False,
@@ -311,6 +319,7 @@ FREE_ON_RESUME = {
     "training.global_batch_size",
     "training.eval_batch_size",
     "training.strategy",
+    "training.shard_size",
     "training.compile_model",
     "training.activation_checkpointing",
     "model.implementation",

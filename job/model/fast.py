@@ -134,6 +134,9 @@ def compile_one(function: Any, backend: str = "inductor") -> Any:
     # A graph for each modality, each set of heads, and whether a batch has one row: the modes of training come to more
     # than the 8 graphs that are allowed, and with fullgraph one more ends the run.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # Inside DDP's forward, Dynamo would cut each graph where DDP's buckets of gradients end, so that their reduction can
+    # begin. These graphs are half a block and end there by themselves; cut, they fuse less and compile twice as long.
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
 
