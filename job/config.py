@@ -178,7 +178,7 @@ class TrainingConfig:
     device: str = key("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = key(
         "auto",
-        "auto: bf16 autocast on GPUs that have it, else fp32; weights are always fp32",
+        "auto: bf16 autocast on GPUs that have it, else fp32 (with TF32 products on GPUs); weights are always fp32",
         choices=("auto", "bf16", "fp32"),
     )
     train_batch_size: int = key(8, "samples per rank and forward pass", above=0)
@@ -208,6 +208,11 @@ class TrainingConfig:
         read_if=SHARDED,
     )
     compile_model: bool = key(False, "torch.compile the blocks", read_if=FAST)
+    deterministic: bool = key(
+        False,
+        "the same bits from the same command on GPUs of one kind with the same versions and ranks, somewhat slower; "
+        "without it their atomic sums differ in the last digits from run to run, while CPUs repeat every bit anyway",
+    )
     activation_checkpointing: bool = key(
         False,
         "keep no activations inside blocks, compute them again in backward",
@@ -321,6 +326,7 @@ FREE_ON_RESUME = {
     "training.strategy",
     "training.shard_size",
     "training.compile_model",
+    "training.deterministic",
     "training.activation_checkpointing",
     "model.implementation",
     "training.init_from",

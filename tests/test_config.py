@@ -83,6 +83,11 @@ def test_defaults_of_the_main_configuration() -> None:
         (["training.warmup_steps=50", "training.num_train_steps=20"], ["training.warmup_steps=50", "longer", "=20"]),
         (["training.allow_changed=[training.lr]"], ["training.allow_changed", "training.lr", "optimizer.lr"]),
         ([f"training.seed={2**64}"], [f"training.seed={2**64}", "at most"]),
+        (["training.shard_size=8"], ["training.shard_size=8", "training.strategy=fsdp"]),
+        (
+            ["training.deterministic=true", "loss.cycle_latent_sampling=categorical"],
+            ["training.deterministic=true", "cycle_latent_sampling=argmax"],
+        ),
         (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
     ],
 )

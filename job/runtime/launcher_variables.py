@@ -1,7 +1,8 @@
 """The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
 
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
-Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES. Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE.
+Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES. Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE,
+PYTORCH_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG.
 """
 
 from __future__ import annotations
@@ -102,13 +103,25 @@ def named_compiler(environ: Mapping[str, str], variable: str) -> str | None:
     return environ.get(variable)
 
 
-def use_huge_pages() -> None:
-    """Let large tensors on a CPU lie in huge pages, which takes a tenth off a step. Call it before torch is imported.
+def tune_allocators() -> None:
+    """Set how PyTorch takes memory; call it before torch is imported, which reads the variables once.
 
-    A user's own THP_MEM_ALLOC_ENABLE stands. Only programs that train call it: importing a package must not change
-    the environment of whoever imports it.
+    Large tensors on a CPU lie in huge pages, which takes a tenth off a step. On a GPU, segments that grow keep batches
+    of ever new lengths from leaving holes that no later tensor fits into, which ends in "out of memory" beside free
+    memory. A user's own variables stand. Only programs that train call it: importing a package must not change the
+    environment of whoever imports it.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which many scripts still set
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def let_products_repeat() -> None:
+    """Give cuBLAS a workspace of its own for every stream, without which its products may differ from run to run.
+
+    Call it before the first product on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def let_hydra_raise() -> None:

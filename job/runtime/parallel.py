@@ -20,8 +20,8 @@ from job.runtime.sharding import shard
 def distribute(module: nn.Module, blocks: Iterable[nn.Module], config: Config, process: Process) -> nn.Module:
     """Put a module on the process's device; where there are other ranks, in shards or with DDP around it.
 
-    `blocks` are its repeated parts, which FSDP gathers one at a time. Raises UserError where they cannot be compiled, or
-    the ranks not be divided into groups of training.shard_size.
+    `blocks` are its repeated parts, which FSDP gathers one at a time. Raises UserError where they cannot be compiled,
+    and where training.shard_size does not divide the ranks.
     """
     if config.training.compile_model:
         refuse_without_compiler(process.device)

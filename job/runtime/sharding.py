@@ -1,8 +1,8 @@
 """Weights, gradients and moments in shards, one a rank, for models that DDP cannot hold.
 
 This is torch's fully_shard (FSDP2; Zhao et al. 2023, "PyTorch FSDP"). The weights of a part of the model are gathered
-when its turn comes, forward and backward, and freed after it. Gradients are reduced in float32, and weights are gathered
-in the type that autocast would round them to anyway, so the numbers are those of DDP.
+when its turn comes, forward and backward, and freed after it. Gradients are reduced in float32, and weights are
+gathered in the type that autocast would round them to anyway, so the numbers are those of DDP.
 
 Shards may lie within groups of neighbouring ranks, such as those of a node, while the groups hold copies of each other
 (HSDP): weights are then gathered over the node's own links, and only gradients cross the network, once a step.
