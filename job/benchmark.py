@@ -1,9 +1,9 @@
 """How fast a step is: `python -m job.benchmark` measures the plain path and the fast one in turn.
 
 `--compare A B` measures any two settings. A setting is a comma-separated list of configuration keys:
-`--compare model.implementation=plain training.compile_model=true`. The plain model computes what the research code does;
-with `baseline=stock` beside its key it is what a user puts together from the mmdit package: flash attention, compiled
-blocks, no pass or head that no term needs.
+`--compare model.implementation=plain training.compile_model=true`. The plain model computes what the research code
+does; with `baseline=stock` beside its key it is what a user puts together from the mmdit package: flash attention,
+compiled blocks, no pass or head that no term needs.
 """
 
 from __future__ import annotations
