@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,10 +27,20 @@ from job.objective.objective import Objective
 from job.runtime.optimizer import Optimizer
 from job.runtime.precision import autocast, set_up
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 CUDA = torch.device("cuda")
 LONG = {"max_seq_len": 96, "head_dim": 32}
 RAGGED = (96, 40, 71, 3)
 KINDS = ("to_cond", "to_post_branch_gammas", "residual_fns", "joint_attn", "feedforwards", "conditioning", "_head")
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process() -> Iterator[None]:
+    """Products in whole float32, as on a CPU, and no compiled code of another test."""
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
 
 
 class NoiseOnGpu(FixedNoise):

@@ -12,6 +12,7 @@ import torch
 
 from job.runtime.checkpoint import open_checkpoint, read_weights
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 SMALL = [
     *("data=synthetic", "model.hidden_size=64", "model.n_blocks=2", "model.n_heads=2", "model.head_dim=32"),
     *("model.cond_dim=64", "training.device=cuda", "training.train_batch_size=8", "training.eval_batch_size=8"),
