@@ -11,13 +11,16 @@ ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.3-base-ubuntu24.04
 FROM ${BASE_IMAGE} AS base
 ENV PATH=/opt/cyclevae/bin:$PATH LC_ALL=C.UTF-8
 # With SOURCE_DATE_EPOCH bytecode carries the hash of its source, not its time, so the same sources give the same bytes.
-# Versions are the distribution's: one list for Debian and Ubuntu.
+# Versions are the distribution's: one list for Debian and Ubuntu. g++ and Python's headers are for
+# training.compile_model: what torch.compile generates is built where it runs, with them on CPUs and on GPUs alike.
 # hadolint ignore=DL3008
 RUN export SOURCE_DATE_EPOCH=315532800 DEBIAN_FRONTEND=noninteractive \
     && apt-get update --quiet=2 \
-    && apt-get install --quiet=2 --yes --no-install-recommends ca-certificates python3 tini \
+    && apt-get install --quiet=2 --yes --no-install-recommends \
+        ca-certificates g++ libpython3-dev python3 tini \
     && rm -rf /var/lib/apt/lists/* \
     && find /var/cache /var/log -type f -delete \
+    && find /usr/lib -name "libpython*.a" -delete \
     && python3 -m venv --without-pip /opt/cyclevae
 
 FROM base AS builder

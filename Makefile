@@ -59,6 +59,10 @@ lock:                                 ## write requirements*.lock and docker/*.l
 clean:                                ## remove the environment, the demo's data and its run
 	rm -rf .venv data/demo runs/demo
 
+.PHONY: test-gpu
+test-gpu: .venv/dev                   ## what needs a GPU; skipped without one
+	$(BIN)/python -m pytest -rs tests/gpu
+
 .PHONY: slurm-tools test-slurm
 slurm-tools:                          ## SLURM and its accounting from Debian or Ubuntu, for test-slurm (as root)
 	apt-get update

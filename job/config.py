@@ -33,6 +33,7 @@ DECODES_TEXTS = ("loss.loss_type", ("cycle_vae", "l2t", "random", "sequential"))
 RANDOM_MASKS = ("loss.text_t_mode", "random")
 RANDOM_MODES = ("loss.loss_type", "random")
 SEQUENTIAL_MODES = ("loss.loss_type", "sequential")
+SHARDED = ("training.strategy", "fsdp")
 MONITORED = ("monitoring.enabled", True)
 
 
@@ -177,7 +178,7 @@ class TrainingConfig:
     device: str = key("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = key(
         "auto",
-        "auto: bf16 autocast on GPUs that have it, else fp32; weights are always fp32",
+        "auto: bf16 autocast on GPUs that have it, else fp32 (with TF32 products on GPUs); weights are always fp32",
         choices=("auto", "bf16", "fp32"),
     )
     train_batch_size: int = key(8, "samples per rank and forward pass", above=0)
@@ -199,7 +200,19 @@ class TrainingConfig:
         "for models that do not fit; evaluation still holds one copy of the weights)",
         choices=("ddp", "fsdp"),
     )
+    shard_size: int | None = key(
+        None,
+        "neighbouring ranks that hold one copy of the model in shards between them, such as the GPUs of a node; "
+        "null: all ranks",
+        above=0,
+        read_if=SHARDED,
+    )
     compile_model: bool = key(False, "torch.compile the blocks", read_if=FAST)
+    deterministic: bool = key(
+        False,
+        "the same bits from the same command on GPUs of one kind with the same versions and ranks, somewhat slower; "
+        "without it their atomic sums differ in the last digits from run to run, while CPUs repeat every bit anyway",
+    )
     activation_checkpointing: bool = key(
         False,
         "keep no activations inside blocks, compute them again in backward",
@@ -326,7 +339,9 @@ FREE_ON_RESUME = {
     "training.global_batch_size",
     "training.eval_batch_size",
     "training.strategy",
+    "training.shard_size",
     "training.compile_model",
+    "training.deterministic",
     "training.activation_checkpointing",
     "model.implementation",
     "training.init_from",

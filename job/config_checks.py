@@ -31,6 +31,7 @@ def validate(config: Config) -> list[str]:
     refuse_empty_ranges(config)
     refuse_evaluation_of_one(config)
     refuse_partly_masked_padding(config)
+    refuse_draws_that_differ(config)
     refuse_mode_weights(config)
     refuse_sequential_schedule(config)
     refuse_two_batch_sizes(config)
@@ -110,6 +111,15 @@ def refuse_partly_masked_padding(config: Config) -> None:
     if config.loss.ce_over_padding and config.loss.text_t_mode == "random":
         raise UserError(
             "loss.ce_over_padding=true counts fully masked texts; set loss.text_t_mode=full, or leave it out"
+        )
+
+
+def refuse_draws_that_differ(config: Config) -> None:
+    """Refuse drawn pseudo-tokens in a deterministic run: GPUs have no running sum that repeats its last digits."""
+    if config.training.deterministic and config.loss.cycle_latent_sampling == "categorical":
+        raise UserError(
+            "training.deterministic=true cannot repeat draws on a GPU; set loss.cycle_latent_sampling=argmax, "
+            "or leave it out"
         )
 
 

@@ -13,7 +13,7 @@ from job.runtime.launcher_variables import (
     launch_time,
     status_lines,
     trainer_server,
-    use_huge_pages,
+    tune_allocators,
 )
 from job.runtime.processors import share_machine, use_own_processors
 from job.runtime.stop import StopSignals
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     answer_help()  # at once: torch takes seconds to load
     launch_if_asked()
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
-    use_huge_pages()  # before torch is imported: it reads the variables once
+    tune_allocators()  # before torch is imported: it reads the variables once
     use_own_processors()
 
 import os
@@ -75,7 +75,7 @@ from job.runtime.delayed import DelayedRead
 from job.runtime.distributed import Process
 from job.runtime.optimizer import learning_rate
 from job.runtime.parallel import reduction_of_gradients, reduction_seconds, sum_over_ranks
-from job.runtime.precision import autocast, compute_dtype
+from job.runtime.precision import autocast, compute_dtype, set_up
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.watchdog import Watchdog
 from job.trained import RECORD_KEY, tokenizer_of
@@ -116,6 +116,7 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     patience = max(timeout, COMPILE_SECONDS) if config.training.compile_model else timeout
     process = distributed.start(config.training.device, patience)  # type: ignore[arg-type]
     share_machine(distributed.gather)
+    set_up(config.training, process.device)
     # Flushed: who waits for a run wants to know for what.
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
@@ -235,6 +236,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
         run.watchdog.beat(step, "waiting for data")
         with reporter.phases("data_wait"):
             micro_batches = next(batches)
+        agreement = distributed.agree_meanwhile(partial(wishes, run, last_save))
         run.watchdog.beat(step, "training", compile_patience(run, str(learner.objective.passes(step))))
         with reporter.phases("step"):
             reporter.work.add(micro_batches[0]["global_lengths"].numpy(), learner.objective.passes(step))
@@ -249,9 +251,10 @@ def loop(run: TrainingRun, start: int) -> str | None:
             logged = done
         elif step == start:
             progress.first_step(done, time.monotonic() - began)
-        stopping = signals.agreed(distributed.agree_max, c.training.max_minutes)
-        stopping = stopping or evaluate_if_due(run, done, progress)
-        if stopping or done == total or save_is_due(run, done, last_save):
+        stop_wish, save_wish = agreement()
+        stopping = signals.reason(stop_wish, c.training.max_minutes) or evaluate_if_due(run, done, progress)
+        save_by_steps = bool(c.logging.save_freq and done % c.logging.save_freq == 0)
+        if stopping or done == total or save_wish or save_by_steps:
             last_save = time.monotonic()
             save(run, done, blocking=bool(stopping) or done == total)
             if stopping:
@@ -333,14 +336,14 @@ def report_interval(run: TrainingRun, done: int, steps: int) -> dict[str, float]
     return values
 
 
-def save_is_due(run: TrainingRun, done: int, last_save: float) -> bool:
-    """Whether it is time for a checkpoint, by steps or by the clock; the same on every rank."""
-    logging = run.config.logging
-    by_clock = False
-    if logging.save_minutes is not None:
-        # Clocks differ, but all ranks must save together.
-        by_clock = distributed.agree_max(int(time.monotonic() - last_save > 60 * logging.save_minutes)) > 0
-    return by_clock or bool(logging.save_freq and done % logging.save_freq == 0)
+def wishes(run: TrainingRun, last_save: float) -> list[int]:
+    """What this rank would have all ranks do at the end of the step: stop, for which reason, and save, by the clock.
+
+    Clocks differ, but all ranks must stop and save together.
+    """
+    minutes = run.config.logging.save_minutes
+    save_now = minutes is not None and time.monotonic() - last_save > 60 * minutes
+    return [signals.wish(run.config.training.max_minutes), int(save_now)]
 
 
 def save(run: TrainingRun, done: int, blocking: bool) -> None:
@@ -377,7 +380,8 @@ def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | No
 
     def between_batches() -> None:
         run.watchdog.beat(done, "evaluating")
-        reason = signals.agreed(distributed.agree_max, c.training.max_minutes)
+        wish = distributed.agree_max(signals.wish(c.training.max_minutes))
+        reason = signals.reason(wish, c.training.max_minutes)
         if reason:
             raise Stopped(reason)
 

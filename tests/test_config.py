@@ -87,6 +87,11 @@ def test_defaults_of_the_main_configuration() -> None:
             ["training.eval_batch_size=1", "logging.num_eval_batches=1"],
             ["training.eval_batch_size=1", "logging.num_eval_batches=1", "a single sample", "at least 2"],
         ),
+        (["training.shard_size=8"], ["training.shard_size=8", "training.strategy=fsdp"]),
+        (
+            ["training.deterministic=true", "loss.cycle_latent_sampling=categorical"],
+            ["training.deterministic=true", "cycle_latent_sampling=argmax"],
+        ),
         (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
     ],
 )

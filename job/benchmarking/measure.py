@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from job.benchmarking.stock import become
 from job.config import Config, from_dict
 from job.config_checks import validate
-from job.model.plain import PlainMMDiT
 from job.monitoring.flops import pass_flops
 from job.objective.build import build_objective
 from job.runtime.compiler import refuse_without_compiler
 from job.runtime.optimizer import Optimizer
 from job.runtime.parallel import reduction_of_gradients
-from job.runtime.precision import autocast
+from job.runtime.precision import autocast, set_up
 
 MASK = 3
 STEP_PARTS = ("forward", "backward", "optimizer")
@@ -58,18 +58,23 @@ class DataShape:
 
 
 class Case:
-    """One setting: a model, its objective and its optimizer, and random rows."""
+    """One setting: a model, its objective and its optimizer, and random rows.
+
+    Besides keys of the configuration it may have `baseline`, one of job.benchmarking.stock.BASELINES.
+    """
 
     def __init__(self, values: dict[str, Any], shape: Shape, device: torch.device) -> None:
+        values = dict(values)
+        baseline = values.pop("baseline", None)
         self.config: Config = from_dict(values)
         validate(self.config)
         if self.config.training.compile_model:
             refuse_without_compiler(device)
+        set_up(self.config.training, device)
         self.shape, self.device = shape, device
         self.config.model.vocab_size = shape.vocab  # as it is, not rounded up
         objective = build_objective(self.config, DataShape(shape.vocab, shape.latent_dim, MASK, pad_token_id=0))
-        if isinstance(objective.model, PlainMMDiT):
-            objective.model.every_head = True  # the baseline is what LGDLM computes
+        become(objective.model, baseline)
         self.objective = objective.to(device)
         self.optimizer = Optimizer(objective.model, self.config, device)
         self.module: nn.Module = self.objective

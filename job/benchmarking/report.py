@@ -14,6 +14,11 @@ Figures = Mapping[str, dict[str, Any]]  # by the name of the setting, as job.ben
 NAME = 44  # characters of a setting's name that a table shows
 
 
+def short(name: str) -> str:
+    """A setting's name as a table shows it: without the section that most keys have, and cut."""
+    return name.replace("model.implementation=", "")[:NAME]
+
+
 def table(figures: Figures) -> str:
     """A line per setting: seconds of a step with their spread, rates, memory, speed-up, and the parts of a step."""
     lines = [
@@ -25,7 +30,7 @@ def table(figures: Figures) -> str:
         speedup = f"{f['speedup']:.2f} ({f['speedup_min']:.2f}-{f['speedup_max']:.2f})"
         parts = " ".join(f"{seconds:8.3f}" for seconds in f["parts"].values())
         line = (
-            f"{name[:NAME]:<{NAME}} {f['step_seconds']:8.3f} {spread:>17} {f['tokens_per_second']:9.0f} "
+            f"{short(name):<{NAME}} {f['step_seconds']:8.3f} {spread:>17} {f['tokens_per_second']:9.0f} "
             f"{f['flops_per_second'] / 1e9:8.1f} {f['peak_memory_gib']:6.2f} {speedup:>20} {parts}"
         )
         lines.append(f"{line}  MFU {f['mfu']:.1%}" if f["mfu"] else line)
@@ -38,7 +43,7 @@ PAPER_HEADER = f"{'setting':<{NAME}} {'kernels':>8} {'TFLOP':>8} {'GB moved':>9}
 def paper_line(name: str, f: dict[str, Any]) -> str:
     """What a step of a setting asks of a device (job.benchmarking.paper.count), below PAPER_HEADER."""
     return (
-        f"{name[:NAME]:<{NAME}} {f['kernels']:>8} {f['flops'] / 1e12:>8.1f} "
+        f"{short(name):<{NAME}} {f['kernels']:>8} {f['flops'] / 1e12:>8.1f} "
         f"{f['bytes_moved'] / 1e9:>9.0f} {f['peak_gib']:>9.1f}"
     )
 

@@ -89,8 +89,9 @@ class Padding:
 
     def pack(self, x: Tensor) -> Tensor:
         """Values [B, S, ...] as those of the T computed tokens alone, [T, ...]."""
+        # Not rows[place]: a GPU would sort the places in the backward pass.
         rows = x.flatten(0, 1)
-        return rows if self.place is None else rows[self.place]
+        return rows if self.place is None else rows.index_select(0, self.place)
 
     def unpack(self, x: Tensor) -> Tensor:
         """Values [T, ...] of the computed tokens as [B, S, ...], 0 elsewhere."""

@@ -1,19 +1,26 @@
 """Rows without their padding: the texts of R rows end to end [T, ...], and one latent a row [R, ...].
 
 With rows of 60% on average, padded rows would spend two fifths of every product on padding. Here products, norms and
-residual streams see real tokens only; attention alone needs to know where a row begins.
+residual streams see real tokens only; attention alone needs to know where a row begins. It has three ways:
+
+- Full rows attend side by side, [R, S + 1, ...], without a mask: SDPA's flash kernel.
+- Ragged rows attend end to end, [T + R, ...], each row's latent behind its text: on a GPU by one kernel that is told
+  where rows begin (torch.nn.attention.varlen, bf16 only), on a CPU row by row.
+- Where neither is to be had, and on a CPU where rows are short, they attend side by side with their padding and a mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from job.model.end_to_end import Ends, EndToEnd, attend_end_to_end, has_varlen_kernel
 from job.model.groups import Group, Padding
 from job.model.streams import Mixing
 
@@ -90,17 +97,6 @@ class _Lookup(torch.autograd.Function):
         return (rows[:, None] == index).to(gradient.dtype) @ gradient, None
 
 
-class AttentionPart(NamedTuple):
-    """What goes through the attention kernel in one call: one row, or the rows of a group side by side."""
-
-    heads: tuple[str, ...]  # what is asked for: in the last block only what a head reads
-    text_k: Tensor
-    text_v: Tensor
-    latent_q: Tensor
-    latent_k: Tensor
-    latent_v: Tensor
-
-
 class Layout:
     """Where the tokens of G groups of B rows lie. All groups have the same row lengths."""
 
@@ -110,18 +106,42 @@ class Layout:
         self.heads = [group.heads for group in groups]
         self.padding = padding  # of one group
         self.whole = padding.repeat(len(groups))  # of all of them
-        # Long ragged rows attend one by one, without their padding. Short ones attend side by side with a mask, since a
-        # call costs more than the padding; so do all rows on a GPU, where a call for every row would never fill it.
-        self.row_by_row = padding.ragged and seq_len > SHORT and not mask.is_cuda
-        self.key_mask = None
-        if not padding.full and not self.row_by_row:
-            with_latent = F.pad(self.whole.mask, (0, 1), value=True)  # the latent stands behind the text
-            self.key_mask = with_latent[:, None, None]
+        # Short rows attend side by side also on a CPU: a call costs more than their padding.
+        self.long = seq_len > SHORT
         positions = torch.arange(seq_len, device=mask.device).expand(rows, -1)
         self.positions = padding.pack(positions).repeat(len(groups))
         self.text, self.latent = self._spans(groups)
         self.read_text = self._read("text", size=sum(padding.lengths))
         self.read_latent = self._read("latent", size=rows)
+
+    @cached_property
+    def key_mask(self) -> Tensor | None:
+        """Which keys of all groups' rows count, side by side: [R, 1, 1, S + 1]; None: all of them."""
+        if self.padding.full:
+            return None
+        return F.pad(self.whole.mask, (0, 1), value=True)[:, None, None]  # the latent stands behind the text
+
+    @cached_property
+    def end_to_end(self) -> tuple[EndToEnd, EndToEnd]:
+        """Places of one group's rows and of all groups' rows."""
+        return EndToEnd.of(self.padding), EndToEnd.of(self.whole)
+
+    @cached_property
+    def ends(self) -> tuple[Ends, Ends]:
+        """Ends of all groups' rows, texts with latents, and of what asks in the last block."""
+        lengths, on_device = self.padding.lengths, self.padding.mask.sum(1)
+        of_asking = {
+            ("text",): (lengths, on_device),
+            ("latent",): ([1] * len(lengths), torch.ones_like(on_device)),
+            BOTH: ([length + 1 for length in lengths], on_device + 1),
+        }
+        given = [of_asking[BOTH] for _ in self.heads]
+        asking = [of_asking[heads] for heads in self.heads]
+        all_of_them, last = (
+            Ends.of([length for on_host, _ in parts for length in on_host], torch.cat([places for _, places in parts]))
+            for parts in (given, asking)
+        )
+        return all_of_them, last
 
     def _read(self, head: str, size: int) -> slice:
         """The places that a head reads, with `size` places a group. The groups that it reads lie side by side."""
@@ -152,54 +172,84 @@ class Layout:
         Returns outputs [.., h * d] of texts and latents. In the last block the text's queries are only those of groups
         that the text head reads, and only what a head reads comes out.
         """
-        padding = self.padding if last else self.whole  # before the last block all groups' rows are alike, one part
-        rows = len(padding.lengths)
-        text_queries, parts = self._parts(text, latent, padding, self.heads if last else [BOTH])
-        key_mask = None if self.key_mask is None else self.key_mask[:rows]
+        ragged = self.padding.ragged
+        if ragged and (has_varlen_kernel(text[1]) or (self.long and not text[1].is_cuda)):
+            return self._attend_end_to_end(text, latent, last)
+        return self._attend_side_by_side(text, latent, last)
+
+    def _attend_end_to_end(
+        self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], last: bool
+    ) -> tuple[Tensor, Tensor]:
+        of_group, of_all = self.end_to_end
+        k, v = (of_all.join(*parts) for parts in zip(text[1:], latent[1:], strict=True))
+        given, asking = self.ends
+        if not last:
+            q = of_all.join(text[0], latent[0])
+            out_text, out_latent = of_all.part(attend_end_to_end(q, k, v, given, given).flatten(1))
+            return out_text, out_latent
+        queries = []
+        of_texts, of_latents = self._queries(text[0], latent[0])
+        for heads, text_q, latent_q in zip(self.heads, of_texts, of_latents, strict=True):
+            if heads == BOTH:
+                queries.append(of_group.join(text_q, latent_q))
+            else:
+                queries.append(text_q if "text" in heads else latent_q)
+        out = attend_end_to_end(_cat(queries), k, v, asking, given).flatten(1)
         text_out: list[Tensor] = []
         latent_out: list[Tensor] = []
-        for part in parts:
-            asks_text, asks_latent = "text" in part.heads, "latent" in part.heads
-            q = self._joined(next(text_queries) if asks_text else None, part.latent_q if asks_latent else None, padding)
-            k = self._joined(part.text_k, part.latent_k, padding)
-            v = self._joined(part.text_v, part.latent_v, padding)
+        for heads, part in zip(self.heads, out.split([len(q) for q in queries]), strict=True):
+            if heads == BOTH:
+                of_text, of_latent = of_group.part(part)
+                text_out.append(of_text)
+                latent_out.append(of_latent)
+            else:
+                (text_out if "text" in heads else latent_out).append(part)
+        return _cat(text_out or [out[:0]]), _cat(latent_out or [out[:0]])
+
+    def _queries(self, text: Tensor, latent: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Queries in the last block, by group: of texts [T, h, d] (none of a group that does not read them), of latents
+        [B, h, d].
+
+        By `split`, whose gradient is one concatenation; slices would each add into a tensor of zeros of the whole size.
+        """
+        size = sum(self.padding.lengths)
+        texts = text.split([size if "text" in heads else 0 for heads in self.heads])
+        return list(texts), list(latent.split(len(self.padding.lengths)))
+
+    def _attend_side_by_side(
+        self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], last: bool
+    ) -> tuple[Tensor, Tensor]:
+        # Before the last block all groups' rows are alike: one part.
+        padding, heads_of_parts = (self.padding, self.heads) if last else (self.whole, [BOTH])
+        rows = len(padding.lengths)
+        key_mask = None if self.key_mask is None else self.key_mask[:rows]
+        of_texts, of_latents = self._queries(text[0], latent[0]) if last else ([text[0]], [latent[0]])
+        text_k, text_v = (x.split(sum(padding.lengths)) for x in text[1:])
+        latent_k, latent_v = (x.split(rows) for x in latent[1:])
+        text_out: list[Tensor] = []
+        latent_out: list[Tensor] = []
+        for part, heads in enumerate(heads_of_parts):
+            asks_text, asks_latent = "text" in heads, "latent" in heads
+            q = _joined(of_texts[part] if asks_text else None, of_latents[part] if asks_latent else None, padding)
+            k, v = _joined(text_k[part], latent_k[part], padding), _joined(text_v[part], latent_v[part], padding)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2).flatten(2)
             if asks_text:
-                of_text = out[:, :-1] if asks_latent else out
-                text_out.append(of_text[0] if self.row_by_row else padding.pack(of_text))
+                text_out.append(padding.pack(out[:, :-1] if asks_latent else out))
             if asks_latent:
                 # Contiguous, since a strided tensor would be compiled for once more.
                 latent_out.append(out[:, -1].contiguous())
         nothing = text[1].new_empty(0, text[1].shape[1] * text[1].shape[2])
         return _cat(text_out or [nothing]), _cat(latent_out or [nothing])
 
-    def _parts(
-        self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], padding: Padding, heads: list[tuple[str, ...]]
-    ) -> tuple[Iterator[Tensor], list[AttentionPart]]:
-        """The parts of `len(heads)` groups, and queries of the texts of those that ask for text.
 
-        By `split`, whose gradient is one concatenation; slices would each add into a tensor of zeros of the whole size.
-        """
-        rows = len(padding.lengths)
-        if self.row_by_row:
-            rows_of_part, sizes = 1, padding.lengths * len(heads)
-        else:
-            rows_of_part, sizes = rows, [sum(padding.lengths)] * len(heads)
-        asked = [heads[part * rows_of_part // rows] for part in range(len(sizes))]
-        sizes_of_queries = [size for size, wanted in zip(sizes, asked, strict=True) if "text" in wanted]
-        text_k, text_v = (x.split(sizes) for x in text[1:])
-        latent_parts = (x.split(rows_of_part) for x in latent)
-        parts = [AttentionPart(*part) for part in zip(asked, text_k, text_v, *latent_parts, strict=True)]
-        return iter(text[0].split(sizes_of_queries)), parts
-
-    def _joined(self, text: Tensor | None, latent: Tensor | None, padding: Padding) -> Tensor:
-        """Rows [.., h, n, d] of a part: its text with the latent behind, or one of the two."""
-        parts = []
-        if text is not None:
-            parts.append(text[None] if self.row_by_row else padding.unpack(text))
-        if latent is not None:
-            parts.append(latent[:, None])
-        return _cat(parts, dim=1).transpose(1, 2)
+def _joined(text: Tensor | None, latent: Tensor | None, padding: Padding) -> Tensor:
+    """Rows [B, h, n, d] side by side: their texts with the latents behind, or one of the two."""
+    parts = []
+    if text is not None:
+        parts.append(padding.unpack(text))
+    if latent is not None:
+        parts.append(latent[:, None])
+    return _cat(parts, dim=1).transpose(1, 2)
 
 
 def _span_of_groups(groups: Sequence[Group], lengths: list[int], row_of_place: Tensor) -> Spans:

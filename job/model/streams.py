@@ -5,13 +5,19 @@ from the streams themselves: the branch reads one mixture of the streams (`alpha
 (`post`), and the streams are mixed among themselves by a doubly stochastic matrix (`mix`), which keeps their sum.
 
 With the stock module a step of 24 blocks takes about 274,000 operations with two streams, against 16,700 with one. Here
-norm and projections of a sublayer are one product, mixing waits until the branch is written, so that the streams are
-read and written once, and gradients are written out: autograd's take twice the passes over the streams, which are the
-largest tensors of the model.
+norm and projections of a sublayer are one product, and mixing waits until the branch is written, so that the streams,
+which are the largest tensors of the model, are read and written once. It is written in two ways:
+
+- Run as they are, `_Read` and `_Write` use small matrix products and written-out gradients; autograd's take twice the
+  passes over the streams.
+- For a compiler it is elementwise arithmetic and sums over two streams, which become one loop forward and one backward:
+  products of 2x2 matrices it would leave to a library, one call and one pass over the streams each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +42,10 @@ def read(connection: Any, streams: Tensor) -> tuple[Tensor, Mixing | None]:
         gain = (c.norm.gamma + 1) * c.norm.scale
         weight = torch.cat([c.dynamic_alpha_fn[0], c.dynamic_beta_fn], dim=-1) * scales * gain[:, None]
         bias = torch.cat([c.static_alpha, c.static_beta[:, 0]], dim=-1)
-        branch, logits = _Read.apply(streams, weight, bias)
+        if torch.compiler.is_compiling():
+            branch, logits = _read_elementwise(streams, weight, bias)
+        else:
+            branch, logits = _Read.apply(streams, weight, bias)
     mix = sinkhorn(logits[..., 1:-1], c.residual_mix_constraint_fn).mT
     post = 2 * logits[..., -1:].sigmoid()
     return branch, Mixing(mix, post)
@@ -47,7 +56,8 @@ def write(streams: Tensor, mixing: Mixing | None, branch: Tensor) -> Tensor:
     if mixing is None:
         return streams + branch[:, None]
     with torch.autocast(streams.device.type, enabled=False):
-        return _Write.apply(streams, mixing.mix, mixing.post, branch.float())
+        arguments = (streams, mixing.mix, mixing.post, branch.float())
+        return _write_elementwise(*arguments) if torch.compiler.is_compiling() else _Write.apply(*arguments)
 
 
 def sinkhorn(logits: Tensor, general: Any) -> Tensor:
@@ -63,10 +73,39 @@ def sinkhorn(logits: Tensor, general: Any) -> Tensor:
     return torch.stack([p, 1 - p, 1 - p, p], dim=-1).unflatten(-1, (2, 2))
 
 
+def _read_elementwise(streams: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What _Read computes."""
+    inverse = streams.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
+    projected = (streams.flatten(0, 1) @ weight).view(*streams.shape[:2], -1) * inverse
+    logits = projected + bias
+    return (logits[..., :1].sigmoid() * streams).sum(1), logits
+
+
+def _write_elementwise(streams: Tensor, mix: Tensor, post: Tensor, branch: Tensor) -> Tensor:
+    """What _Write computes."""
+    return (mix[..., None] * streams[:, None]).sum(2) + post * branch[:, None]
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products of float32 matrices without TF32, whatever the run's setting.
+
+    The streams go through such a product in every sublayer. Rounded to TF32's 10 bits of mantissa each time, they would
+    lose more than a run in bf16 does, whose streams stay float32.
+    """
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 class _Read(torch.autograd.Function):
     """The sublayer's logits, streams @ weight / |streams| + bias, and the mixture that their first column gives."""
 
     @staticmethod
+    @_whole_float32()
     def forward(ctx: Any, streams: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         inverse = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
         # Norm after the product, where there are s + 2 columns to scale and not H.
@@ -77,6 +116,7 @@ class _Read(torch.autograd.Function):
         return torch.bmm(alphas[:, None], streams)[:, 0], logits
 
     @staticmethod
+    @_whole_float32()
     def backward(ctx: Any, to_branch: Tensor, to_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         streams, weight, inverse, projected, alphas = ctx.saved_tensors
         to_alphas = torch.bmm(streams, to_branch[:, :, None])[..., 0]
@@ -97,11 +137,13 @@ class _Write(torch.autograd.Function):
     """
 
     @staticmethod
+    @_whole_float32()
     def forward(ctx: Any, streams: Tensor, mix: Tensor, post: Tensor, branch: Tensor) -> Tensor:
         ctx.save_for_backward(streams, mix, post, branch)
         return torch.bmm(mix, streams).addcmul_(post, branch[:, None])
 
     @staticmethod
+    @_whole_float32()
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams, mix, post, branch = ctx.saved_tensors
         # After the last block the gradient is a sum's, expanded over the streams, and bmm would take it matrix by

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -202,12 +202,28 @@ def is_distributed() -> bool:
 
 def agree_max(value: int) -> int:
     """Largest `value` of all ranks; one small all-reduce on the host. Raises LostRankError naming a missing rank."""
+    return agree_meanwhile(lambda: [value])()[0]
+
+
+def agree_meanwhile(wishes: Callable[[], list[int]]) -> Callable[[], list[int]]:
+    """Send this rank's wishes to all; called later, the result gives the largest of each of them, alike on every rank.
+
+    Agreement takes a ring of hundreds of ranks tens of milliseconds, in which the caller goes on with the step. The
+    only process of a run is asked for its wishes when the result is called, and so a step earlier. The result must be
+    called once, and raises LostRankError naming a missing rank.
+    """
     if _connections is None:
-        return value
+        return wishes
     with peers_needed():
-        tensor = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_connections.control)
-        return int(tensor)
+        agreed = torch.tensor(wishes(), dtype=torch.int64)
+        work = dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=_connections.control, async_op=True)
+
+    def result() -> list[int]:
+        with peers_needed():
+            work.wait()
+        return agreed.tolist()
+
+    return result
 
 
 def gather(value: Any, group: Literal["control", "saves"] = "control") -> list[Any]:

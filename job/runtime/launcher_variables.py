@@ -4,7 +4,8 @@ torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*
 Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
 Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END,
 CYCLEVAE_THREADS.
-Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE, OMP_NUM_THREADS, TORCH_CPP_LOG_LEVEL.
+Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE, PYTORCH_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG, OMP_NUM_THREADS,
+TORCH_CPP_LOG_LEVEL.
 """
 
 from __future__ import annotations
@@ -171,13 +172,25 @@ def threads_are_ours(environ: Mapping[str, str]) -> bool:
     return environ.get("CYCLEVAE_THREADS") == "ours"
 
 
-def use_huge_pages() -> None:
-    """Let large tensors on a CPU lie in huge pages, which takes a tenth off a step. Call it before torch is imported.
+def tune_allocators() -> None:
+    """Set how PyTorch takes memory; call it before torch is imported, which reads the variables once.
 
-    A user's own THP_MEM_ALLOC_ENABLE stands. Only programs that train call it: importing a package must not change
-    the environment of whoever imports it.
+    Large tensors on a CPU lie in huge pages, which takes a tenth off a step. On a GPU, segments that grow keep batches
+    of ever new lengths from leaving holes that no later tensor fits into, which ends in "out of memory" beside free
+    memory. A user's own variables stand. Only programs that train call it: importing a package must not change the
+    environment of whoever imports it.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which many scripts still set
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def let_products_repeat() -> None:
+    """Give cuBLAS a workspace of its own for every stream, without which its products may differ from run to run.
+
+    Call it before the first product on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def let_hydra_raise() -> None:

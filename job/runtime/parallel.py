@@ -7,23 +7,27 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from job.config import Config
 from job.runtime.compiler import refuse_without_compiler
 from job.runtime.distributed import Process
+from job.runtime.precision import compute_dtype
 from job.runtime.sharding import shard
 
 
 def distribute(module: nn.Module, blocks: Iterable[nn.Module], config: Config, process: Process) -> nn.Module:
     """Put a module on the process's device; where there are other ranks, in shards or with DDP around it.
 
-    `blocks` are its repeated parts, which FSDP gathers one at a time. Raises UserError where they cannot be compiled.
+    `blocks` are its repeated parts, which FSDP gathers one at a time. Raises UserError where they cannot be compiled,
+    and where training.shard_size does not divide the ranks.
     """
     if config.training.compile_model:
         refuse_without_compiler(process.device)
     if config.training.strategy == "fsdp" and process.world_size > 1:
-        return shard(module, blocks, "encode", process.device)
+        dtype = compute_dtype(config.training.dtype, process.device)
+        return shard(module, blocks, "encode", process.device, config.training.shard_size, dtype)
     module.to(process.device)
     if process.world_size == 1:
         return module
@@ -39,7 +43,13 @@ def distribute(module: nn.Module, blocks: Iterable[nn.Module], config: Config, p
 
 
 def reduction_of_gradients(module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
-    """Context of a backward pass: DDP reduces gradients over ranks once a step, in the last one."""
+    """Context of a forward and backward pass: gradients are reduced over ranks once a step, in the last one.
+
+    Until then FSDP keeps whole gradients on every rank, 4 bytes a parameter: reducing them in every pass would cost as
+    many reductions of the whole model as there are passes.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(is_last)
     if isinstance(module, DistributedDataParallel) and not is_last:
         return module.no_sync()
     return nullcontext()

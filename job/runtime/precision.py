@@ -1,10 +1,12 @@
-"""The precision that a run computes in."""
+"""The precision that a run computes in, and whether it computes the same bits every time."""
 
 from __future__ import annotations
 
 import torch
 
+from job.config import TrainingConfig
 from job.errors import UserError
+from job.runtime.launcher_variables import let_products_repeat
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
@@ -24,3 +26,19 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The type that matrix products are computed in under `autocast`."""
     return torch.bfloat16 if autocast(dtype, device)._enabled else torch.float32
+
+
+def set_up(training: TrainingConfig, device: torch.device) -> None:
+    """PyTorch's settings for the whole process, before anything is computed on `device`.
+
+    On GPUs that have TF32, products of float32 matrices are computed in it, eight times as fast with 10 bits of
+    mantissa; residual streams are kept out of it (job.model.streams). NVIDIA_TF32_OVERRIDE=0 turns it off.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if training.deterministic:
+        let_products_repeat()
+        # A warning and no error: an operation that has no such algorithm would otherwise end the run where it first
+        # comes up, such as in the samples after the last step.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for finding errors; it writes all memory twice

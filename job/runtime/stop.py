@@ -1,7 +1,8 @@
 """Stop signals: a signal sets a flag, and the loop acts on it at a step boundary where all ranks have agreed.
 
-A rank that stopped by itself would leave the others waiting in a collective; so the flag is one more small all-reduce
-at the end of every step (`agreed`), and all ranks save the same step. Imports nothing heavy, so that `install` can be
+A rank that stopped by itself would leave the others waiting in a collective; so its wish (`wish`) goes to all of them
+in one small all-reduce a step, which travels while the step is computed, and all ranks save the same step. What a rank
+receives after it has sent its wish waits for the next step. Imports nothing heavy, so that `install` can be
 the first thing a program does: importing torch takes seconds in which a signal would kill the process.
 """
 
@@ -77,19 +78,22 @@ class StopSignals:
         """Seconds since this rank received its first signal."""
         return time.monotonic() - self._first[1] if self._first else None
 
-    def agreed(self, agree_max: Callable[[int], int], max_minutes: float | None = None) -> str | None:
-        """Why all ranks stop now: a signal to any of them, or the time budget; else None.
+    def wish(self, max_minutes: float | None = None) -> int:
+        """A number for why this rank would stop now: a signal to it, or the time budget; 0 to go on.
 
-        Every rank calls it at the same step boundary; agree_max is distributed.agree_max. The budget of max_minutes
-        counts from the start of the process.
+        The budget of max_minutes counts from the start of the process.
         """
-        code = self._first[0] if self._first else 0
-        if max_minutes is not None and time.monotonic() - self._started >= 60 * max_minutes:
-            code = code or TIME_BUDGET
-        code = agree_max(code)
-        if code == TIME_BUDGET:
+        if self._first:
+            return self._first[0]
+        in_time = max_minutes is None or time.monotonic() - self._started < 60 * max_minutes
+        return 0 if in_time else TIME_BUDGET
+
+    @staticmethod
+    def reason(wish: int, max_minutes: float | None = None) -> str | None:
+        """The largest wish of all ranks in words; None to go on."""
+        if wish == TIME_BUDGET:
             return f"training.max_minutes={max_minutes:g}"
-        return signal.Signals(code).name if code else None
+        return signal.Signals(wish).name if wish else None
 
     def ignore_further(self) -> None:
         """Let no later signal change the exit code: the stop is saved and agreed, only the exit is left."""

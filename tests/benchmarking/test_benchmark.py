@@ -14,13 +14,15 @@ import torch
 
 from job.benchmark import main, setting
 from job.benchmarking import measure
-from job.benchmarking.measure import Shape
+from job.benchmarking.measure import Case, Shape
 from job.benchmarking.paper import count, starts_kernel
 from job.benchmarking.report import exponent
 from job.command import guarded
 from job.config import ModelConfig
+from job.errors import UsageError
 from job.monitoring.flops import pass_flops
 
+CPU = torch.device("cpu")
 SMALL = shlex.split("""
     --set model.hidden_size=32 model.n_blocks=2 model.cond_dim=32
     --batch 2 --seq-len 16 --vocab 64 --latent-dim 8 --repeats 2 --device cpu
@@ -36,7 +38,28 @@ def test_plain_and_fast_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert fast["flops_per_step"] == plain["flops_per_step"] > 0
     assert sum(fast["parts"].values()) == pytest.approx(fast["step_seconds"], rel=1)
     assert fast["peak_memory_gib"] > 0
-    assert "model.implementation=fast" in capsys.readouterr().out
+    assert "\nfast " in capsys.readouterr().out
+
+
+def test_the_stock_model_computes_the_same_by_flash_attention_in_compiled_blocks() -> None:
+    shape = Shape(2, 16, 64, 8, 0.6)
+    cases = [
+        Case(setting(["model.hidden_size=32", "model.n_blocks=1", "model.cond_dim=32"], name, shape), shape, CPU)
+        for name in ("model.implementation=plain", "model.implementation=plain,baseline=stock")
+    ]
+    with torch.compiler.set_stance("force_eager"):  # compiling takes a minute
+        losses = [case.step()[1] for case in cases]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    blocks = [case.objective.model.mmdit.blocks[0] for case in cases]  # type: ignore[index,union-attr]
+    assert [block.joint_attn.attend.flash for block in blocks] == [False, True]
+    assert [block._compiled_call_impl is not None for block in blocks] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["model.implementation=plain,baseline=mine", "baseline=stock"])
+def test_a_baseline_that_is_not_there_is_refused(name: str) -> None:
+    shape = Shape(2, 16, 64, 8, 0.6)
+    with pytest.raises(UsageError, match="baseline="):
+        Case(setting(["model.hidden_size=32", "model.n_blocks=1"], name, shape), shape, CPU)
 
 
 def test_row_lengths_have_the_mean_asked_for() -> None:

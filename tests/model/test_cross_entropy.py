@@ -13,7 +13,12 @@ from job.model.cross_entropy import linear_cross_entropy
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 7, 100])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 20])
-def test_loss_gradients_and_argmax(monkeypatch: pytest.MonkeyPatch, chunk_rows: int, tokens: int) -> None:
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_loss_gradients_and_argmax(
+    monkeypatch: pytest.MonkeyPatch, chunk_rows: int, tokens: int, multiple: int
+) -> None:
+    """Also where the vocabulary is padded, as on a GPU."""
+    monkeypatch.setitem(cross_entropy.VOCABULARY_MULTIPLE, "cpu", multiple)
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 11 * chunk_rows)
     monkeypatch.setattr(cross_entropy, "CPU_COLUMNS", 4)
     torch.manual_seed(0)
@@ -30,7 +35,9 @@ def test_loss_gradients_and_argmax(monkeypatch: pytest.MonkeyPatch, chunk_rows: 
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_draws_invert_the_distribution_function() -> None:
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_draws_invert_the_distribution_function(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
+    monkeypatch.setitem(cross_entropy.VOCABULARY_MULTIPLE, "cpu", multiple)
     head = nn.Linear(1, 3)
     with torch.no_grad():
         head.weight.zero_()

@@ -22,7 +22,9 @@ def test_sinkhorn_of_two_streams(entries: list[float]) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_read_and_write(count: int) -> None:
+@pytest.mark.parametrize("for_a_compiler", [False, True])
+def test_read_and_write(monkeypatch: pytest.MonkeyPatch, count: int, for_a_compiler: bool) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: for_a_compiler)
     torch.manual_seed(0)
     connection = ManifoldConstrainedHyperConnections(count, dim=8)
     for p in connection.parameters():
@@ -41,3 +43,24 @@ def test_read_and_write(count: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_streams_are_never_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_float32_matmul_precision("high")
+    allowed: list[bool] = []
+    bmm = torch.bmm
+
+    def watched(*matrices: torch.Tensor) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return bmm(*matrices)
+
+    monkeypatch.setattr(torch, "bmm", watched)
+    try:
+        connection = ManifoldConstrainedHyperConnections(2, dim=8)
+        branch, mixing = read(connection, torch.randn(3, 2, 8, requires_grad=True))
+        write(torch.randn(3, 2, 8), mixing, branch).sum().backward()
+        assert allowed
+        assert not any(allowed)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -27,6 +27,10 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alone_nothing_waits() -> None:
     assert distributed.agree_max(3) == 3
     assert distributed.gather("x") == ["x"]
+    wishes = [0]
+    agreement = distributed.agree_meanwhile(lambda: wishes)
+    wishes = [5]
+    assert agreement() == [5]  # nobody to send to: asked at the end
     distributed.barrier()
     distributed.shutdown()
 
@@ -34,6 +38,11 @@ def test_alone_nothing_waits() -> None:
 def agreement() -> None:
     process = distributed.start("cpu", 20.0)
     assert distributed.agree_max(process.rank * 7) == 7
+    ahead, behind = process.rank, 1 - process.rank
+    agreement = distributed.agree_meanwhile(lambda: [ahead, behind])
+    ahead = 9  # too late for this one
+    assert distributed.agree_max(process.rank + 3) == 4  # others may pass it
+    assert agreement() == [1, 1]
     assert distributed.gather({"rank": process.rank}) == [{"rank": 0}, {"rank": 1}]
     assert (process.is_main, process.world_size, process.device.type) == (process.rank == 0, 2, "cpu")
     distributed.shutdown()

@@ -91,15 +91,19 @@ def test_variables_of_our_launchers() -> None:
 def test_importing_the_package_changes_no_environment_variable() -> None:
     code = """
 import os
-os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
+for name in ("THP_MEM_ALLOC_ENABLE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    os.environ.pop(name, None)
 before = dict(os.environ)
 import job
 assert dict(os.environ) == before
-from job.runtime.launcher_variables import use_huge_pages
-use_huge_pages()
+from job.runtime.launcher_variables import tune_allocators
+tune_allocators()
 assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:128"
 os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
-use_huge_pages()
+tune_allocators()
 assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+assert "PYTORCH_ALLOC_CONF" not in os.environ
 """
     subprocess.run([sys.executable, "-c", code], check=True)

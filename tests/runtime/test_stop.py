@@ -24,12 +24,13 @@ def train(max_minutes: float | None = None) -> None:
     print("installed", flush=True)
     process = distributed.start("cpu", 20.0)
     for step in range(10**6):
-        if reason := stop.agreed(distributed.agree_max, max_minutes):
-            print(f"stopped by {reason} at {step}, mine: {stop.requested}", flush=True)
-            break
+        agreement = distributed.agree_meanwhile(lambda: [stop.wish(max_minutes)])
         if step == 2:
             print("running", flush=True)
         time.sleep(0.02 * (1 + process.rank))
+        if reason := stop.reason(agreement()[0], max_minutes):
+            print(f"stopped by {reason} at {step}, mine: {stop.requested}", flush=True)
+            break
     distributed.shutdown()
 
 
