@@ -8,7 +8,8 @@ help:                                 ## these targets (make alone prints them t
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 train: .venv/runtime                  ## set up, prepare the embedded text, train the demo, show what it learned
-	$(BIN)/python -m job.prepare --out data/demo
+	$(BIN)/python -m job.prepare --source unicode --vocab-size 2048 --max-length 24 \
+		--latent-dim 256 --lsa-features letters --out data/demo
 	$(BIN)/python -m job.train --config-name demo
 
 # `make test PROCESSES=2`: in two processes, each with its own shared runs and data.

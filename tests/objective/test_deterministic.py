@@ -28,7 +28,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     set_up(TrainingConfig(deterministic=True), torch.device("cpu"))
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
