@@ -168,7 +168,7 @@ def test_compiled_blocks_are_few_whole_graphs_for_all_modes_and_lengths(
     for loss in losses:
         plain = formula_objective("plain", config, loss)
         objective = formula_objective("fast", config, loss, TrainingConfig(compile_model=True))
-        on_ranks = DistributedDataParallel(objective, bucket_cap_mb=1e-5, find_unused_parameters=True)  # type: ignore[arg-type]
+        on_ranks = DistributedDataParallel(objective, bucket_cap_mb=1e-5, find_unused_parameters=True)
         for lengths in ((5, 3, 10), (2, 9), (7,), (10, 10)):
             batch = formula_batch(lengths, max(lengths))
             _, metrics, _ = on_ranks(batch, 0)
