@@ -91,9 +91,9 @@ class Ends:
 def attend_end_to_end(q: Tensor, k: Tensor, v: Tensor, asking: Ends, given: Ends) -> Tensor:
     """Attention within rows that lie end to end: queries [Q, h, d], keys and values [K, h, d]; returns [Q, h, d]."""
     if q.is_cuda:
-        attended = varlen_attn(q, k, v, asking.places, given.places, max(asking.lengths), max(given.lengths))
-        assert isinstance(attended, Tensor)  # a pair only where its log-sums are asked for
-        return attended
+        out = varlen_attn(q, k, v, asking.places, given.places, max(asking.lengths), max(given.lengths))
+        assert isinstance(out, Tensor)  # a pair only where more is asked for
+        return out
     split = (q.split(asking.lengths), k.split(given.lengths), v.split(given.lengths))
     rows = zip(*([x.transpose(0, 1)[None] for x in parts] for parts in split), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*row)[0].transpose(0, 1) for row in rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils import deterministic
 
 from job.config import TrainingConfig
 from job.errors import UserError
@@ -41,4 +42,4 @@ def set_up(training: TrainingConfig, device: torch.device) -> None:
         # A warning and no error: an operation that has no such algorithm would otherwise end the run where it first
         # comes up, such as in the samples after the last step.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for finding errors; it writes all memory twice
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for finding errors; it writes all memory twice

@@ -50,7 +50,7 @@ def test_the_stock_model_computes_the_same_by_flash_attention_in_compiled_blocks
     with torch.compiler.set_stance("force_eager"):  # compiling takes a minute
         losses = [case.step()[1] for case in cases]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    blocks: list[Any] = [case.objective.model.mmdit.blocks[0] for case in cases]  # type: ignore[index,union-attr]
+    blocks: list[Any] = [case.objective.model.get_submodule("mmdit.blocks.0") for case in cases]
     assert [block.joint_attn.attend.flash for block in blocks] == [False, True]
     assert [block._compiled_call_impl is not None for block in blocks] == [False, True]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from objective_cases import formula_batch, formula_objective, model_config, run
 from torch import Tensor
+from torch.utils import deterministic as settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,7 +29,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     set_up(TrainingConfig(deterministic=True), torch.device("cpu"))
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    settings.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 

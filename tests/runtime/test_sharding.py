@@ -94,7 +94,7 @@ def like_ddp(process: distributed.Process, dtype: str, shard_size: int | None) -
     found = gradients(of_shards, sharded)
     for name, gradient in found.items():
         rtol, atol = (1e-5, 1e-6) if dtype == "fp32" else (0.02, 2e-3)
-        torch.testing.assert_close(gradient, expected[name], rtol=rtol, atol=atol, msg=f"gradient of {name}")
+        torch.testing.assert_close(gradient, expected[name], rtol=rtol, atol=atol, msg=f"{dtype}: {name}")
     norms = [o.step(0) for o in (optimizer, of_shards)]
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-5 if dtype == "fp32" else 1e-3, atol=0)
     copy = whole(sharded, lambda: build_objective(config, DataShape(61, 8, 3, 0)))
