@@ -182,7 +182,8 @@ STEP_MEANS = (
 # The rows of an evaluation's table, in its order.
 CROSS_ENTROPY, ACCURACY = "held-out cross-entropy, nats per token", "held-out token accuracy"
 GAINS, COSINES = "what latent (nats) and text (MSE) bring", "cosine of predicted latents"
-WHOLE, CHRF = "whole texts and repeated tokens", "chrF"
+WHOLE, CHRF = "whole texts and repeated tokens", "BLEU and chrF"
+RETRIEVAL = "retrieval of latents"
 ERRORS, DIRECTIONS = "error and length of predicted latents, t=1", "latent directions in use"
 EVALUATION = (
     evaluated(
@@ -288,6 +289,7 @@ EVALUATION = (
         "ratio",
         "the same as l2t/token_acc, decoded as configured",
         panel="Token accuracy",
+        curves=ACCURACY,
     ),
     evaluated(
         "t2l2t/exact_match",
@@ -305,8 +307,14 @@ EVALUATION = (
         panel="Whole texts",
         curves=WHOLE,
     ),
-    evaluated("t2l2t/bleu", "percent", "BLEU of the text -> latent -> text round trip", panel="BLEU and chrF"),
-    evaluated("l2t/bleu", "percent", "BLEU of texts decoded from their latents", panel="BLEU and chrF"),
+    evaluated(
+        "t2l2t/bleu",
+        "percent",
+        "BLEU of the text -> latent -> text round trip",
+        panel="BLEU and chrF",
+        curves=CHRF,
+    ),
+    evaluated("l2t/bleu", "percent", "BLEU of texts decoded from their latents", panel="BLEU and chrF", curves=CHRF),
     evaluated("t2l2t/chrf", "percent", "chrF of the round trip", panel="BLEU and chrF", curves=CHRF),
     evaluated("l2t/chrf", "percent", "chrF of texts decoded from their latents", panel="BLEU and chrF", curves=CHRF),
     evaluated(
@@ -328,12 +336,14 @@ EVALUATION = (
         "ratio",
         "different pairs of neighbours as a share of all pairs, in round trips",
         panel="Repeated tokens",
+        curves=WHOLE,
     ),
     evaluated(
         "text/distinct_2",
         "ratio",
         "different pairs of neighbours as a share of all pairs, in the true texts",
         panel="Repeated tokens",
+        curves=WHOLE,
     ),
     evaluated(
         "l2t2l/cos",
@@ -349,19 +359,21 @@ EVALUATION = (
         "ratio",
         "how often the true latent is the nearest of {samples} to the one predicted from the decoded text",
         panel="Retrieval",
-        curves=ERRORS,
+        curves=RETRIEVAL,
     ),
     evaluated(
         "l2t2l/retrieval_at_5",
         "ratio",
         "how often it is among the 5 nearest of {samples}",
         panel="Retrieval",
+        curves=RETRIEVAL,
     ),
     evaluated(
         "l2t2l/retrieval_at_10",
         "ratio",
         "how often it is among the 10 nearest of {samples}",
         panel="Retrieval",
+        curves=RETRIEVAL,
     ),
     evaluated(
         "latent/active_dims",
