@@ -73,8 +73,11 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """--steps, --temperature and so on: one option for every key of the configuration's section `decoding`."""
     group = parser.add_argument_group("decoding", "what is left out is as the run's configuration says (decoding.*)")
     for declared in dataclasses.fields(DecodingConfig):
-        kind = type(declared.default)
-        group.add_argument(f"--{declared.name.replace('_', '-')}", type=kind, help=declared.metadata["help"])
+        kind, low = type(declared.default), declared.metadata["low"]
+        if low is None:  # the key is above 0 then
+            low = 1 if kind is int else 0
+        name = f"--{declared.name.replace('_', '-')}"
+        group.add_argument(name, type=kind, action=at_least(low), help=declared.metadata["help"])
 
 
 def given_decoding(options: argparse.Namespace) -> dict[str, Any]:

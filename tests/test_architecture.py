@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "runtime": {"checkpoint_names", "config", "errors", "failure_records", "files", "runtime"},
     "monitoring": {"checkpoint_names", "config", "errors", "files", "metric_names", "monitoring"},
     "launch": {
+        "metric_names",
         "batch_sizes",
         "checkpoint_names",
         "command",
