@@ -61,8 +61,8 @@ def test_the_python_example_runs(
 
 
 def test_the_line_for_fine_tuning_is_taken() -> None:
-    line = re.search(r"python -m job\.train (data\.dir=.*init_from.*)", README)
+    line = re.search(r"python -m job\.train --config-name demo (data\.dir=.*init_from.*)", README)
     assert line is not None
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = OmegaConf.to_object(compose("mmdit_cycle_vae", line.group(1).split()))
+        config = OmegaConf.to_object(compose("demo", line.group(1).split()))
     assert config.training.init_from == "runs/demo"  # type: ignore[union-attr]
