@@ -40,7 +40,8 @@ def text_scoring(config: Config, tokenizer: TextTokenizer | None) -> TextScoring
     """How evaluations make texts and read them, by a configuration."""
     count = config.logging.num_generated
     if tokenizer is None:
-        return TextScoring(config.decoding, count)
+        # Ids stand for the words, as in samples.txt.
+        return TextScoring(config.decoding, count, detokenize=lambda ids: " ".join(map(str, ids)))
     return TextScoring(config.decoding, count, tokenizer.special_token_ids, tokenizer.decode)
 
 
