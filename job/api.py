@@ -220,6 +220,8 @@ class Model:
         those of the template's rows.
         """
         decoding = self._decoding(options)
+        if template is not None and lengths is not None:
+            raise UserError("a template says how long its texts are; leave lengths out")
         raw = self._checked(latents)
         counts = self._counts(raw, lengths if template is None else [len(row) for row in template])
         scale = scale_of(self.description)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from job.arguments import add_decoding_options, add_device_option, add_model_opt
 from job.command import guarded
 from job.config import DecodingConfig
 from job.config_checks import check_decoding
+from job.errors import UsageError
 from job.monitoring.evaluation_table import table
 from job.objective.evaluation import evaluate
 from job.round_trips import text_scoring
@@ -52,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     trained, device = load_trained(options.path, options.data, options.ema), choose_device(options.device)
     config = trained.config
+    if options.passes and options.steps:
+        raise UsageError("--steps and --passes both say how many passes; give one of them")
     config.decoding = dataclasses.replace(config.decoding, **given_decoding(options))
     count = options.num_samples or config.logging.num_eval_batches * config.training.eval_batch_size
     batches = list(
         first_batches(trained.held_out, trained.format, count, options.batch_size or config.training.eval_batch_size)
     )
     objective = trained.objective(device)
+    if options.passes:
+        config.logging.num_generated = count  # these scores are of decoded texts alone, so of all that are asked for
 
     def measured(decoding: DecodingConfig) -> dict[str, float]:
         for warning in check_decoding(config, decoding):
@@ -94,11 +98,10 @@ def by_passes(
         if as_json:
             print(json.dumps({"passes": steps, "seconds": seconds, **metrics}), flush=True)
             continue
-        words = [metrics.get(f"t2l2t/{name}", math.nan) for name in ("bleu", "chrf")]
-        share = [metrics[f"t2l2t/{name}"] for name in ("decoded_token_acc", "exact_match", "repeats", "distinct_2")]
+        scores = {key.removeprefix("t2l2t/"): value for key, value in metrics.items()}
         print(
-            f"{steps:6}  {share[0]:12.1%}  {share[1]:11.1%}  {words[0]:5.1f}  {words[1]:5.1f}  {share[2]:7.1%}  "
-            f"{share[3]:10.1%}  {seconds:7.1f}",
+            "{steps:6}  {decoded_token_acc:12.1%}  {exact_match:11.1%}  {bleu:5.1f}  {chrf:5.1f}  {repeats:7.1%}  "
+            "{distinct_2:10.1%}  {seconds:7.1f}".format(steps=steps, seconds=seconds, **scores),
             flush=True,
         )
     if not as_json:

@@ -300,6 +300,8 @@ def test_a_template_keeps_its_words(model: Model) -> None:
         assert filled[::2].tolist() == row[::2].tolist()
         assert not np.isin(filled, [model.tokenizer.mask_token_id, model.tokenizer.pad_token_id]).any()
         assert len(filled) == len(hole)
+    with pytest.raises(UserError, match="leave lengths out"):
+        model.decode_ids(latents, 9, template=holes)
 
 
 def test_decoding_is_as_configured_but_for_what_is_given(model: Model, capsys: pytest.CaptureFixture[str]) -> None:

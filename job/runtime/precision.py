@@ -42,4 +42,5 @@ def set_up(training: TrainingConfig, device: torch.device) -> None:
         # A warning and no error: an operation that has no such algorithm would otherwise end the run where it first
         # comes up, such as in the samples after the last step.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for finding errors; it writes all memory twice
+        # Which is for finding errors, and writes all memory twice.
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from k8s_node import Node, node, unable, wait_for
 from k8s_operator import TrainingOperator
-from k8s_runs import ROOT
+from k8s_runs import ROOT, Claims
 from k8s_trainer import Kueue, Trainer, definitions
 
 CRDS = ROOT.parent / "shared" / "crds"
@@ -87,7 +88,8 @@ def defined(kubernetes: Node, group_version: str) -> Iterator[None]:
     for one in objects:
         plural = one["spec"]["names"]["plural"]
         kubernetes.kubectl("wait", "--for=condition=Established", f"crd/{one['metadata']['name']}", "--timeout=60s")
-        wait_for(lambda: kubernetes.kubectl("get", "--raw", f"/apis/{group_version}/{plural}", check=False), plural)  # noqa: B023
+        path = f"/apis/{group_version}/{plural}"
+        wait_for(lambda: kubernetes.kubectl("get", "--raw", path, check=False), plural)  # noqa: B023
     yield
     kubernetes.kubectl("delete", "crd", *(one["metadata"]["name"] for one in objects))
 
@@ -119,3 +121,16 @@ def namespace(kubernetes: Node, request: pytest.FixtureRequest) -> Iterator[str]
     kubernetes.kubectl("create", "namespace", name)
     yield name
     kubernetes.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def image(kubernetes: Node) -> None:
+    """The image of the tests (k8s_runs.IMAGE) in the node's dockerd."""
+    kubernetes.run(sys.executable, str(ROOT / "tests" / "image" / "build.py"), "--load", seconds=1500)
+
+
+@pytest.fixture
+def claims(kubernetes: Node, namespace: str, tmp_path: Path) -> Claims:
+    one = Claims(kubernetes, namespace, tmp_path)
+    one.apply()
+    return one

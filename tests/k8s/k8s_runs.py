@@ -14,6 +14,7 @@ import yaml
 from k8s_node import Node, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
+IMAGE = "cyclevae:test"
 TINY = [
     "model=small",
     "model.hidden_size=32",

@@ -13,25 +13,11 @@ import pytest
 import yaml
 from k8s_node import NODE, Node, wait_for
 from k8s_operator import TrainingOperator
-from k8s_runs import ROOT, TINY, Claims, cyclevae, losses
+from k8s_runs import IMAGE, ROOT, TINY, Claims, cyclevae, losses
 
 pytest_plugins = ["k8s_lab"]
 STEPS = 40
-IMAGE = "cyclevae:test"
 SMALL = [*TINY, "logging.save_freq=50", f"hydra.launcher.container.image={IMAGE}", "hydra.launcher.cpus_per_task=1"]
-
-
-@pytest.fixture(scope="session")
-def image(kubernetes: Node) -> None:
-    """cyclevae:test in the node's dockerd."""
-    kubernetes.run(sys.executable, str(ROOT / "tests" / "image" / "build.py"), "--load", seconds=1500)
-
-
-@pytest.fixture
-def claims(kubernetes: Node, namespace: str, tmp_path: Path) -> Claims:
-    one = Claims(kubernetes, namespace, tmp_path)
-    one.apply()
-    return one
 
 
 @pytest.fixture

@@ -291,7 +291,8 @@ def test_the_role_is_enough_and_none_of_its_verbs_too_much(kubernetes: Node, clu
         ["resume", "run"],
         ["cancel", "run"],
     ):  # again, as the operator may be at work, and its pods say nothing: ours does
-        wait_for(lambda: run(arguments).code == 0, f"{arguments} to be allowed")  # noqa: B023  # the server reads roles with a delay
+        # The server reads roles with a delay.
+        wait_for(lambda: run(arguments).code == 0, f"{arguments} to be allowed")  # noqa: B023
     container = {"name": "pytorch", "image": "lab/pause", "imagePullPolicy": "Never"}
     kubernetes.kubectl(
         "run",

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from k8s_node import Node, wait_for
 from k8s_operator import TrainingOperator
-from k8s_runs import ROOT, TINY, Claims, cyclevae, losses
+from k8s_runs import IMAGE, ROOT, TINY, Claims, cyclevae, losses
 from k8s_trainer import Kueue, Trainer
 
 pytest_plugins = ["k8s_lab"]
-IMAGE = "cyclevae:test"
-
-
-@pytest.fixture(scope="session")
-def image(kubernetes: Node) -> None:
-    """cyclevae:test in the node's dockerd."""
-    kubernetes.run(sys.executable, str(ROOT / "tests" / "image" / "build.py"), "--load", seconds=1500)
-
-
-@pytest.fixture
-def claims(kubernetes: Node, namespace: str, tmp_path: Path) -> Claims:
-    one = Claims(kubernetes, namespace, tmp_path)
-    one.apply()
-    return one
 
 
 class Launcher:

@@ -45,7 +45,7 @@ def test_joined_and_parted_again() -> None:
     back = rows.part(joined * torch.arange(12.0)[:, None])
     assert back[1][:, 0].tolist() == [30, 100, 330]
     weights = (torch.arange(9.0), torch.tensor([1.0, 2.0, 3.0]))
-    sum((part[:, 0] * weight).sum() for part, weight in zip(back, weights, strict=True)).backward()  # type: ignore[union-attr]
+    torch.stack([(part[:, 0] * weight).sum() for part, weight in zip(back, weights, strict=True)]).sum().backward()
     assert latent.grad is not None
     assert text.grad is not None
     assert latent.grad[:, 0].tolist() == [3, 10, 33]

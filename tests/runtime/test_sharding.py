@@ -75,7 +75,8 @@ def backward(module: nn.Module, config: Config, process: distributed.Process) ->
 def gradients(optimizer: Optimizer, objective: nn.Module) -> dict[str, Tensor]:
     optimizer.shards.take_gradients()
     named = objective.named_parameters()
-    return {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone() for n, p in named}  # type: ignore[union-attr]
+    found: dict[str, Any] = {name: parameter.grad for name, parameter in named}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in found.items()}
 
 
 def like_ddp(process: distributed.Process, dtype: str, shard_size: int | None) -> None:

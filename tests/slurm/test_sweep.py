@@ -41,6 +41,12 @@ def job_of(run: Path) -> str:
     return json.loads((run / "slurm" / "submission.json").read_text())["job"]
 
 
+def submit(slurm: Slurm, *arguments: str) -> list[dict[str, str]]:
+    """Submit a run, or a sweep, on both nodes; returns what `cyclevae slurm submit --json` says: a job for each."""
+    answer = cyclevae(slurm, "slurm", "submit", "--json", *TWO_NODES, f"logging.save_dir={slurm.directory}", *arguments)
+    return json.loads(answer)
+
+
 def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, quiet: Losses) -> None:
     """MaxArraySize is 2. The point of batch size 3 cannot make batches of 4 of it."""
     command = [
@@ -122,19 +128,7 @@ def test_the_submitter_is_killed(slurm: Slurm, quiet: Losses) -> None:
 
 def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
     run = slurm.directory / "run"
-    submitted = json.loads(
-        cyclevae(
-            slurm,
-            "slurm",
-            "submit",
-            "--json",
-            *TWO_NODES,
-            WAITING,
-            *SMALL,
-            f"logging.save_dir={slurm.directory}",
-            "logging.run_name=run",
-        )
-    )
+    submitted = submit(slurm, WAITING, *SMALL, "logging.run_name=run")
     assert submitted == [{"job": job_of(run), "run": str(run)}]
     slurm.jobs.append(job_of(run))
     slurm.reached("run", 5, job_of(run))
@@ -163,20 +157,7 @@ def test_submit_status_logs_cancel_resume(slurm: Slurm, quiet: Losses) -> None:
 
 def test_a_point_of_an_array_is_cancelled_and_resumed(slurm: Slurm, quiet: Losses) -> None:
     """The other goes on meanwhile."""
-    submitted = json.loads(
-        cyclevae(
-            slurm,
-            "slurm",
-            "submit",
-            "--json",
-            *TWO_NODES,
-            WAITING,
-            *SWEPT,
-            f"logging.save_dir={slurm.directory}",
-            "logging.run_name=sweep",
-            "training.train_batch_size=1,2",
-        )
-    )
+    submitted = submit(slurm, WAITING, *SWEPT, "logging.run_name=sweep", "training.train_batch_size=1,2")
     other, job = (one["job"] for one in submitted)
     run = Path(submitted[1]["run"])
     slurm.jobs.extend([other, job])
@@ -197,20 +178,13 @@ def test_the_last_point_is_requeued_like_all_and_a_controller_may_be_away(slurm:
     """The last task of an array has the array's own id as SLURM_JOB_ID."""
     trigger = slurm.directory / "kill"
     faulty = f"{sys.executable} {ROOT}/tests/slurm/faulty.py kill-once"
-    submitted = json.loads(
-        cyclevae(
-            slurm,
-            "slurm",
-            "submit",
-            "--json",
-            *TWO_NODES,
-            f"hydra.launcher.python='env FAULTY_FILE={trigger} {faulty}'",
-            *SWEPT,
-            f"logging.save_dir={slurm.directory}",
-            "logging.run_name=sweep",
-            "training.global_batch_size=4",
-            "training.train_batch_size=1,2",
-        )
+    submitted = submit(
+        slurm,
+        f"hydra.launcher.python='env FAULTY_FILE={trigger} {faulty}'",
+        *SWEPT,
+        "logging.run_name=sweep",
+        "training.global_batch_size=4",
+        "training.train_batch_size=1,2",
     )
     jobs = {one["job"]: Path(one["run"]) for one in submitted}
     slurm.jobs.extend(jobs)
