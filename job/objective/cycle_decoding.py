@@ -16,7 +16,7 @@ from torch import Tensor
 from job.config import DecodingConfig
 from job.objective.noise import seed_for
 from job.objective.objective import Objective
-from job.objective.sampling import ONE_PASS, generate
+from job.objective.sampling import ONE_PASS, first_text_logits, generate
 
 
 def encode(
@@ -79,7 +79,7 @@ class _Maker:
     seed: int
     numbers: Tensor | None
 
-    def text(self, tokens: Tensor | None, purpose: str, number: int) -> Tensor:
+    def text(self, tokens: Tensor | None, purpose: str, number: int, first_logits: Tensor | None = None) -> Tensor:
         """Tokens [B, S] in the holes of `tokens`. Candidate 0 of several is of the likeliest tokens."""
         decoding, seed = self.decoding, self.seed
         if decoding.candidates > 1 and number == 0:
@@ -94,21 +94,38 @@ class _Maker:
             decoding=decoding,
             seed=seed,
             numbers=self.numbers,
+            first_logits=first_logits,
         )[0]
 
     def distance(self, words: Tensor, mask: Tensor) -> Tensor:
         """Mean squared distance [B] of the latents of texts [B, S] to the wanted ones."""
-        predicted = encode(self.objective, words, mask, self.decoding, self.seed)
-        return (predicted - self.latent).square().mean(1)
+        return self.distances(words[None], mask)[0]
+
+    def distances(self, words: Tensor, mask: Tensor) -> Tensor:
+        """The same [N, B] of N texts [N, B, S] for each latent.
+
+        Draws repeat themselves where the model is sure, so a text is encoded once however often it was drawn.
+        """
+        count, rows, _ = words.shape
+        row = torch.arange(rows, device=words.device).expand(count, rows)
+        different, which = torch.cat([row[..., None], words], 2).flatten(0, 1).unique(dim=0, return_inverse=True)
+        found = []
+        for texts in different.split(rows):
+            row, tokens = texts[:, 0], texts[:, 1:]
+            predicted = encode(self.objective, tokens, mask[row], self.decoding, self.seed)
+            found.append((predicted - self.latent[row]).square().mean(1))
+        return torch.cat(found)[which].view(count, rows)
 
     def nearest_of_candidates(self, tokens: Tensor, purpose: str = "candidate") -> _Nearest:
-        """The nearest of decoding.candidates texts in the holes of tokens [B, S]."""
-        best: _Nearest | None = None
-        for number in range(self.decoding.candidates):
-            words = self.text(tokens, purpose, number)
-            other = _Nearest(words, self.distance(words, self.mask))
-            best = other if best is None else best.or_nearer(other)
-        assert best is not None  # candidates is at least 1
+        """The nearest of decoding.candidates texts in the holes of tokens [B, S], the earliest of equally near ones."""
+        first_logits = first_text_logits(self.objective, self.mask, tokens, self.latent)
+        words = torch.stack(
+            [self.text(tokens, purpose, number, first_logits) for number in range(self.decoding.candidates)]
+        )
+        distances = self.distances(words, self.mask)
+        best = _Nearest(words[0], distances[0])
+        for number in range(1, len(words)):
+            best = best.or_nearer(_Nearest(words[number], distances[number]))
         return best
 
     def distance_without_each(self, words: Tensor) -> Tensor:

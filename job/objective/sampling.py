@@ -26,6 +26,7 @@ def generate(
     decoding: DecodingConfig = ONE_PASS,
     seed: int = 0,
     numbers: Tensor | None = None,
+    first_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, S] and latents [B, D] for texts of the lengths in mask [B, S] (True on real tokens); what is given is
     kept.
@@ -36,14 +37,16 @@ def generate(
     and cycle_vae train by default; more need a model that was trained on partly noisy input
     (loss.text_t_mode=random, loss.latent_t_mode=random, or unconditional steps).
 
-    A row's noise is drawn by the seed and its number in `numbers` [B]; None counts the rows from 0.
+    A row's noise is drawn by the seed and its number in `numbers` [B]; None counts the rows from 0. The first pass
+    depends on no draw where the latent is given: who makes several texts of one latent hands in its `first_logits`,
+    [B, S, V] of `first_text_logits`.
     """
     device, rows = mask.device, len(mask)
-    model, mask_token_id = objective.model, objective.mask_token_id
+    model = objective.model
     # Drawn on the CPU, the same for every device.
     noise = RowNoise(seed, torch.arange(rows) if numbers is None else numbers)
     padding = Padding(mask, keep=False, lengths=mask.sum(1).tolist())
-    draft = Draft.of(torch.where(mask, mask_token_id, 0) if tokens is None else tokens, mask, mask_token_id)
+    draft = Draft.of(masked(objective, mask) if tokens is None else tokens, mask, objective.mask_token_id)
     z = noise.normal("sample_latent", model.latent_dim).to(device) if latent is None else latent
     wanted = {"text": tokens is None or bool(draft.holes.any()), "latent": latent is None}
     heads = tuple(head for head, is_wanted in wanted.items() if is_wanted)
@@ -53,15 +56,39 @@ def generate(
         text_t, latent_t = (now if wanted[head] else torch.zeros_like(now) for head in ("text", "latent"))
         # The timestep of a text is the share of it that is masked, which is less where a part of it was given.
         text_t = text_t if tokens is None else text_t * draft.share
-        encoded = model.encode([Group(draft.words, z, text_t, latent_t, heads)], padding)
-        if wanted["latent"]:
-            z = ddim_step(objective.schedule, z, now.expand(rows), after.expand(rows), encoded.latent)
-        if wanted["text"]:
-            logits = model.logits(encoded.text, padding).float()
-            logits[..., objective.never_decoded] = -torch.inf
+        logits = first_logits if step == 0 else None
+        if logits is None:
+            encoded = model.encode([Group(draft.words, z, text_t, latent_t, heads)], padding)
+            if wanted["latent"]:
+                z = ddim_step(objective.schedule, z, now.expand(rows), after.expand(rows), encoded.latent)
+            if wanted["text"]:
+                logits = text_logits(objective, encoded.text, padding)
+        if logits is not None:
             chosen, confidence = choose(logits, decoding, noise, f"sample_text_{step}")
             draft = draft.filled(chosen, confidence, (steps - step - 1) / steps, decoding.remasking)
     return draft.words, z
+
+
+def masked(objective: Objective, mask: Tensor) -> Tensor:
+    """Fully masked texts [B, S] of the lengths in mask [B, S]."""
+    return torch.where(mask, objective.mask_token_id, 0)
+
+
+@torch.no_grad()
+def first_text_logits(objective: Objective, mask: Tensor, tokens: Tensor, latent: Tensor) -> Tensor:
+    """What the first pass of `generate` says, [B, S, V] float32, of texts in the holes of tokens [B, S]."""
+    draft = Draft.of(tokens, mask, objective.mask_token_id)
+    padding = Padding(mask, keep=False, lengths=mask.sum(1).tolist())
+    clean = torch.zeros(1, device=mask.device)
+    encoded = objective.model.encode([Group(tokens, latent, draft.share, clean, ("text",))], padding)
+    return text_logits(objective, encoded.text, padding)
+
+
+def text_logits(objective: Objective, encoded: Tensor, padding: Padding) -> Tensor:
+    """Logits [B, S, V] in float32, -inf for tokens that are never decoded."""
+    logits = objective.model.logits(encoded, padding).float()
+    logits[..., objective.never_decoded] = -torch.inf
+    return logits
 
 
 @dataclass(frozen=True)
@@ -115,27 +142,31 @@ def choose(logits: Tensor, decoding: DecodingConfig, noise: RowNoise, name: str)
     Temperature 0 takes the likeliest, else tokens are drawn from softmax(logits / temperature), of whose likeliest
     tokens as many are left as make up `top_p` (nucleus sampling, Holtzman et al. 2020).
     """
-    scores = logits
+    chosen = logits.argmax(-1)
     if decoding.temperature:
+        probability = (logits / decoding.temperature).softmax(-1)
         if decoding.top_p < 1:
-            scores = nucleus(scores, decoding.temperature, decoding.top_p)
-        scores = scores + decoding.temperature * gumbel(noise, name, *logits.shape[1:]).to(logits.device)
-    chosen = scores.argmax(-1)
+            probability = nucleus(probability, decoding.top_p)
+        chosen = drawn(probability, noise.uniform(name, logits.shape[1]).to(logits.device))
     return chosen, logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
 
 
-def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Logits [..., V] with -inf for all but the likeliest tokens that together have the probability top_p."""
-    ordered, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+def nucleus(probability: Tensor, top_p: float) -> Tensor:
+    """Probabilities [..., V] with 0 for all but the likeliest tokens that together have the probability top_p."""
+    ordered, order = probability.sort(-1, descending=True)
     surplus = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones have it already
-    return logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), -torch.inf)
+    return probability.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), 0)
 
 
-def gumbel(noise: RowNoise, name: str, *shape: int) -> Tensor:
-    """Gumbel draws [B, *shape]: the likeliest token of logits + temperature * draw is a sample of softmax(logits /
-    temperature).
+def drawn(probability: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [...] drawn from probabilities [..., V], which need not sum to 1, by uniform draws [...] in [0, 1).
+
+    The token is the first at which the sum of probabilities exceeds the draw, so one of probability 0 is never taken.
+    In float64, since rounding in sums over a large vocabulary would favour some tokens.
     """
-    return -(-noise.uniform(name, *shape).clamp(min=1e-20).log()).log()
+    sums = probability.double().cumsum(-1)
+    threshold = uniform.double()[..., None] * sums[..., -1:]
+    return torch.searchsorted(sums, threshold, right=True).squeeze(-1)
 
 
 def ddim_step(schedule: LatentSchedule, z: Tensor, now: Tensor, after: Tensor, prediction: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from job.config import Config, DecodingConfig, ModelConfig
 from job.model.plain import PlainMMDiT
 from job.objective.objective import Objective
-from job.objective.sampling import generate, nucleus
+from job.objective.sampling import drawn, first_text_logits, generate, nucleus
 
 VOCAB, DIM, MASK_ID, PAD_ID = 9, 3, 1, 0
 LENGTHS = torch.tensor([2, 5, 7])
@@ -108,9 +108,31 @@ def test_temperature_one_draws_from_the_distribution() -> None:
     assert (words == 2).double().mean().item() == pytest.approx(expected, abs=0.1)
 
 
+def test_a_draw_takes_the_token_in_whose_share_it_falls() -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.375, 0.125, 0.0])
+    uniform = torch.tensor([0.0, 0.4999, 0.5, 0.8749, 0.875, 1 - 2**-24])
+    assert drawn(p.expand(6, 6), uniform).tolist() == [1, 1, 3, 3, 4, 4]
+    assert drawn(p.expand(6, 6) * 0.3, uniform).tolist() == [1, 1, 3, 3, 4, 4]  # as much of a part, as top_p leaves
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_who_knows_the_first_logits_gets_the_same_text_for_one_pass_less(steps: int) -> None:
+    objective, model = objective_of()
+    decoding = DecodingConfig(steps=steps, temperature=2.0)
+    template = torch.where(MASK, MASK_ID, PAD_ID)
+    template[:, 0] = 4
+    wanted, _ = generate(objective, MASK, tokens=template, latent=TARGET, decoding=decoding)
+    first = first_text_logits(objective, MASK, template, TARGET)
+    shown = len(model.shown)
+    made, _ = generate(objective, MASK, tokens=template, latent=TARGET, decoding=decoding, first_logits=first)
+    assert torch.equal(made, wanted)
+    assert len(model.shown) - shown == steps - 1
+    assert all(torch.equal(a, b) for a, b in zip(model.shown[0], model.shown[steps], strict=True))
+
+
 def test_top_p_draws_among_the_likeliest_alone() -> None:
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    kept = {top_p: nucleus(p.log(), 1.0, top_p).isfinite()[0].tolist() for top_p in (0.4, 0.6, 0.8001, 1.0)}
+    kept = {top_p: (nucleus(p, top_p) > 0)[0].tolist() for top_p in (0.4, 0.6, 0.8001, 1.0)}
     assert kept == {
         0.4: [True, False, False, False],
         0.6: [True, True, False, False],
