@@ -16,7 +16,7 @@ from torch import Tensor
 from job.config import DecodingConfig
 from job.objective.noise import seed_for
 from job.objective.objective import Objective
-from job.objective.sampling import ONE_PASS, Choices, first_choices, generate, masked
+from job.objective.sampling import ONE_PASS, Choices, first_choices, generate, masked, rows_at_a_time
 
 
 def encode(
@@ -46,7 +46,26 @@ def decode(
     others are drawn with decoding.temperature. decoding.corrections then go on from there. A row's draws depend on the
     seed and its number in `numbers` [B] (None: 0, 1, ...).
     """
+    numbers = torch.arange(len(mask)) if numbers is None else numbers
     given = masked(objective, mask) if tokens is None else tokens
+    rows = rows_at_a_time(mask.shape[1], objective.model.vocab_size)
+    made: list[Tensor] = []
+    for start in range(0, len(mask), rows):
+        part = slice(start, start + rows)
+        made.append(_decode(objective, latent[part], mask[part], given[part], numbers[part], decoding, seed))
+    return torch.cat(made)
+
+
+def _decode(
+    objective: Objective,
+    latent: Tensor,
+    mask: Tensor,
+    given: Tensor,
+    numbers: Tensor,
+    decoding: DecodingConfig,
+    seed: int,
+) -> Tensor:
+    """`decode` of rows whose logits fit into memory."""
     if decoding.candidates == 1 and decoding.corrections == 0:
         return generate(objective, mask, tokens=given, latent=latent, decoding=decoding, seed=seed, numbers=numbers)[0]
     maker = _Maker(objective, latent, mask, decoding, seed, numbers)
@@ -77,7 +96,7 @@ class _Maker:
     mask: Tensor  # [B, S]
     decoding: DecodingConfig
     seed: int
-    numbers: Tensor | None
+    numbers: Tensor
 
     def texts(self, tokens: Tensor, purpose: str) -> Tensor:
         """decoding.candidates texts [N, B, S] in the holes of tokens [B, S].

@@ -7,7 +7,7 @@ batch size nor the number of ranks changes what is measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from job.objective.cycle_decoding import decode, encode
 from job.objective.inputs import Batch, Inputs
 from job.objective.noise import StepNoise
 from job.objective.objective import Objective
+from job.objective.sampling import rows_at_a_time
 from job.objective.text_scores import (
     TextScoring,
     most_frequent_accuracy,
@@ -29,7 +30,6 @@ Samples = dict[str, Tensor]  # columns by name, one row a sample; "position" [n]
 Gather = Callable[[Samples], list[Samples]]
 NOISY_T = (0.25, 0.5, 0.9)  # latent timesteps that are measured besides t = 1, where generation starts
 NO_TEXTS = TextScoring()
-CHUNK_ELEMENTS = 1 << 26  # of vocabulary distributions made float32 at a time
 
 
 def one_rank(rows: Samples) -> list[Samples]:
@@ -67,7 +67,9 @@ def evaluate(
         for number in range(rounds):
             between()
             if number < len(batches):
-                rows.append(_measure(objective, batches[number], samples, seed, scoring))
+                rows += [
+                    _measure(objective, part, samples, seed, scoring) for part in _parts(objective, batches[number])
+                ]
                 made.append(_made_texts(objective, batches[number], seed, scoring))
     finally:
         objective.train(was_training)
@@ -88,6 +90,18 @@ def _in_order(ranks: list[Samples]) -> Samples:
         return {"position": torch.empty(0)}
     order = rows["position"].argsort()
     return {name: values[order] for name, values in rows.items()}
+
+
+def _parts(objective: Objective, batch: Batch) -> Iterator[Batch]:
+    """A batch in parts whose logits fit into memory: those of 64 rows of 2048 tokens would be 16 GB.
+
+    Draws are made by a row's position, so it does not matter what is measured together.
+    """
+    seq_len = batch["input_ids"].shape[1]
+    rows = rows_at_a_time(seq_len, objective.model.vocab_size)
+    names = ("input_ids", "attention_mask", "latent", "position")
+    for part in zip(*(batch[name].split(rows) for name in names), strict=True):
+        yield dict(zip(names, part, strict=True))
 
 
 def _lent(objective: Objective, batch: Batch) -> Samples:
@@ -166,17 +180,13 @@ def _measure(objective: Objective, batch: Batch, samples: Samples, seed: int, sc
 
 def _text_scores(logits: Tensor, texts: Inputs, scoring: TextScoring) -> Tensor:
     """For each text the sums over its real tokens of cross-entropy, correct words and entropy: [B, 3] float64."""
-    scores = []
-    rows = max(1, CHUNK_ELEMENTS // logits[0].numel())
-    parts = zip(logits.split(rows), texts.tokens.split(rows), texts.mask.split(rows), strict=True)
-    for part, tokens, mask in parts:
-        log_p = part.float().log_softmax(-1)
-        cross_entropy = -log_p.gather(-1, tokens[..., None]).squeeze(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        correct = (part.argmax(-1) == tokens) & scoring.words(tokens, mask)
-        columns = torch.stack([cross_entropy, correct.float(), entropy], dim=-1)
-        scores.append(columns.masked_fill(~mask[..., None], 0).double().sum(1))
-    return torch.cat(scores)
+    tokens, mask = texts.tokens, texts.mask
+    log_p = logits.float().log_softmax(-1)
+    cross_entropy = -log_p.gather(-1, tokens[..., None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    correct = (logits.argmax(-1) == tokens) & scoring.words(tokens, mask)
+    columns = torch.stack([cross_entropy, correct.float(), entropy], dim=-1)
+    return columns.masked_fill(~mask[..., None], 0).double().sum(1)
 
 
 def participation_ratio(x: Tensor) -> float:

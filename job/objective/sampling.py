@@ -17,6 +17,13 @@ from job.objective.objective import Objective
 from job.objective.schedule import LatentSchedule
 
 ONE_PASS = DecodingConfig()
+# Distributions over the vocabulary are made for so many tokens at a time: in float32, their sums in float64.
+ELEMENTS_AT_A_TIME = 1 << 26
+
+
+def rows_at_a_time(seq_len: int, vocab_size: int) -> int:
+    """How many rows of seq_len tokens are decoded together."""
+    return max(1, ELEMENTS_AT_A_TIME // (seq_len * vocab_size))
 
 
 @torch.no_grad()
@@ -93,7 +100,7 @@ def first_choices(
     latent: Tensor,
     ways: Sequence[DecodingConfig],
     seeds: Sequence[int],
-    numbers: Tensor | None,
+    numbers: Tensor,
 ) -> list[Choices]:
     """What the first pass of `generate` chooses in each of several ways with its seed, from one pass of the model.
 
@@ -104,7 +111,6 @@ def first_choices(
     clean = torch.zeros(1, device=mask.device)
     encoded = objective.model.encode([Group(tokens, latent, draft.share, clean, ("text",))], padding)
     logits = text_logits(objective, encoded.text, padding)
-    numbers = torch.arange(len(mask)) if numbers is None else numbers
     uniform = torch.stack([RowNoise(seed, numbers).uniform("sample_text_0", mask.shape[1]) for seed in seeds])
     chosen: list[Choices] = []
     for way, alike in itertools.groupby(ways):

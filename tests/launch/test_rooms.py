@@ -26,7 +26,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_the_rooms() -> None:
-    assert ROOMS == ["kubernetes", "slurm"]
+    assert ROOMS == ["kubernetes", "local", "slurm"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LAUNCH)))

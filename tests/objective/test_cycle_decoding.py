@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from job.config import Config, DecodingConfig, ModelConfig
 from job.model.plain import PlainMMDiT
+from job.objective import sampling
 from job.objective.cycle_decoding import decode, encode
 from job.objective.objective import Objective
 
@@ -23,7 +24,7 @@ class BagOfWords(nn.Module):
     So only the check by encoding can find the text that belongs to a latent.
     """
 
-    latent_dim, every_head = VOCAB, False
+    latent_dim, vocab_size, every_head = VOCAB, VOCAB, False
     encode, logits = PlainMMDiT.encode, PlainMMDiT.logits
 
     def __init__(self) -> None:
@@ -105,6 +106,18 @@ def test_a_row_does_not_depend_on_its_batch(decoding: DecodingConfig) -> None:
     alone = decode(tested, wanted[1:2], MASK[1:2], decoding, seed=5, numbers=torch.tensor([1]))
     assert torch.equal(together[1], alone[0])
     assert not torch.equal(together, decode(tested, wanted, MASK, decoding, seed=6))
+
+
+def test_rows_are_decoded_in_parts_where_their_logits_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested, model = objective()
+    wanted = encode(tested, TEXTS, MASK)
+    decoding = DecodingConfig(temperature=1.0, candidates=3, corrections=2)
+    together = decode(tested, wanted, MASK, decoding, seed=5, tokens=torch.where(MASK, MASK_ID, PAD_ID))
+    monkeypatch.setattr(sampling, "ELEMENTS_AT_A_TIME", 2 * MASK.shape[1] * VOCAB)
+    assert torch.equal(decode(tested, wanted, MASK, decoding, seed=5), together)
+    model.decoded = 0
+    decode(tested, wanted, MASK, seed=5)
+    assert model.decoded == 2
 
 
 def test_plain_decoding_makes_no_check() -> None:

@@ -15,7 +15,7 @@ from job.errors import UserError
 from job.model.build import build_model
 from job.model.plain import PlainMMDiT
 from job.monitoring.evaluation_table import table, verdicts
-from job.objective import evaluation
+from job.objective import sampling
 from job.objective.evaluation import Samples, evaluate, participation_ratio, retrieval
 from job.objective.objective import Objective
 from job.objective.text_scores import TextScoring, distinct_pairs, most_frequent_at_place_accuracy, repeats
@@ -52,7 +52,7 @@ def samples() -> dict[str, Tensor]:
 class Oracle(nn.Module):
     """Reads the token off the latent and the latent off the tokens, or ignores what it is given."""
 
-    latent_dim, every_head = DIM, False
+    latent_dim, vocab_size, every_head = DIM, VOCAB, False
     encode, logits = PlainMMDiT.encode, PlainMMDiT.logits
 
     def __init__(self, sees_latent: bool = True, sees_text: bool = True) -> None:
@@ -174,7 +174,7 @@ def test_batch_size_and_ranks_do_not_change_the_figures(batch_size: int, world_s
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
 def test_fast_and_plain_models_are_measured_alike(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(sampling, "ELEMENTS_AT_A_TIME", chunk)
     models = (replace(MODEL, implementation=name, num_residual_streams=2) for name in ("plain", "fast"))
     plain, fast = (
         evaluate(

@@ -23,7 +23,7 @@ class Known(nn.Module):
     Records what it is shown.
     """
 
-    latent_dim, every_head = DIM, False
+    latent_dim, vocab_size, every_head = DIM, VOCAB, False
     encode, logits = PlainMMDiT.encode, PlainMMDiT.logits
 
     def __init__(self, schedule_of: list[Objective]) -> None:
@@ -131,7 +131,7 @@ def test_several_texts_of_one_first_pass_are_what_each_would_be_alone(steps: int
     ]
     assert not torch.equal(alone[1], alone[2])
     shown = len(model.shown)
-    choices = first_choices(objective, MASK, template, TARGET, ways, range(3), None)
+    choices = first_choices(objective, MASK, template, TARGET, ways, range(3), torch.arange(3))
     together = [
         generate(objective, MASK, tokens=template, latent=TARGET, decoding=way, seed=seed, first=first)[0]
         for seed, (way, first) in enumerate(zip(ways, choices, strict=True))
