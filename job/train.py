@@ -239,7 +239,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
         with reporter.phases("data_wait"):
             micro_batches = next(batches)
         agreement = distributed.agree_meanwhile(partial(wishes, run, last_save))
-        run.watchdog.beat(step, "training", compile_patience(run, str(learner.objective.passes(step))))
+        run.watchdog.beat(step, "training", compile_patience(run, str(learner.objective.plan.passes(step))))
         with reporter.phases("step"):
             count_work(run, step, micro_batches[0])
             train_step(run, step, micro_batches)
@@ -277,7 +277,7 @@ def count_work(run: TrainingRun, step: int, batch: Batch) -> None:
     lengths = batch["global_lengths"].numpy()
     kinds = batch["global_kinds"].numpy() if "global_kinds" in batch else np.zeros_like(lengths)
     for kind in np.unique(kinds).tolist():
-        run.reporter.work.add(lengths[kinds == kind], run.learner.objective.passes(step, kind))
+        run.reporter.work.add(lengths[kinds == kind], run.learner.objective.plan.passes(step, kind))
 
 
 def compile_patience(run: TrainingRun, kind: str) -> float:

@@ -120,7 +120,7 @@ class Case:
     @property
     def flops(self) -> float:
         of_pass = pass_flops(self.config.model, np.array(self.shape.lengths()), self.shape.vocab, self.shape.latent_dim)
-        return sum(count * of_pass[name] for name, count in self.objective.passes(0).items())
+        return sum(count * of_pass[name] for name, count in self.objective.plan.passes(0).items())
 
 
 def compare(

@@ -15,19 +15,18 @@ The base terms need both halves.
 
 from __future__ import annotations
 
-import random
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from job.config import MODES, Config
+from job.config import Config
 from job.model.groups import Encoded, Group, TextTargets
 from job.model.multimodal import MultimodalMMDiT
 from job.objective import losses
 from job.objective.inputs import Batch, Inputs
-from job.objective.losses import ramp
-from job.objective.noise import StepNoise, seed_for
+from job.objective.noise import StepNoise
+from job.objective.plan import Plan
 from job.objective.schedule import LatentSchedule
 from job.objective.text_masks import MaskedText, fully_masked, mask_at, mask_text
 from job.row_kinds import LATENT, PAIRED, TEXT
@@ -69,7 +68,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss, self.training_config, self.mask_token_id = config.loss, config.training, mask_token_id
+        self.loss, self.mask_token_id = config.loss, mask_token_id
+        self.plan = Plan(config.loss, config.training)
         # Neither stands for a word: a decoded text has none of them.
         self.never_decoded = [mask_token_id] if pad_token_id is None else [mask_token_id, pad_token_id]
         self.t_eps, self.max_seq_len = config.model.t_eps, config.model.max_seq_len
@@ -84,28 +84,6 @@ class Objective(nn.Module):
 
     # What a step trains.
 
-    def mode(self, step: int) -> str:
-        """What 0-based `step` trains: cycle_vae, unconditional, l2t or t2l; the same on every rank."""
-        if self.loss.loss_type == "random":
-            draw = random.Random(seed_for("mode", self.training_config.seed, step))
-            return draw.choices(MODES, weights=self.training_config.mode_weights)[0]
-        if self.loss.loss_type == "sequential":
-            schedule = self.training_config.sequential_schedule
-            place = step % sum(item.steps for item in schedule)
-            for item in schedule:
-                if place < item.steps:
-                    return item.type
-                place -= item.steps
-        return self.loss.loss_type
-
-    def cycle_weights(self, step: int) -> tuple[float, float]:
-        """Weights of cycle_text and cycle_latent as applied at a step."""
-        c = self.loss
-        return (
-            ramp(step, c.cycle_text_weight, c.cycle_text_warmup_steps, c.cycle_text_ramp_steps),
-            ramp(step, c.cycle_latent_weight, c.cycle_latent_warmup_steps, c.cycle_latent_ramp_steps),
-        )
-
     def stages(self, step: int) -> tuple[Stage, ...]:
         """The forward and backward passes that make up a step, one after the other.
 
@@ -114,27 +92,9 @@ class Objective(nn.Module):
         does every parameter get a gradient in both stages, and DDP, which reduces in the last one, would wait for a
         gradient of the first.
         """
-        both_cycles = self.mode(step) == "cycle_vae" and min(self.cycle_weights(step)) > 0
+        both_cycles = self.plan.mode(step) == "cycle_vae" and min(self.plan.cycle_weights(step)) > 0
         staged = self.model.staged and both_cycles and self.loss.cycle_stop_grad_latent
         return ("base", "cycle") if staged else ("whole",)
-
-    def passes(self, step: int, kind: int = PAIRED) -> dict[str, float]:
-        """Passes of a row of a kind through the model at a step: t2l and l2t read one head, joint reads both.
-
-        A pass is forward and backward; one without gradient counts a third.
-        """
-        mode = self.mode(step)
-        if mode != "cycle_vae":
-            return {"joint" if mode == "unconditional" else mode: 1.0} if kind == PAIRED else {}
-        cycle_text, cycle_latent = (weight > 0 for weight in self.cycle_weights(step))
-        if kind == TEXT:
-            predicted = 1 / 3 if self.loss.cycle_stop_grad_latent else 1.0
-            return {"t2l": predicted, "l2t": 1.0} if cycle_text else {}
-        if kind == LATENT:
-            return {"t2l": 1.0, "l2t": 1 / 3} if cycle_latent else {}
-        cycle_text = cycle_text and self.loss.cycle_text_on != "unpaired"
-        decodes_anew = cycle_latent and self.loss.text_t_mode == "random" and self.loss.text_full_share < 1
-        return {"t2l": 1.0 + cycle_latent, "l2t": 1.0 + cycle_text + decodes_anew / 3}
 
     def forward(
         self,
@@ -156,8 +116,8 @@ class Objective(nn.Module):
             assert base is not None, 'stage "cycle" goes on from what stage "base" returned'
             loss, metrics = self._cycle_terms(base, step)
             return loss, {**base.metrics, **metrics, "loss": base.loss + loss.detach()}, None
-        s = Inputs.of(batch, self.training_config.seed, step, self.loss.ce_over_padding, noise)
-        mode = self.mode(step)
+        s = Inputs.of(batch, self.plan.training.seed, step, self.loss.ce_over_padding, noise)
+        mode = self.plan.mode(step)
         if mode == "cycle_vae":
             return self._cycle_vae(s, step, stage)
         loss, metrics = {"l2t": self._l2t_alone, "t2l": self._t2l_alone, "unconditional": self._unconditional}[mode](s)
@@ -170,14 +130,14 @@ class Objective(nn.Module):
         if stage == "base":
             return base.loss, {}, base.detached()
         loss, metrics = base.loss, base.metrics
-        if max(self.cycle_weights(step)) > 0:
+        if max(self.plan.cycle_weights(step)) > 0:
             cycle, cycle_metrics = self._cycle_terms(base, step)
             loss, metrics = loss + cycle, {**metrics, **cycle_metrics}
         return loss, {"loss": loss, **metrics}, None
 
     def _base_terms(self, s: Inputs, step: int) -> BaseTerms:
         """L2T cross-entropy + latent_loss_weight * T2L latent loss; both passes go through the model as one batch."""
-        text_weight, latent_weight = self.cycle_weights(step)
+        text_weight, latent_weight = self.plan.cycle_weights(step)
         paired = s.part(PAIRED, (PAIRED,))
         noisy = self.noisy_latent(paired, "latent")
         text = self.masked_text(paired, "base_text")
@@ -223,7 +183,7 @@ class Objective(nn.Module):
         cycle_latent (L2T2L): latent loss of T2L from the tokens decoded from the latent; no gradient passes the tokens.
         """
         s = base.inputs
-        text_weight, latent_weight = self.cycle_weights(step)
+        text_weight, latent_weight = self.plan.cycle_weights(step)
         with_text = self._kinds_of_cycle_text(s) if text_weight > 0 else ()
         with_latent = tuple(kind for kind in (PAIRED, LATENT) if s.has(kind)) if latent_weight > 0 else ()
         cycle_text: list[Tensor] = []

@@ -88,9 +88,14 @@ def test_the_content_of_padding_changes_nothing() -> None:
 
 def test_modes_follow_their_schedule_and_weights() -> None:
     sequential = make(*MODES["sequential"])
-    assert [sequential.mode(step) for step in range(4)] == ["unconditional", "unconditional", "t2l", "unconditional"]
+    assert [sequential.plan.mode(step) for step in range(4)] == [
+        "unconditional",
+        "unconditional",
+        "t2l",
+        "unconditional",
+    ]
     objective = make({"loss_type": "random"}, {"mode_weights": [0.0, 1.0, 3.0]})
-    drawn = [objective.mode(step) for step in range(400)]
+    drawn = [objective.plan.mode(step) for step in range(400)]
     assert "unconditional" not in drawn
     assert 60 < drawn.count("l2t") < 140
 

@@ -68,7 +68,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_masked_tokens(weighting: 
     batch = formula_batch(LENGTHS)
     loss = LossConfig(loss_type="l2t", text_t_mode="random", text_weighting=weighting)
     objective = formula_objective("plain", model_config(), loss)
-    s = Inputs.of(batch, objective.training_config.seed, 0)
+    s = Inputs.of(batch, objective.plan.training.seed, 0)
     text = objective.masked_text(s, "base_text")
     group = Group(text.tokens, s.latent, text.t, torch.zeros(1), ("text",))
     logits = objective.model.encode([group], s.padding).text
