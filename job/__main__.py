@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model",
     "prepare": "turn text into shards",
     "evaluate": "measure a run's model on held-out text",
+    "compare": "runs beside each other: what differs, what came of it, and whether that is chance",
     "curves": "draw the curves of a run, also of one that is running or was stopped",
     "sample": "read and write texts through a run's model",
     "encode": "texts to latents, from file to file",

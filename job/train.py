@@ -11,6 +11,7 @@ from job.output import open_standard_descriptors
 from job.runtime.launcher_variables import (
     last_end,
     launch_time,
+    placement,
     status_lines,
     trainer_server,
     tune_allocators,
@@ -38,12 +39,14 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from job import checkpoint_names
 from job.batch_sizes import batch_sizes
 from job.command import explain, guarded, refuse_unknown_keys
+from job.comparison.sweep import show_sweep
 from job.config import Config, config_dir
 from job.config_checks import validate
 from job.data.description import DIRECTORY, to_values, write_model_files
@@ -441,6 +444,7 @@ def finish(run: TrainingRun) -> None:
 # Of this process's runs: a sweep without a cluster (`--multirun`) makes several, one after the other.
 outcomes: list[ExitCode] = []
 failures: list[JobError] = []
+swept: list[Path] = []  # run directories of a sweep, as far as it came; noted on rank 0, which compares them
 
 
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
@@ -451,6 +455,8 @@ def run_from_hydra(values: DictConfig) -> None:
         outcomes.append(ExitCode.STOPPED)
         return
     started = time.time() if outcomes or failures else process_start()
+    if HydraConfig.get().mode is RunMode.MULTIRUN and placement(os.environ, alone=True).rank == 0:
+        swept.append(Path(HydraConfig.get().runtime.output_dir))
     try:
         refuse_unknown_keys(values)
         config: Config = OmegaConf.to_object(values)  # type: ignore[assignment]
@@ -488,6 +494,8 @@ def known_failure(error: RuntimeError | MemoryError | OSError) -> JobError:
 def main() -> ExitCode:
     """Run what the command line says; returns the worst outcome."""
     run_from_hydra()
+    if not signals.requested:
+        show_sweep(swept)
     for failure in failures[:-1]:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
