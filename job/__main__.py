@@ -11,6 +11,7 @@ from job.errors import ExitCode
 COMMANDS = {
     "train": "train a model",
     "prepare": "turn text into shards",
+    "plan": "what a run will need, before it is queued: parameters, memory, time, checkpoints",
     "evaluate": "measure a run's model on held-out text",
     "compare": "runs beside each other: what differs, what came of it, and whether that is chance",
     "curves": "draw the curves of a run, also of one that is running or was stopped",

@@ -1,0 +1,170 @@
+"""`cyclevae plan`: what it counts is what a run then has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_run import TINY, tiny_run
+
+from job import checkpoint_names
+from job.benchmarking.measure import peak_memory
+from job.command import composed, guarded
+from job.plan import main
+from job.planning.batches import largest_fitting
+from job.planning.counts import case_of, peak_on_paper
+from job.planning.data import planned_data
+from job.planning.plan import duration, flop
+from job.runtime.checkpoint import open_checkpoint, read_weights
+
+SYNTHETIC = ["data=synthetic", *TINY]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    capsys.readouterr()
+    main([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(
+    scope="module", params=[[], ["training.ema_decay=0.9", "model.num_residual_streams=1"]], ids=["", "average"]
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("planned") / "run", prepared, *request.param)
+
+
+def test_parameters_and_checkpoints_are_those_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = OmegaConf.load(run / "config.yaml")
+    keys = [f"data.dir={config.data.dir}", f"training.ema_decay={config.training.ema_decay}"]
+    keys.append(f"model.num_residual_streams={config.model.num_residual_streams}")
+    plan = planned(capsys, *TINY, *keys)
+    weights = read_weights(open_checkpoint(run), "model.")
+    averaged = read_weights(open_checkpoint(run), "optimizer.average.")
+    shares = list((run / checkpoint_names.DIRECTORY).glob("step_*/share_*"))
+    assert plan["checkpoint_bytes"] == sum(path.stat().st_size for path in shares)
+    assert plan["bytes"]["weights"] == sum(tensor.nbytes for tensor in weights.values())
+    assert plan["bytes"]["average"] == sum(tensor.nbytes for tensor in averaged.values())
+    assert plan["parameters"] == sum(plan["parameters_by_part"].values()) <= sum(t.numel() for t in weights.values())
+    log = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+    rate = [line["tokens_per_second"] * line["step_seconds"] for line in log]
+    assert plan["tokens_per_step"] == pytest.approx(sum(rate) / len(rate), rel=0.1)
+
+
+def test_operations_are_those_that_a_runs_utilization_counts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the log: utilization = operations / (seconds x peak)."""
+    config = OmegaConf.load(run / "config.yaml")
+    plan = planned(capsys, *TINY, f"data.dir={config.data.dir}")
+    goodput = json.loads((run / "goodput.json").read_text())
+    assert plan["flops_per_step"] * plan["steps"] == pytest.approx(_flops(goodput), rel=0.15)
+
+
+def _flops(goodput: dict) -> float:
+    return float(goodput["flops"])
+
+
+@pytest.mark.parametrize("rows", [2, 16])
+def test_memory_on_paper_is_what_real_steps_take(rows: int) -> None:
+    """Beside that of the program itself, which a step of a tiny model shows."""
+    large = ["model.hidden_size=256", "model.n_blocks=2", "model.max_seq_len=128", "data.pad_to_max=true"]
+    cpu = torch.device("cpu")
+    peaks = {}
+    for name, keys in (("tiny", []), ("large", large)):
+        config = composed("mmdit_cycle_vae", [*SYNTHETIC, "model.n_heads=4", "model.head_dim=64", *keys])
+        data = planned_data(config, None)
+        values, shape = case_of(config, data, rows)
+        peaks[name] = peak_memory(values, shape, cpu) * 2**30, peak_on_paper(config, data, rows)
+    measured, counted = (peaks["large"][kind] - peaks["tiny"][kind] for kind in (0, 1))
+    assert counted == pytest.approx(measured, rel=0.25)
+
+
+def test_the_largest_batch_is_found_in_a_few_trials() -> None:
+    asked = []
+
+    def peak(rows: int) -> float | None:
+        asked.append(rows)
+        return None if rows > 500 else 10.0 + 0.7 * rows + 0.0002 * rows**2
+
+    for limit, expected in ((100.0, 123), (1000.0, 500), (10.0, 0)):
+        asked.clear()
+        rows, _ = largest_fitting(peak, limit)
+        assert expected * 0.97 <= rows <= expected
+        assert len(asked) <= 12
+
+
+def test_the_largest_batch_by_trial_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *SYNTHETIC, "model.max_seq_len=64", "--try", "--memory-gib", "0.8")
+    largest, peaks = plan["largest_batch"], plan["measured_peak_bytes"]
+    assert largest["measured"]
+    assert peaks[str(largest["rows"])] <= largest["limit_bytes"] == pytest.approx(0.9 * 0.8 * 2**30)
+    assert any(peak > largest["limit_bytes"] for peak in peaks.values())
+
+
+def test_time_and_batch_of_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["model.vocab_size=1000", "model.latent_dim=8", *TINY]
+    plan = planned(capsys, *keys, "--mean-tokens", "10", "--device", "H100", "--mfu", "0.5", "--ranks", "2")
+    assert plan["tokens_per_step"] == 2 * 16 * 10
+    assert plan["seconds"] == pytest.approx(6 * plan["flops_per_step"] / (2 * 0.5 * 989e12))
+    assert plan["samples_per_step"] == 32
+    given = planned(capsys, *keys, "--mean-tokens", "10", "--tokens-per-second", "64")
+    assert given["seconds"] == 15
+    small = planned(capsys, *keys, "--mean-tokens", "10", "--memory-gib", "0.01")
+    assert not small["largest_batch"]["measured"]
+    config = composed("mmdit_cycle_vae", [*keys, "data.dir=x"])
+    data = planned_data(config, 10)
+    rows = small["largest_batch"]["rows"]
+    assert peak_on_paper(config, data, rows) <= 0.9 * 0.01 * 2**30 < peak_on_paper(config, data, round(rows * 1.05) + 2)
+
+
+def test_shards_divide_the_state(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = planned(capsys, *SYNTHETIC, "--ranks", "4")
+    sharded = planned(capsys, *SYNTHETIC, "--ranks", "4", "training.strategy=fsdp")
+    state = sum(whole["bytes"].values())
+    assert whole["peak_bytes"] - sharded["peak_bytes"] == pytest.approx(state * 3 / 4, rel=0.01)
+
+
+def test_the_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*SYNTHETIC, "--ranks", "2", "training.global_batch_size=64", "logging.keep_every=3"])
+    told = capsys.readouterr().out
+    assert [line.split()[0] for line in told.splitlines()] == [
+        "model",
+        "data",
+        "step",
+        "run",
+        "memory",
+        "gradients",
+        "checkpoint",
+    ]
+    assert "64 texts (2 x 16 rows x 2 passes)" in told
+    assert "keep_last=2, 2 of keep_every and the one being written" in told
+    assert duration(90_000) == "1 d 1 h"
+    assert duration(7500) == "2 h 5 min"
+    assert flop(2.5e15) == "2.5 PFLOP"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        ([], "data.dir is not set", 1),
+        (["data.dir=/nowhere"], "data.dir=/nowhere: no such directory here; prepare the data, or say its size", 1),
+        (["data=synthetic", "--device", "H1"], "--device H1: known are B200, H200", 2),
+        (["data=synthetic", "--mfu", "2"], "it is a share", 2),
+        (["data=synthetic", "--memory-gib", "0"], "--memory-gib 0: give more than 0", 2),
+        (["data=synthetic", "--rank", "0"], "--ranks 0: give at least 1", 2),
+        (["data=synthetic", "--fast"], "--fast: no such option", 2),
+        (["data=synthetic", "model.hiden_size=3"], "did you mean model.hidden_size", 2),
+        (["data=synthetic", "+model.x=3"], "unknown configuration key model.x", 2),
+        (["data=synthetic", "model.n_blocks=0"], "model.n_blocks=0: give a value of more than 0", 1),
+        (["data=synthetic", "training.global_batch_size=9"], "is not a multiple of training.train_batch_size=8", 1),
+        ([*SYNTHETIC, "--memory-gib", "1e-6"], "not even one row fits", 1),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line(
+    arguments: list[str], words: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(lambda: main(arguments)) == code
+    told = capsys.readouterr()
+    assert words in told.err
+    assert len(told.err.splitlines()) == 1
