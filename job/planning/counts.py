@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from job.benchmarking import paper
-from job.benchmarking.measure import Shape
+from job.benchmarking.measure import MASK, DataShape, Shape
 from job.config import Config, to_dict
 from job.model.build import vocabulary_size
 from job.monitoring.accumulator import Accumulator
@@ -25,7 +25,7 @@ from job.planning.data import PlannedData, longest_of_a_batch
 from job.runtime.optimizer import Optimizer
 from job.runtime.tensorfile import Stage, flatten, share
 
-MASK, PAD = 3, 0  # any two tokens do
+PAD = 0  # any token does
 PARTS = {
     "text_encoder": "text embedding",
     "latent_encoder": "latent encoder",
@@ -34,16 +34,6 @@ PARTS = {
     "text_head": "text head",
     "latent_head": "latent head",
 }
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What build_objective asks of data."""
-
-    vocab_size: int
-    latent_dim: int
-    mask_token_id: int = MASK
-    pad_token_id: int = PAD
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ def sizes(config: Config, data: PlannedData, ranks: int) -> Sizes:
     """Parameters, state and checkpoint of a run. UserError for a model that does not fit the data."""
     # A module of fake tensors cannot be moved to a device, and need not be.
     with FakeTensorMode(), patch.object(nn.Module, "to", lambda module, _: module):
-        objective = build_objective(config, _Known(data.vocab_size, data.latent_dim))
+        objective = build_objective(config, DataShape(data.vocab_size, data.latent_dim, MASK, PAD))
         cpu = torch.device("cpu")
         optimizer, accumulator = Optimizer(objective.model, config, cpu), Accumulator(cpu)
         # As job.training_run.Learner has them.
@@ -112,7 +102,7 @@ class StepWork:
 def step_work(config: Config, data: PlannedData, samples: int) -> StepWork:
     """The work of a step after all ramps, over rows of the data's lengths."""
     with FakeTensorMode():
-        objective: Objective = build_objective(config, _Known(data.vocab_size, data.latent_dim))
+        objective: Objective = build_objective(config, DataShape(data.vocab_size, data.latent_dim, MASK, PAD))
     vocab_size = vocabulary_size(config.model, data.vocab_size)
     of_pass = pass_flops(config.model, data.lengths, vocab_size, data.latent_dim)
     passes = objective.passes(config.training.num_train_steps - 1)
