@@ -63,11 +63,13 @@ from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
+from job.monitoring.trackers import refuse_missing_packages
 from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
-from job.round_trips import round_trips, text_scoring, write_samples
+from job.round_trips import text_scoring, write_samples
+from job.run_samples import is_due, make_samples, sample_if_due
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
 from job.runtime.checkpointer import Checkpointer
@@ -121,6 +123,8 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
         say(f"warning: {warning}")
+    if process.is_main:
+        refuse_missing_packages(config)
     with Watchdog(timeout) as watchdog:
         return train_watched(config, run_dir, process, watchdog, say, started)
 
@@ -212,7 +216,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
     c = run.config
     total = c.training.num_train_steps
     learner, reporter = run.learner, run.reporter
-    reporter.begin(start, run.evaluated)
+    reporter.begin(start, run.evaluated, run.sampled)
     trainer = trainer_server(os.environ)
     progress = Progress(
         total,
@@ -225,7 +229,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
     nonfinite_in_a_row = DelayedRead()
     logged, last_save = start, time.monotonic()
     learner.module.train()
-    stopping = evaluate_if_due(run, start, progress) if start else None
+    stopping = measure_if_due(run, start, progress) if start else None
 
     if c.training.compile_model and not stopping:
         progress.say("compiling: the first step takes a minute or more")
@@ -252,7 +256,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
         elif step == start:
             progress.first_step(done, time.monotonic() - began)
         stop_wish, save_wish = agreement()
-        stopping = signals.reason(stop_wish, c.training.max_minutes) or evaluate_if_due(run, done, progress)
+        stopping = signals.reason(stop_wish, c.training.max_minutes) or measure_if_due(run, done, progress)
         save_by_steps = bool(c.logging.save_freq and done % c.logging.save_freq == 0)
         if stopping or done == total or save_wish or save_by_steps:
             last_save = time.monotonic()
@@ -351,7 +355,8 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
     run.watchdog.beat(done, "saving")
     sampler = run.loader.sampler
     kept = record(done, run.config, run.loader.dataset.fingerprint, sampler.global_batch_size)
-    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
+    kept |= {"evaluated": run.evaluated, "sampled": run.sampled}
+    kept |= {RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
     with run.reporter.phases("checkpoint"):
         run.checkpointer.save(done, run.learner.tensors_to_save(), kept, blocking=blocking)
 
@@ -359,14 +364,21 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
 # Evaluating.
 
 
-def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
-    """Evaluate after `done` steps when it is time and not done yet.
+def measure_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
+    """Evaluate after `done` steps, and write samples, when it is time for either and it is not done yet.
 
     Returns why to stop, when a stop came in between.
     """
+    stopping = evaluate_if_due(run, done, progress)
+    if not stopping:
+        sample_if_due(run, done, progress)
+    return stopping
+
+
+def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
+    """The evaluation's part of `measure_if_due`."""
     c = run.config
-    at_end = done == c.training.num_train_steps
-    if run.evaluated == done or not (at_end or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
+    if run.evaluated == done or not is_due(c.logging.eval_freq, done, c.training.num_train_steps):
         return None
     batches = evaluation_batches(
         run.held_out,
@@ -415,18 +427,8 @@ def finish(run: TrainingRun) -> None:
             "free space there and run the same command again"
         )
     run.watchdog.beat(c.training.num_train_steps, "finishing")
-    trips = []
-    with for_evaluation(run) as objective:
-        if run.process.is_main:
-            trips = round_trips(
-                objective,
-                run.held_out,
-                run.loader.format,
-                c.logging.num_samples,
-                c.training.eval_batch_size,
-                c.decoding,
-                c.training.seed,
-            )
+    # Those of the last line of samples.jsonl, unless another process wrote it or logging.sample_freq is 0.
+    trips = make_samples(run) if run.trips is None else run.trips
     if not run.process.is_main:
         return
     samples = run.run_dir / "samples.txt"
