@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "turn text into shards",
     "evaluate": "measure a run's model on held-out text",
     "curves": "draw the curves of a run, also of one that is running or was stopped",
+    "report": "one page of all about a run, also of one that is running or was stopped",
     "sample": "read and write texts through a run's model",
     "encode": "texts to latents, from file to file",
     "decode": "latents to texts, from file to file",

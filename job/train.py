@@ -68,6 +68,8 @@ from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
+from job.reporting.latents import measure
+from job.reporting.run_report import at_the_end
 from job.round_trips import text_scoring, write_samples
 from job.run_samples import is_due, make_samples, sample_if_due
 from job.runtime import distributed
@@ -429,6 +431,7 @@ def finish(run: TrainingRun) -> None:
     run.watchdog.beat(c.training.num_train_steps, "finishing")
     # Those of the last line of samples.jsonl, unless another process wrote it or logging.sample_freq is 0.
     trips = make_samples(run) if run.trips is None else run.trips
+    report = report_of(run)
     if not run.process.is_main:
         return
     samples = run.run_dir / "samples.txt"
@@ -436,6 +439,31 @@ def finish(run: TrainingRun) -> None:
     write_curves(run.run_dir)
     write_json(run.run_dir / RESULT, {"step": c.training.num_train_steps, **run.metrics}, indent=2)
     print(f"\n{table(run.metrics)}\n\n{samples.read_text()}\nfinished: {run.run_dir}")
+    if report:
+        print(f"report: {report}")
+
+
+def report_of(run: TrainingRun) -> str | None:
+    """Write report.html, on rank 0; returns what to print of it, None where there is none.
+
+    All ranks call it together, since shards are gathered here.
+    """
+    c = run.config
+    run.reporter.count_time()
+    with for_evaluation(run) as objective:
+        if not run.process.is_main:
+            return None
+        latents = partial(
+            measure,
+            objective,
+            run.held_out,
+            run.loader.format,
+            c.training.num_train_steps,
+            c.training.eval_batch_size,
+            c.decoding,
+            c.training.seed,
+        )
+        return at_the_end(run.run_dir, latents)
 
 
 # The command.

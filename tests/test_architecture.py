@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "data": {"checkpoint_names", "config", "errors", "files", "data"},
     "lgdlm": {"config", "data", "errors", "files", "lgdlm", "model"},
     "runtime": {"checkpoint_names", "config", "errors", "failure_records", "files", "runtime"},
+    "pages": {"errors", "files", "pages"},
     "monitoring": {"checkpoint_names", "config", "errors", "files", "metric_names", "monitoring"},
     "launch": {
         "metric_names",
@@ -47,6 +48,8 @@ OWNERS = {
     "mmdit": {"model"},
     "sklearn": {"data"},
     "tokenizers": {"data"},
+    "jinja2": {"pages"},
+    "plotly": {"pages"},
 }
 
 

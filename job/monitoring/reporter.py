@@ -147,16 +147,21 @@ class Reporter:
         if self._trackers is not None:
             self._trackers.samples(done, samples)
 
+    def count_time(self) -> None:
+        """Account for all time until now in goodput.json."""
+        self._count(self.phases.read(), self.work.read())
+        self._write_goodput()
+
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *error: object) -> None:
         """The run ends, for now: take back what announced it."""
         self.vitals.training = False
-        self._count(self.phases.read(), self.work.read())
+        self.count_time()
         if self._done >= self.config.training.num_train_steps:
             self.goodput.counted_until = 0.0  # finished: should it be trained further one day, it has not waited
-        self._write_goodput()
+            self._write_goodput()
         self._endpoint.close()
         if self._trackers is not None:
             self._trackers.close(finished=self._done >= self.config.training.num_train_steps)
