@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "runs beside each other: what differs, what came of it, and whether that is chance",
     "doctor": "what keeps a machine, a cluster, a run or a model from training well",
     "curves": "draw the curves of a run, also of one that is running or was stopped",
+    "report": "one page of all about a run, also of one that is running or was stopped",
     "sample": "read and write texts through a run's model",
     "encode": "texts to latents, from file to file",
     "decode": "latents to texts, from file to file",

@@ -12,7 +12,7 @@ from job.command import guarded
 from job.comparison.compared import Comparison, compare
 from job.comparison.runs import find_runs
 from job.comparison.text import as_text
-from job.errors import UserError
+from job.errors import UsageError, UserError
 from job.files import write_json
 
 
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--metric", nargs="+", default=[], help="keys of evaluation.jsonl or training_log.jsonl")
     p.add_argument("--baseline", metavar="KEY=VALUE", help="setting that others are compared with (the first)")
     p.add_argument("--step", type=int, help="figures of this step (of each run's last evaluation)")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots against the swept value")
     p.add_argument("--json", metavar="FILE", help="write all of it as JSON; - prints it instead of the table")
     return p
 
@@ -45,6 +46,10 @@ def of_paths(options: argparse.Namespace) -> Comparison:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parser().parse_args(argv)
+    for name in ("html", "json"):
+        given = getattr(options, name)
+        if given and Path(given).is_dir():
+            raise UsageError(f"--{name} {given}: is a directory; give a file to write")
     comparison = of_paths(options)
     if options.json == "-":
         print(json.dumps(comparison.to_values(), indent=1))
@@ -52,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(as_text(comparison))
         if options.json:
             write_json(Path(options.json), comparison.to_values(), indent=1)
+    if options.html:
+        from job.comparison.page import write_comparison  # a second to load
+
+        size = write_comparison(options.html, comparison)
+        print(f"{options.html} ({size / 1e6:.1f} MB)", file=sys.stderr)
 
 
 if __name__ == "__main__":

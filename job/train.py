@@ -66,11 +66,15 @@ from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
+from job.monitoring.trackers import refuse_missing_packages
 from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
-from job.round_trips import round_trips, text_scoring, write_samples
+from job.reporting.latents import measure
+from job.reporting.run_report import at_the_end
+from job.round_trips import text_scoring, write_samples
+from job.run_samples import is_due, make_samples, sample_if_due
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
 from job.runtime.checkpointer import Checkpointer
@@ -124,6 +128,8 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
         say(f"warning: {warning}")
+    if process.is_main:
+        refuse_missing_packages(config)
     with Watchdog(timeout) as watchdog:
         return train_watched(config, run_dir, process, watchdog, say, started)
 
@@ -215,7 +221,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
     c = run.config
     total = c.training.num_train_steps
     learner, reporter = run.learner, run.reporter
-    reporter.begin(start, run.evaluated)
+    reporter.begin(start, run.evaluated, run.sampled)
     trainer = trainer_server(os.environ)
     progress = Progress(
         total,
@@ -228,7 +234,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
     nonfinite_in_a_row = DelayedRead()
     logged, last_save = start, time.monotonic()
     learner.module.train()
-    stopping = evaluate_if_due(run, start, progress) if start else None
+    stopping = measure_if_due(run, start, progress) if start else None
 
     if c.training.compile_model and not stopping:
         progress.say("compiling: the first step takes a minute or more")
@@ -255,7 +261,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
         elif step == start:
             progress.first_step(done, time.monotonic() - began)
         stop_wish, save_wish = agreement()
-        stopping = signals.reason(stop_wish, c.training.max_minutes) or evaluate_if_due(run, done, progress)
+        stopping = signals.reason(stop_wish, c.training.max_minutes) or measure_if_due(run, done, progress)
         save_by_steps = bool(c.logging.save_freq and done % c.logging.save_freq == 0)
         if stopping or done == total or save_wish or save_by_steps:
             last_save = time.monotonic()
@@ -354,7 +360,8 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
     run.watchdog.beat(done, "saving")
     sampler = run.loader.sampler
     kept = record(done, run.config, run.loader.dataset.fingerprint, sampler.global_batch_size)
-    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
+    kept |= {"evaluated": run.evaluated, "sampled": run.sampled}
+    kept |= {RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
     with run.reporter.phases("checkpoint"):
         run.checkpointer.save(done, run.learner.tensors_to_save(), kept, blocking=blocking)
 
@@ -362,14 +369,21 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
 # Evaluating.
 
 
-def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
-    """Evaluate after `done` steps when it is time and not done yet.
+def measure_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
+    """Evaluate after `done` steps, and write samples, when it is time for either and it is not done yet.
 
     Returns why to stop, when a stop came in between.
     """
+    stopping = evaluate_if_due(run, done, progress)
+    if not stopping:
+        sample_if_due(run, done, progress)
+    return stopping
+
+
+def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
+    """The evaluation's part of `measure_if_due`."""
     c = run.config
-    at_end = done == c.training.num_train_steps
-    if run.evaluated == done or not (at_end or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
+    if run.evaluated == done or not is_due(c.logging.eval_freq, done, c.training.num_train_steps):
         return None
     batches = evaluation_batches(
         run.held_out,
@@ -418,18 +432,9 @@ def finish(run: TrainingRun) -> None:
             "free space there and run the same command again"
         )
     run.watchdog.beat(c.training.num_train_steps, "finishing")
-    trips = []
-    with for_evaluation(run) as objective:
-        if run.process.is_main:
-            trips = round_trips(
-                objective,
-                run.held_out,
-                run.loader.format,
-                c.logging.num_samples,
-                c.training.eval_batch_size,
-                c.decoding,
-                c.training.seed,
-            )
+    # Those of the last line of samples.jsonl, unless another process wrote it or logging.sample_freq is 0.
+    trips = make_samples(run) if run.trips is None else run.trips
+    report = report_of(run)
     if not run.process.is_main:
         return
     samples = run.run_dir / "samples.txt"
@@ -437,6 +442,31 @@ def finish(run: TrainingRun) -> None:
     write_curves(run.run_dir)
     write_json(run.run_dir / RESULT, {"step": c.training.num_train_steps, **run.metrics}, indent=2)
     print(f"\n{table(run.metrics)}\n\n{samples.read_text()}\nfinished: {run.run_dir}")
+    if report:
+        print(f"report: {report}")
+
+
+def report_of(run: TrainingRun) -> str | None:
+    """Write report.html, on rank 0; returns what to print of it, None where there is none.
+
+    All ranks call it together, since shards are gathered here.
+    """
+    c = run.config
+    run.reporter.count_time()
+    with for_evaluation(run) as objective:
+        if not run.process.is_main:
+            return None
+        latents = partial(
+            measure,
+            objective,
+            run.held_out,
+            run.loader.format,
+            c.training.num_train_steps,
+            c.training.eval_batch_size,
+            c.decoding,
+            c.training.seed,
+        )
+        return at_the_end(run.run_dir, latents)
 
 
 # The command.

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "data": {"checkpoint_names", "config", "errors", "files", "data"},
     "lgdlm": {"checks", "config", "data", "errors", "files", "lgdlm", "model"},
     "runtime": {"checkpoint_names", "config", "errors", "failure_records", "files", "runtime"},
+    "pages": {"errors", "files", "pages"},
     "monitoring": {"checkpoint_names", "config", "errors", "files", "metric_names", "monitoring"},
     "health": {
         "checkpoint_names",
@@ -52,7 +53,7 @@ MAY_IMPORT = {
         "planning",
         "runtime",
     },
-    "comparison": {"command", "comparison", "config", "errors", "files", "metric_names", "tables"},
+    "comparison": {"command", "comparison", "config", "errors", "files", "metric_names", "pages", "tables"},
     "launch": {
         "checks",
         "comparison",
@@ -78,6 +79,8 @@ OWNERS = {
     "mmdit": {"model"},
     "sklearn": {"data"},
     "tokenizers": {"data"},
+    "jinja2": {"pages"},
+    "plotly": {"pages"},
 }
 
 

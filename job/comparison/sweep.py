@@ -29,6 +29,6 @@ def show_sweep(directories: Sequence[Path]) -> None:
         return
     common = os.path.commonpath([directory.absolute() for directory in directories])
     try:
-        print(f"\n{as_text(compare(runs))}\n\nmore: cyclevae compare {common} --help", flush=True)
+        print(f"\n{as_text(compare(runs))}\n\nwith plots: cyclevae compare {common} --html compare.html", flush=True)
     except JobError as error:
         print(f"no comparison: {error}")
