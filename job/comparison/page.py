@@ -78,7 +78,7 @@ def traces_of(name: str, comparison: Comparison, lines: Sequence[Figures]) -> li
         "x": [at for at, _, _ in seeds],
         "y": [value for _, _, value in seeds],
         "text": [f"seed {seed}" for _, seed, _ in seeds],
-        "marker": {"size": 5, "opacity": 0.45, "symbol": "circle-open"},
+        "marker": {"size": 6, "opacity": 0.75, "symbol": "circle-open"},
     }
     return [mean, single]
 

@@ -58,7 +58,7 @@ def encoder_checks(weights: Mapping[str, Tensor], settings: Mapping[str, object]
     )
     if copied > COPIED:
         return [trouble("degenerate epsilon", f"T2L hands on the noise that it is given ({words})", remedy)]
-    if changed < UNREAD:
+    if not changed >= UNREAD:  # also where a prediction of zero gives no share at all
         return [trouble("text not read", f"T2L gives nearly the same latent for every text ({words})", remedy)]
     return [well("T2L", words)]
 

@@ -16,12 +16,13 @@ from job.planning.data import PlannedData
 FILLED = 0.9  # of a device's memory: the rest is left to the context, libraries, and holes between tensors
 FIRST_TRIALS = (1, 4)
 GROWTH = 16  # times the largest that fitted: guesses from small batches are not trusted further
-LARGEST = 1 << 16
+LARGEST = 4096  # rows: a pass of more is no faster
 TRIALS = 12
+CLOSE = 0.05  # as a part of the rows
 
 
 def largest_fitting(peak: Callable[[int], float | None], limit: float) -> tuple[int, dict[int, float | None]]:
-    """The largest number of rows whose `peak` is within `limit`, to within 3%, and all peaks that were asked for.
+    """The largest number of rows whose `peak` is within `limit`, to within 5%, and all peaks that were asked for.
 
     `peak` is asked a few times: memory grows in a line with the rows, so that two peaks tell where to try the third. It
     returns None for rows that do not fit at all. 0 when a single row is too much.
@@ -29,7 +30,7 @@ def largest_fitting(peak: Callable[[int], float | None], limit: float) -> tuple[
     peaks: dict[int, float | None] = {}
     fits, fails = 0, LARGEST + 1
     rows = FIRST_TRIALS[0]
-    while len(peaks) < TRIALS and fails - fits > max(1, fits * 0.03):
+    while len(peaks) < TRIALS and fails - fits > max(1, fits * CLOSE):
         peaks[rows] = peak(rows)
         found = peaks[rows]
         if found is not None and found <= limit:
@@ -38,7 +39,10 @@ def largest_fitting(peak: Callable[[int], float | None], limit: float) -> tuple[
             fails = rows
         if fits == 0:
             break
-        rows = max(fits + 1, min(_guess(peaks, limit), fails - 1, fits * GROWTH))
+        guess = min(_guess(peaks, limit), fits * GROWTH)
+        if guess >= fails:  # memory ran out below where the line meets the limit
+            guess = (fits + fails) // 2
+        rows = max(fits + 1, guess)
     return fits, peaks
 
 
