@@ -19,7 +19,7 @@ from job.config import config_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = re.findall(
-    r"python -m job\.(prepare|convert|evaluate|sample|encode|decode|benchmark)\b([^`#]*?)\s*(?:[`#]|$)",
+    r"python -m job\.(prepare|convert|evaluate|sample|encode|decode|benchmark|compare|doctor|plan)\b([^`#]*?)\s*(?:[`#]|$)",
     README,
     re.MULTILINE,
 )
@@ -34,6 +34,9 @@ def test_the_readme_has_commands() -> None:
         "encode",
         "decode",
         "benchmark",
+        "compare",
+        "doctor",
+        "plan",
     }
 
 
@@ -41,7 +44,8 @@ def test_the_readme_has_commands() -> None:
 def test_a_command_of_the_readme_is_taken(name: str, arguments: str) -> None:
     words = shlex.split(arguments.removesuffix("..."))
     if "--help" not in words:
-        importlib.import_module(f"job.{name}").parser().parse_args(words)
+        _, overrides = importlib.import_module(f"job.{name}").parser().parse_known_args(words)
+        assert all(name == "plan" and "=" in word for word in overrides)
 
 
 def test_the_python_example_runs(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from job import checkpoint_names
 from job.checks import Check, note, trouble, well
 from job.comparison.runs import CONFIG_FILE, TRAINING_LOG, Run, read_run
-from job.config import Config, from_dict
+from job.config import DECODES_TEXTS, PREDICTS_LATENTS, Config, from_dict
 from job.config_checks import LARGEST_EPSILON_T, largest_latent_t
 from job.errors import UserError
 from job.monitoring.evaluation_table import ignores_latent, ignores_text
@@ -102,47 +103,66 @@ def progress_check(run: Run) -> Check:
     return well("progress", words)
 
 
+@dataclass(frozen=True)
+class Direction:
+    """What tells whether one of the two directions reads its input."""
+
+    gain: str  # in the name of the verdict
+    key: str  # of the evaluation
+    ignores: Callable[[Mapping[str, float]], bool]
+    trained_by: tuple[str, ...]  # values of loss.loss_type
+    words: str
+    remedy: str
+
+
+DECODER = Direction(
+    "latent gain",
+    "l2t/latent_gain",
+    ignores_latent,
+    DECODES_TEXTS[1],
+    "the decoder ignores the latent: any other serves as well",
+    "train longer, lower optimizer.lr, raise loss.text_full_share, look at the data's latents",
+)
+ENCODER = Direction(
+    "text gain",
+    "t2l/text_gain",
+    ignores_text,
+    PREDICTS_LATENTS[1],
+    "the encoder ignores the text: any other serves as well",
+    "raise loss.latent_loss_weight, and look whether the objective is in one of its traps",
+)
+
+
 def learning_checks(run: Run) -> list[Check]:
-    """What the evaluations say."""
+    """What the evaluations say of the directions that the run trains."""
     if not run.evaluations:
         return [note("learning", "no evaluation yet: nothing is known of what it learns", "lower logging.eval_freq")]
-    early = run.evaluations[-1]["step"] < EARLY * run.target_steps
-    checks = [*gain_checks(run.evaluations, early), *length_checks(run.evaluations[-1], early)]
-    return [*checks, *fit_checks(run.evaluations)] or [well("learning", "both directions use their input")]
+    loss_type = run.settings["loss.loss_type"]
+    last = run.evaluations[-1]
+    early = last["step"] < EARLY * run.target_steps
+    trained = [direction for direction in (DECODER, ENCODER) if loss_type in direction.trained_by]
+    checks = [check for direction in trained for check in gain_checks(direction, run.evaluations, early)]
+    if ENCODER in trained:
+        checks += length_checks(last, early)
+    if DECODER in trained:
+        checks += fit_checks(run.evaluations)
+    if not trained:
+        return [note("learning", f"nothing here judges loss.loss_type={loss_type}")]
+    return checks or [well("learning", "what it trains uses its input")]
 
 
-def gain_checks(evaluations: Sequence[Mapping[str, float]], early: bool) -> list[Check]:
+def gain_checks(direction: Direction, evaluations: Sequence[Mapping[str, float]], early: bool) -> list[Check]:
     """Whether a direction ignores its input."""
-    last = evaluations[-1]
-    kinds = (
-        (
-            "latent gain",
-            ignores_latent,
-            "l2t/latent_gain",
-            "the decoder ignores the latent: any other serves as well",
-            "train longer, lower optimizer.lr, raise loss.text_full_share, look at the data's latents",
-        ),
-        (
-            "text gain",
-            ignores_text,
-            "t2l/text_gain",
-            "the encoder ignores the text: any other serves as well",
-            "raise loss.latent_loss_weight, and look whether the objective is in one of its traps",
-        ),
-    )
-    checks = []
-    for name, ignores, key, words, remedy in kinds:
-        if not ignores(last):
-            continue
-        best = max(evaluations, key=lambda line: line[key])
-        fell = not ignores(best)
-        said = f"{words} ({key} {last[key]:.3g}"
-        said += f", it was {best[key]:.3g} at step {best['step']:.0f})" if fell else ")"
-        if early and not fell:
-            checks.append(note(f"collapsed {name}", f"{said}; it is early"))
-        else:
-            checks.append(trouble(f"collapsed {name}", said, remedy))
-    return checks
+    last, key = evaluations[-1], direction.key
+    if not direction.ignores(last):
+        return []
+    best = max(evaluations, key=lambda line: line[key])
+    fell = not direction.ignores(best)
+    said = f"{direction.words} ({key} {last[key]:.3g}"
+    said += f", it was {best[key]:.3g} at step {best['step']:.0f})" if fell else ")"
+    if early and not fell:
+        return [note(f"collapsed {direction.gain}", f"{said}; it is early")]
+    return [trouble(f"collapsed {direction.gain}", said, direction.remedy)]
 
 
 def length_checks(last: Mapping[str, float], early: bool) -> list[Check]:

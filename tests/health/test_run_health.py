@@ -126,6 +126,17 @@ def test_a_direction_that_has_not_begun_to_learn(tmp_path: Path) -> None:
     assert (none.state, none.words) == ("note", "no evaluation yet: nothing is known of what it learns")
 
 
+def test_only_the_direction_that_is_trained_is_judged(tmp_path: Path) -> None:
+    blind = GOOD | {"l2t/latent_gain": 0.0, "t2l/text_gain": 0.0, "t2l/x0_norm_ratio": 0.1}
+    for kind, expected in {
+        "t2l": {"collapsed text gain", "latent length"},
+        "l2t": {"collapsed latent gain"},
+        "unconditional": set(),
+    }.items():
+        found = verdicts(fake(tmp_path / kind, f"loss.loss_type={kind}", evaluations={100: blind}))
+        assert {name for name, check in found.items() if check.state == "trouble"} == expected
+
+
 def test_progress(tmp_path: Path) -> None:
     run = fake(tmp_path / "run", evaluations={50: GOOD}, finished=False)
     assert verdicts(run)["progress"].words == "step 50 of 100"
