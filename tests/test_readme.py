@@ -19,7 +19,8 @@ from job.config import config_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = re.findall(
-    r"python -m job\.(prepare|convert|evaluate|sample|encode|decode|benchmark|compare|doctor|plan)\b([^`#]*?)\s*(?:[`#]|$)",
+    r"python -m job\.(prepare|convert|evaluate|sample|encode|decode|benchmark|compare|doctor|plan)\b"
+    r"([^`#]*?)\s*(?:[`#]|$)",
     README,
     re.MULTILINE,
 )
