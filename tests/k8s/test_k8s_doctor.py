@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from k8s_node import Node
-from k8s_runs import ROOT
 
 from job.doctor import main
+from job.launch.kubernetes import health
+from job.launch.kubernetes.cluster import Cluster
+from job.launch.kubernetes.health import kinds_check
 
 pytest_plugins = ["k8s_lab"]
 LOCATION = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"  # the variable KUBECONFIG, as read on import
@@ -41,17 +43,15 @@ def test_access_kinds_and_rights(
     assert checks["runs claim"]["state"] == "trouble"
 
     # The same server for a user without rights.
-    kubernetes.kubectl("create", "serviceaccount", "nobody", f"--namespace={namespace}")
-    config = tmp_path / "nobody"
-    config.write_text(Path(kubernetes.env["KUBECONFIG"]).read_text())
-    as_nobody = f"system:serviceaccount:{namespace}:nobody"
-    words = config.read_text().split("user:\n")
-    assert len(words) > 1, ROOT
-    config.write_text(f"user:\n    as: {as_nobody}\n".join(words))
-    monkeypatch.setattr(LOCATION, str(config))
+    def as_nobody(*where: str | None) -> Cluster:
+        cluster = Cluster(*where)
+        cluster.core.api_client.set_default_header("Impersonate-User", f"system:serviceaccount:{namespace}:nobody")
+        return cluster
+
+    monkeypatch.setattr(health, "Cluster", as_nobody)
     code, checks = examined(namespace, capsys)
     assert code == 1
-    assert checks["PyTorchJob"]["state"] == "trouble"
+    assert checks["PyTorchJob"]["state"] == checks["rights"]["state"] == "trouble"
     assert "not allowed: create pytorchjobs" in checks["rights"]["words"]
 
 
@@ -74,3 +74,9 @@ def test_a_server_that_does_not_answer(
     monkeypatch.setattr(LOCATION, str(tmp_path / "config"))
     code, checks = examined("ns", capsys)
     assert "does not answer" in checks["access"]["words"]
+
+
+def test_a_cluster_without_operators() -> None:
+    check = kinds_check({"apps": "v1"})
+    assert check.state == "trouble"
+    assert check.remedy == "install Kubeflow Trainer 2 or Kubeflow's training operator 1.9"
