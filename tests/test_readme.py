@@ -19,7 +19,7 @@ from job.config import config_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = re.findall(
-    r"python -m job\.(prepare|convert|evaluate|sample|encode|decode|benchmark|compare|doctor|plan)\b"
+    r"python -m job\.(prepare|convert|evaluate|report|sample|encode|decode|benchmark|compare|doctor|plan)\b"
     r"([^`#]*?)\s*(?:[`#]|$)",
     README,
     re.MULTILINE,
@@ -31,6 +31,7 @@ def test_the_readme_has_commands() -> None:
         "prepare",
         "convert",
         "evaluate",
+        "report",
         "sample",
         "encode",
         "decode",
@@ -53,7 +54,7 @@ def test_the_python_example_runs(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the directory that it is written for: a demo run is there, and no data."""
-    example = README[README.index("    from job import load") :].split("\n\nNo data")[0]
+    example = README[README.index("    from job import load") :].split("\n\n[examples")[0]
     tiny_run(tmp_path / "runs" / "demo", prepared)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
