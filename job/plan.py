@@ -19,7 +19,7 @@ from job.monitoring.device import BF16_PEAK, MEMORY_GIB, host_memory_limit
 from job.planning.batches import FILLED, largest_fitting, refuse_none, tried
 from job.planning.counts import peak_on_paper, step_work
 from job.planning.data import PlannedData, planned_data
-from job.planning.plan import GIB, Plan, Speed, as_text, plan_of
+from job.planning.plan import GIB, Plan, Speed, as_text, measured_peak, plan_of
 from job.trained import choose_device
 
 NOT_PREPARED = "not-prepared-yet"  # in the place of data.dir where the data's size is said by keys of the model
@@ -120,7 +120,14 @@ def with_trials(plan: Plan, options: argparse.Namespace, config: Config) -> Plan
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = host_memory_limit()
-    rows, peaks = largest_fitting(tried(config, plan.data, device), FILLED * memory)
+    trial = tried(config, plan.data, device)
+
+    def told(rows: int) -> float | None:
+        peak = trial(rows)  # may take minutes
+        print(f"tried {rows} rows: {measured_peak(peak)}", file=sys.stderr, flush=True)
+        return peak
+
+    rows, peaks = largest_fitting(told, FILLED * memory)
     refuse_none(rows)
     where = f"{FILLED:.0%} of {memory / GIB:.4g} GiB, measured on this machine's {device.type}"
     largest = {"rows": rows, "where": where, "limit_bytes": FILLED * memory, "measured": True}

@@ -95,7 +95,10 @@ def test_a_trial_is_of_real_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(batches, "peak_memory", killed)
     assert tried(config, data, torch.device("cpu"))(4) is None
     monkeypatch.setattr(batches, "peak_memory", lambda _, shape, __: 0.1 + 0.01 * shape.batch)
-    plan = planned(capsys, *SYNTHETIC, "--try", "--memory-gib", "1")
+    main([*SYNTHETIC, "--try", "--memory-gib", "1", "--json"])
+    told = capsys.readouterr()
+    plan = json.loads(told.out)
+    assert told.err.startswith("tried 1 rows: 0.11 GiB\ntried 4 rows: 0.14 GiB\n")
     assert plan["largest_batch"]["measured"]
     assert plan["largest_batch"]["rows"] == 80
     assert plan["measured_peak_bytes"]["80"] == pytest.approx(0.9 * 2**30)
