@@ -68,8 +68,7 @@ from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
-from job.reporting.latents import measure
-from job.reporting.run_report import at_the_end
+from job.reporting.end_of_run import report_of
 from job.round_trips import text_scoring, write_samples
 from job.run_samples import is_due, make_samples, sample_if_due
 from job.runtime import distributed
@@ -441,29 +440,6 @@ def finish(run: TrainingRun) -> None:
     print(f"\n{table(run.metrics)}\n\n{samples.read_text()}\nfinished: {run.run_dir}")
     if report:
         print(f"report: {report}")
-
-
-def report_of(run: TrainingRun) -> str | None:
-    """Write report.html, on rank 0; returns what to print of it, None where there is none.
-
-    All ranks call it together, since shards are gathered here.
-    """
-    c = run.config
-    run.reporter.count_time()
-    with for_evaluation(run) as objective:
-        if not run.process.is_main:
-            return None
-        latents = partial(
-            measure,
-            objective,
-            run.held_out,
-            run.loader.format,
-            c.training.num_train_steps,
-            c.training.eval_batch_size,
-            c.decoding,
-            c.training.seed,
-        )
-        return at_the_end(run.run_dir, latents)
 
 
 # The command.
