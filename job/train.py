@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -70,6 +71,7 @@ from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
 from job.reporting.end_of_run import report_of
 from job.round_trips import text_scoring, write_samples
+from job.row_kinds import RowKinds
 from job.run_samples import is_due, make_samples, sample_if_due
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
@@ -244,7 +246,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
         agreement = distributed.agree_meanwhile(partial(wishes, run, last_save))
         run.watchdog.beat(step, "training", compile_patience(run, str(learner.objective.passes(step))))
         with reporter.phases("step"):
-            reporter.work.add(micro_batches[0]["global_lengths"].numpy(), learner.objective.passes(step))
+            count_work(run, step, micro_batches[0])
             train_step(run, step, micro_batches)
             if nonfinite_in_a_row(learner.optimizer.nonfinite_in_a_row) >= c.training.max_nonfinite_steps:
                 raise UserError(describe_nonfinite(run))
@@ -275,6 +277,14 @@ def loop(run: TrainingRun, start: int) -> str | None:
     return stopping
 
 
+def count_work(run: TrainingRun, step: int, batch: Batch) -> None:
+    """Count what a step does with a global batch, of which `batch` is a part."""
+    lengths = batch["global_lengths"].numpy()
+    kinds = batch["global_kinds"].numpy() if "global_kinds" in batch else np.zeros_like(lengths)
+    for kind in np.unique(kinds).tolist():
+        run.reporter.work.add(lengths[kinds == kind], run.learner.objective.passes(step, kind))
+
+
 def compile_patience(run: TrainingRun, kind: str) -> float:
     """Seconds that the watchdog allows a step of this kind; 0, its own timeout alone, unless it may be compiling.
 
@@ -294,6 +304,8 @@ def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
     for number, batch in enumerate(micro_batches):
         on_device: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         on_device["row_lengths"] = batch["attention_mask"].sum(1).tolist()  # asked of the device it would wait for it
+        if "global_kinds" in batch:
+            on_device["row_kinds"] = RowKinds.of(batch["global_kinds"].numpy(), batch["position"].numpy())
         if config.model.dropout:
             # A function of the step, like all randomness: a resumed run draws the same.
             torch.manual_seed(seed_for("dropout", config.training.seed, step, number, run.process.rank))
