@@ -39,7 +39,7 @@ test-trackers: .venv-trackers/ready   ## runs that report to Weights & Biases an
 	.venv-trackers/bin/python -m pytest -rs tests/monitoring/test_trackers.py
 
 .venv-trackers/ready: .venv/dev
-	$(PYTHON) -m venv .venv-trackers
+	$(BIN)/python -m venv .venv-trackers
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$(.venv-trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
 	.venv-trackers/bin/pip install --quiet wandb==0.31.0 mlflow==3.17.2

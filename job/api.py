@@ -128,7 +128,7 @@ class Model:
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer. UserError when the model came without one."""
         if self.trained.tokenizer is None:
-            reason = "the data of this run came without one"
+            reason = "the data came without one; use encode_ids and decode_ids, or convert the data with --tokenizer"
             if self.description.tokenizer:
                 reason = f"{self.description.tokenizer} is not beside it; name the run's data with --data DIR"
             raise UserError(f"{self.trained.path}: texts need a tokenizer, and {reason}")

@@ -70,6 +70,14 @@ class DataConfig:
     dir: str | None = key(None, "directory of prepared shards (dataset.json inside)", read_if=SHARDS)
     num_workers: int = key(0, "loader processes per rank; 0 loads in the training process", low=0)
     standardize_latents: bool = key(True, "subtract the latents' stored mean and divide by their standard deviation")
+    unpaired_per_batch: float | None = key(
+        None,
+        "share of a batch's rows that have no latent or no text, of data that has such rows; null: the data's own "
+        "share, 0: none",
+        low=0,
+        high=1,
+        read_if=SHARDS,
+    )
     length_bucketing: bool = key(False, "batch samples of similar length (same samples per epoch, another order)")
     pad_to_max: bool = key(False, "pad every batch to model.max_seq_len instead of its own longest row")
     verify_hashes: bool = key(False, "check the SHA-256 of every shard before the first step", read_if=SHARDS)
@@ -123,6 +131,12 @@ class LossConfig:
     cycle_text_weight: float = key(0.1, "weight of the T2L2T cross-entropy", low=0, read_if=CYCLE)
     cycle_text_warmup_steps: int = key(0, "steps before cycle_text sets in", low=0, read_if=CYCLE)
     cycle_text_ramp_steps: int = key(0, "steps over which cycle_text grows to its weight", low=0, read_if=CYCLE)
+    cycle_text_on: str = key(
+        "all",
+        "texts of cycle_text: all, paired (with a latent of their own) or unpaired ones",
+        choices=("all", "paired", "unpaired"),
+        read_if=CYCLE,
+    )
     cycle_latent_weight: float = key(0.1, "weight of the L2T2L latent loss", low=0, read_if=CYCLE)
     cycle_latent_warmup_steps: int = key(0, "steps before cycle_latent sets in", low=0, read_if=CYCLE)
     cycle_latent_ramp_steps: int = key(0, "steps over which cycle_latent grows to its weight", low=0, read_if=CYCLE)

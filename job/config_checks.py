@@ -10,6 +10,7 @@ from typing import Any
 
 from job.config import MODES, Config, DecodingConfig, checked_name, default_of, get, keys
 from job.errors import UserError
+from job.row_kinds import Counts
 
 # At a latent timestep t the noisy latent is alpha(t) z + sigma(t) noise. Above this t hardly anything of z is left.
 LARGEST_EPSILON_T = 0.98
@@ -251,3 +252,41 @@ def degenerate_epsilon(config: Config) -> list[str]:
     if not config.loss.allow_degenerate_epsilon:
         raise UserError(f"{problem} (loss.allow_degenerate_epsilon=true runs it all the same)")
     return [problem]
+
+
+def refuse_idle_rows(config: Config, rows: Counts) -> None:
+    """Refuse data with rows that lack a half where no term would train on them, and keys about rows that are not there.
+
+    `rows` are the training rows of each kind.
+    """
+    loss, (_, texts, latents) = config.loss, rows
+    leave_out = "or leave such rows out with data.unpaired_per_batch=0"
+    if not texts and not latents and config.data.unpaired_per_batch is not None:
+        raise UserError(
+            f"data.unpaired_per_batch={config.data.unpaired_per_batch} has no effect: every row of the data has a text "
+            "and a latent; leave it out"
+        )
+    if loss.cycle_text_on == "unpaired" and not texts:
+        raise UserError(
+            "loss.cycle_text_on=unpaired: the data has no texts without latents; leave it out, or prepare data that "
+            "has some (--encode-fraction, --unpaired)"
+        )
+    if config.data.unpaired_per_batch == 0:
+        return
+    if (texts or latents) and loss.loss_type != "cycle_vae":
+        raise UserError(
+            f"the data has {texts} texts without latents and {latents} latents without texts, which only "
+            f"loss.loss_type=cycle_vae trains on; set it, {leave_out}"
+        )
+    if texts and (loss.cycle_text_weight == 0 or loss.cycle_text_on == "paired"):
+        raise UserError(
+            f"the data has {texts} texts without latents, which only cycle_text trains on: set loss.cycle_text_weight "
+            f"above 0 and loss.cycle_text_on=all or unpaired, {leave_out}"
+        )
+    if latents and loss.cycle_latent_weight == 0:
+        raise UserError(
+            f"the data has {latents} latents without texts, which only cycle_latent trains on: set "
+            f"loss.cycle_latent_weight above 0, {leave_out}"
+        )
+    if (texts or latents) and loss.ce_over_padding:
+        raise UserError(f"loss.ce_over_padding=true knows paired rows only; leave it out, {leave_out}")

@@ -21,6 +21,7 @@ from job.data.preparation import prepare
 from job.data.shards import DatasetInfo, ShardDataset
 from job.data.work import Preparation
 from job.errors import UsageError, UserError
+from job.row_kinds import LATENT
 from job.runtime.launcher_variables import placement
 
 DECLARED = [f for declaration in (Options, LocalOptions) for f in dataclasses.fields(declaration) if f.init]
@@ -115,9 +116,11 @@ def summary(out: Path, info: DatasetInfo) -> str:
     if made.get("without_latent"):
         dropped += f", {made['without_latent']} of which the encoder knows no word"
     encoder = ", ".join(f"{key} {value}" for key, value in info.encoder.items() if key not in NOT_SHOWN)
-    mean = sum(info.token_counts) / counts["train"]
+    mean = sum(info.token_counts) / sum(info.rows_of_kinds("train")[:LATENT])
+    paired, texts, latents = info.rows_of_kinds("train")
+    unpaired = f" ({paired} with latents, {texts} without; {latents} latents without texts)" if info.unpaired else ""
     lines = [
-        f"{out}: {counts['train']} training and {counts['validation']} validation texts",
+        f"{out}: {paired + texts} training and {counts['validation']} validation texts{unpaired}",
         f"  dropped      {dropped}",
         f"  tokens       vocabulary {info.vocab_size}, {mean:.1f} a text, at most {info.max_length}",
         f"  latents      {info.latent_dim} dimensions from {encoder}",

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -71,9 +72,9 @@ from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
-from job.reporting.latents import measure
-from job.reporting.run_report import at_the_end
+from job.reporting.end_of_run import report_of
 from job.round_trips import text_scoring, write_samples
+from job.row_kinds import RowKinds
 from job.run_samples import is_due, make_samples, sample_if_due
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
@@ -248,7 +249,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
         agreement = distributed.agree_meanwhile(partial(wishes, run, last_save))
         run.watchdog.beat(step, "training", compile_patience(run, str(learner.objective.passes(step))))
         with reporter.phases("step"):
-            reporter.work.add(micro_batches[0]["global_lengths"].numpy(), learner.objective.passes(step))
+            count_work(run, step, micro_batches[0])
             train_step(run, step, micro_batches)
             if nonfinite_in_a_row(learner.optimizer.nonfinite_in_a_row) >= c.training.max_nonfinite_steps:
                 raise UserError(describe_nonfinite(run))
@@ -279,6 +280,14 @@ def loop(run: TrainingRun, start: int) -> str | None:
     return stopping
 
 
+def count_work(run: TrainingRun, step: int, batch: Batch) -> None:
+    """Count what a step does with a global batch, of which `batch` is a part."""
+    lengths = batch["global_lengths"].numpy()
+    kinds = batch["global_kinds"].numpy() if "global_kinds" in batch else np.zeros_like(lengths)
+    for kind in np.unique(kinds).tolist():
+        run.reporter.work.add(lengths[kinds == kind], run.learner.objective.passes(step, kind))
+
+
 def compile_patience(run: TrainingRun, kind: str) -> float:
     """Seconds that the watchdog allows a step of this kind; 0, its own timeout alone, unless it may be compiling.
 
@@ -298,6 +307,8 @@ def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
     for number, batch in enumerate(micro_batches):
         on_device: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         on_device["row_lengths"] = batch["attention_mask"].sum(1).tolist()  # asked of the device it would wait for it
+        if "global_kinds" in batch:
+            on_device["row_kinds"] = RowKinds.of(batch["global_kinds"].numpy(), batch["position"].numpy())
         if config.model.dropout:
             # A function of the step, like all randomness: a resumed run draws the same.
             torch.manual_seed(seed_for("dropout", config.training.seed, step, number, run.process.rank))
@@ -444,29 +455,6 @@ def finish(run: TrainingRun) -> None:
     print(f"\n{table(run.metrics)}\n\n{samples.read_text()}\nfinished: {run.run_dir}")
     if report:
         print(f"report: {report}")
-
-
-def report_of(run: TrainingRun) -> str | None:
-    """Write report.html, on rank 0; returns what to print of it, None where there is none.
-
-    All ranks call it together, since shards are gathered here.
-    """
-    c = run.config
-    run.reporter.count_time()
-    with for_evaluation(run) as objective:
-        if not run.process.is_main:
-            return None
-        latents = partial(
-            measure,
-            objective,
-            run.held_out,
-            run.loader.format,
-            c.training.num_train_steps,
-            c.training.eval_batch_size,
-            c.decoding,
-            c.training.seed,
-        )
-        return at_the_end(run.run_dir, latents)
 
 
 # The command.

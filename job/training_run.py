@@ -12,9 +12,10 @@ from torch import nn
 
 from job.batch_sizes import batch_sizes
 from job.config import Config
+from job.config_checks import refuse_idle_rows
 from job.data.description import ModelDescription
 from job.data.loader import BatchFormat, BatchSplit, Loader
-from job.data.sampler import Sampler
+from job.data.sampler import MixedSampler, Sampler
 from job.data.shards import Dataset
 from job.files import json_lines
 from job.model.weights import apply_weights
@@ -25,6 +26,7 @@ from job.objective.build import build_objective
 from job.objective.objective import Objective
 from job.origin import InitialWeights
 from job.round_trips import RoundTrip
+from job.row_kinds import PAIRED, kinds_of_batch, refuse_missing_kinds
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
 from job.runtime.checkpointer import Checkpointer
@@ -88,9 +90,18 @@ def new_loader(config: Config, data: Dataset, description: ModelDescription, pro
     """This rank's batches of the training split."""
     training = config.training
     global_batch_size, accumulation = batch_sizes(training, process.world_size)
+    rows = data.info.rows_of_kinds("train")
+    refuse_idle_rows(config, rows)
+    sampler: Sampler | MixedSampler
+    if rows[PAIRED] == len(data):
+        sampler = Sampler(data, len(data), global_batch_size, training.seed, config.data.length_bucketing)
+    else:
+        kinds = kinds_of_batch(rows, global_batch_size, config.data.unpaired_per_batch)
+        refuse_missing_kinds(kinds, training.train_batch_size)
+        sampler = MixedSampler(data, rows, kinds, training.seed, config.data.length_bucketing)
     return Loader(
         data,
-        Sampler(data, len(data), global_batch_size, training.seed, config.data.length_bucketing),
+        sampler,
         BatchFormat.of(config, description),
         BatchSplit(process.rank, process.world_size, training.train_batch_size, accumulation),
         num_workers=config.data.num_workers,

@@ -20,8 +20,8 @@ FILES = sorted((ROOT / "job").rglob("*.py"))
 # apart by tests/launch/test_rooms.py.
 MAY_IMPORT = {
     "model": {"config", "errors", "files", "model"},
-    "objective": {"config", "errors", "model", "objective"},
-    "data": {"checkpoint_names", "config", "errors", "files", "data"},
+    "objective": {"config", "errors", "model", "objective", "row_kinds"},
+    "data": {"checkpoint_names", "config", "errors", "files", "data", "row_kinds"},
     "lgdlm": {"checks", "config", "data", "errors", "files", "lgdlm", "model"},
     "runtime": {"checkpoint_names", "config", "errors", "failure_records", "files", "runtime"},
     "pages": {"errors", "files", "pages"},

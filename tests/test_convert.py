@@ -181,7 +181,7 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path, config: Config) -
     save_run(tmp_path / "other", config, average=False)
     with pytest.raises(UserError, match=r"moved: the run's data directory is not here; name it with --data"):
         load_trained(tmp_path / "other")
-    with pytest.raises(UserError, match="texts need a tokenizer, and the data of this run came without one"):
+    with pytest.raises(UserError, match="texts need a tokenizer, and the data came without one; use encode_ids"):
         sample.main([str(run), "--text", "hello"])
     with pytest.raises(UserError, match="never trained on noise"):
         sample.main([str(run), "--unconditional"])

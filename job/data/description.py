@@ -25,17 +25,17 @@ import numpy as np
 
 from job import checkpoint_names
 from job.data.encoders import ENCODER_FILE
-from job.data.lengths import fit_lengths
+from job.data.lengths import LENGTH_SAMPLES, fit_lengths
 from job.data.shards import INFO_FILE, Dataset, DatasetInfo
 from job.data.tokenizer import TextTokenizer, saved
 from job.errors import UserError
 from job.files import file_entry, write_json, write_whole
+from job.row_kinds import PAIRED
 
 FORMAT_VERSION = 1
 DIRECTORY = "model"  # below the run directory
 DESCRIPTION_FILE = "model.json"
 SHOWN_DIGITS = 12  # of a hash, in messages
-LENGTH_SAMPLES = 4096  # training rows, the first ones: prepared rows come in the order of their texts' hashes
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModelDescription:
 def describe_dataset(train: Dataset, standardize: bool) -> ModelDescription:
     """The description of a model that is trained on a training split."""
     info = train.info
-    rows = np.arange(min(LENGTH_SAMPLES, len(train)))
+    rows = np.arange(min(LENGTH_SAMPLES, info.rows_of_kinds("train")[PAIRED]))
     latents = np.stack([train[int(row)][1] for row in rows])
     return ModelDescription(
         vocab_size=info.vocab_size,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LENGTH_SAMPLES = 4096  # training rows to fit on, the first ones: prepared rows come in the order of their texts' hashes
 PENALTY = 1e-2  # of the squared weights, per sample, for inputs of unit variance
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from job.config import Config
 from job.data.description import ModelDescription
-from job.data.sampler import Sampler
+from job.data.sampler import MixedSampler, Sampler
 from job.data.shards import LEAST_ROWS, Dataset, DatasetInfo, ShardDataset, Split
 from job.data.synthetic import SyntheticDataset
 from job.errors import JobError, RetryError, UserError
@@ -177,7 +177,7 @@ class Loader(TorchDataset["Batch | JobError"]):
     def __init__(
         self,
         dataset: Dataset,
-        sampler: Sampler,
+        sampler: Sampler | MixedSampler,
         format: BatchFormat,
         split: BatchSplit,
         *,
@@ -195,13 +195,22 @@ class Loader(TorchDataset["Batch | JobError"]):
         self.num_workers, self.pin_memory, self.worker_init = num_workers, pin_memory, worker_init
 
     def micro_batch(self, step: int, number: int) -> Batch:
-        """Micro-batch `number` of an optimizer step."""
+        """Micro-batch `number` of an optimizer step.
+
+        Of data with several kinds of rows they come in the order of their kinds, with global_kinds int64 [G].
+        """
         indices = self.sampler.batch(step)
         lengths = self.dataset.lengths(indices)
         start = (number * self.split.world_size + self.split.rank) * self.split.batch_size
         positions = np.arange(start, start + self.split.batch_size)
+        kinds = self.sampler.kinds
+        if kinds is not None:
+            positions = positions[np.argsort(kinds[positions], kind="stable")]
         seq_len = self.format.seq_len(lengths)
-        return collate(self.dataset, indices[positions], positions, lengths, seq_len, self.format.scale)
+        batch = collate(self.dataset, indices[positions], positions, lengths, seq_len, self.format.scale)
+        if kinds is not None:
+            batch["global_kinds"] = torch.from_numpy(kinds)
+        return batch
 
     def __getitem__(self, number: int) -> Batch | JobError:
         """Micro-batch `number` counted from step 0.

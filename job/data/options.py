@@ -66,6 +66,17 @@ class Options:
     validation_fraction: float = option(
         0.05, "share of the texts, chosen by content hash", group="texts", fraction=True
     )
+    encode_fraction: float = option(
+        1.0,
+        "share of the training texts, chosen by content hash, that the encoder runs on; the others have no latent, "
+        "and train the text cycle alone",
+        group="texts",
+        fraction=True,
+    )
+    unpaired: list[str] = option([], "more training texts, without latents", group="texts", metavar="SOURCE")  # noqa: RUF009
+    unpaired_latents: str | None = option(
+        None, "training latents without texts, .npy [rows, dimensions]", group="texts", metavar="FILE"
+    )
     max_length: int = option(48, "tokens of a row; longer texts are dropped and counted", group="texts", low=1)
     shard_size: int = option(100_000, "texts of a shard", group="texts", low=1)
     seed: int = option(0, "seed of the encoder's fit", group="texts", low=0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,13 @@ from job.data.fitting import Fitting, chunks, fits
 from job.data.options import Options
 from job.data.shards import DatasetInfo
 from job.data.sources import read_texts
-from job.data.splitting import split_texts
+from job.data.splitting import Splits, split_texts
+from job.data.unpaired import write_latents, write_texts
 from job.data.work import Preparation, TextShard, read_json
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UserError
 from job.files import TEMPORARY, write_json
+from job.row_kinds import PAIRED
 
 POLL_SECONDS = 0.1
 # A file system of a network shows a new file this late at worst, where it was looked for in vain before.
@@ -88,50 +90,70 @@ def _plan(preparation: Preparation) -> dict[str, Any]:
     # Without a plan, what lies here is a first stage that was killed. It starts anew: nothing says with what options.
     shutil.rmtree(preparation.work, ignore_errors=True)
     fitting = Fitting(options, preparation.local, preparation.pattern, preparation.resources)
-    files = source_files.entries(options.source)
-    splits, duplicates = _read_splits(options)
+    files = source_files.entries([*options.source, *options.unpaired])
+    splits = _read_splits(options)
     source_files.refuse_touched(files)
-    fitted = fitting.fit(preparation.out, splits)
-    counts: dict[str, int] = {}
-    for split, texts in splits.items():
-        shards = [texts[start : start + options.shard_size] for start in range(0, len(texts), options.shard_size)]
-        for number, of_shard in enumerate(shards):
-            write_json(TextShard(preparation.work, split, number).texts_file, of_shard)
-        counts[split] = len(shards)
+    fitted = fitting.fit(preparation.out, splits.to_fit_on())
+    of_split = {split: in_shards(texts, options.shard_size) for split, texts in splits.of_split.items()}
+    encoded = len(of_split["train"])
+    of_split["train"] += in_shards(splits.unpaired, options.shard_size)
+    for split, shards in of_split.items():
+        for number, texts in enumerate(shards):
+            write_json(TextShard(preparation.work, split, number).texts_file, texts)
     plan = {
         "options": dataclasses.asdict(options),
         "source_files": files,
-        "duplicates": duplicates,
-        "shards": counts,
+        "duplicates": splits.duplicates,
+        "shards": {split: len(shards) for split, shards in of_split.items()},
+        "encoded_shards": encoded,  # of the training split; the shards after them are texts alone
         **fitted,
     }
     write_json(preparation.plan_file, plan)
     return plan
 
 
-def _read_splits(options: Options) -> tuple[dict[str, list[str]], int]:
-    """Texts of each split and the number of duplicates. UserError when a split is empty."""
-    texts = read_texts(
-        options.source,
-        text_key=options.text_key,
-        hf_split=options.hf_split,
-        split_sentences=options.split_sentences,
+def in_shards(texts: list[str], size: int) -> list[list[str]]:
+    """Texts in portions of `size`."""
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+def _read_splits(options: Options) -> Splits:
+    """Texts of each split. UserError when a split is empty."""
+
+    def texts_of(sources: list[str]) -> Iterator[str]:
+        return read_texts(
+            sources,
+            text_key=options.text_key,
+            hf_split=options.hf_split,
+            split_sentences=options.split_sentences,
+        )
+
+    splits = split_texts(
+        texts_of(options.source),
+        options.max_samples,
+        options.validation_fraction,
+        options.encode_fraction,
+        texts_of(options.unpaired),
     )
-    splits, duplicates = split_texts(texts, options.max_samples, options.validation_fraction)
-    different = sum(map(len, splits.values()))
+    duplicates = splits.duplicates
     source = f"--source {' '.join(options.source)}"
-    if different == 1 and duplicates:
+    if splits.count == 1 and duplicates:
         raise UserError(
             f"{source}: all {duplicates + 1} texts are the same but for case and white space; give different ones"
         )
-    for split, of_split in splits.items():
+    for split, of_split in splits.of_split.items():
         if not of_split:
+            remedy = "another --validation-fraction"
+            if options.encode_fraction < 1:
+                remedy = "a larger --encode-fraction"
             raise UserError(
-                f"{source}: no text for the {split} split, of {different} different ones ({duplicates} duplicates); "
-                "give more texts or another --validation-fraction"
+                f"{source}: no text for the {split} split, of {splits.count} different ones ({duplicates} duplicates); "
+                f"give more texts or {remedy}"
             )
-    say(f"{different} texts, {duplicates} duplicates dropped")
-    return splits, duplicates
+    say(f"{splits.count} texts, {duplicates} duplicates dropped")
+    if splits.unpaired:
+        say(f"{len(splits.unpaired)} of them get no latent")
+    return splits
 
 
 def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
@@ -146,11 +168,15 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
     if not left or preparation.info_file.is_file():
         return  # without loading the encoder
     read_json(left[0].texts_file)
-    encoder = load_encoder(preparation.out, plan["encoder"], preparation.resources)
+    encoder: Encoder | None = None
     tokenizer = preparation.tokenizer(plan)
     for shard in left:
         texts = read_json(shard.texts_file)
         name = f"{shard.split} shard {shard.number}"
+        if _is_text_alone(shard, plan):
+            write_json(shard.record_file, dataclasses.asdict(write_texts(preparation, shard, texts, tokenizer, plan)))
+            continue
+        encoder = encoder or load_encoder(preparation.out, plan["encoder"], preparation.resources)
         with CountedWork(name, len(texts)) as work:
             encoded = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
         # Half precision overflows in some models. Written down, such a latent would show only in training, as a loss
@@ -164,6 +190,11 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         record.dropped = len(texts) - len(encoded.rows) - encoded.without_latent
         write_json(shard.record_file, dataclasses.asdict(record))
         say(f"{name}: {record.rows} rows")
+
+
+def _is_text_alone(shard: TextShard, plan: dict[str, Any]) -> bool:
+    """Whether a shard's texts get no latents; plans of before there were such have no number of encoded shards."""
+    return shard.split == "train" and shard.number >= plan.get("encoded_shards", plan["shards"]["train"])
 
 
 @dataclass
@@ -211,18 +242,21 @@ def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     files = [shard.record_file for shard in preparation.shards(plan)]
     _wait(lambda: all(file.exists() for file in files))
     records = [ShardRecord(**read_json(file)) for file in files]
-    if not any(record.rows for record in records if record.split == "train"):
+    if not any(record.rows for record in records if record.split == "train" and record.kind == PAIRED):
         raise UserError(
             f"every text is longer than --max-length {preparation.options.max_length} tokens; "
             "raise it, or cut texts with --split-sentences"
         )
     tokenizer = preparation.tokenizer(plan)
     unknown = tokenizer.unknown_token_id
+    counted = [record for record in records if record.token_counts]
+    if preparation.options.unpaired_latents:
+        records += write_latents(preparation, records)
     options = dataclasses.asdict(preparation.options)
     options["duplicates"] = plan["duplicates"]
     options["dropped"] = sum(record.dropped for record in records)
     options["without_latent"] = sum(record.without_latent for record in records)
-    options["unknown_tokens"] = 0 if unknown is None else sum(record.token_counts[unknown] for record in records)
+    options["unknown_tokens"] = 0 if unknown is None else sum(record.token_counts[unknown] for record in counted)
     options["source_files"] = source_files.contents(plan["source_files"])
     info = write_info(
         preparation.out,

@@ -8,11 +8,13 @@ holds `permutation_epoch(p % N)` with epoch = p // N. A permutation is a keyed F
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from job.errors import UserError
+from job.row_kinds import PAIRED, Counts, counts_of
 
 ROUNDS = 8
 WINDOW_BATCHES = 64  # length bucketing sorts inside this many global batches
@@ -49,6 +51,8 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
 
 class Sampler:
     """Dataset indices of every global batch. Its whole state is the step."""
+
+    kinds: np.ndarray | None = None  # of the rows of a batch; None: all are paired
 
     def __init__(
         self, dataset: HasLengths, num_samples: int, global_batch_size: int, seed: int, length_bucketing: bool = False
@@ -96,3 +100,41 @@ class Sampler:
     def epoch(self, step: int) -> float:
         """Epochs completed before this step: samples seen / num_samples."""
         return step * self.global_batch_size / self.num_samples
+
+
+class MixedSampler:
+    """Batches of data with several kinds of rows: every kind has its places in the batch, and an order of its own."""
+
+    def __init__(
+        self, dataset: HasLengths, rows: Counts, kinds: np.ndarray, seed: int, length_bucketing: bool = False
+    ) -> None:
+        """The dataset has so many `rows` of each kind, one kind after the other; `kinds` [G] are those of a batch."""
+        self.kinds, self.global_batch_size = kinds, len(kinds)
+        self._first = np.concatenate([[0], np.cumsum(rows)])
+        self._of_kind = {
+            kind: Sampler(_From(dataset, self._first[kind]), rows[kind], count, seed, length_bucketing)
+            for kind, count in enumerate(counts_of(kinds))
+            if count
+        }
+
+    def batch(self, step: int) -> np.ndarray:
+        """Dataset indices of 0-based optimizer step `step`, int64 [global_batch_size]."""
+        indices = np.empty(self.global_batch_size, np.int64)
+        for kind, sampler in self._of_kind.items():
+            indices[self.kinds == kind] = self._first[kind] + sampler.batch(step)
+        return indices
+
+    def epoch(self, step: int) -> float:
+        """Epochs of the paired rows completed before this step."""
+        return self._of_kind[PAIRED].epoch(step)
+
+
+@dataclass(frozen=True)
+class _From:
+    """A dataset from some row on."""
+
+    dataset: HasLengths
+    first: int
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return self.dataset.lengths(indices + self.first)

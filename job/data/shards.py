@@ -6,13 +6,16 @@ DIR/encoder.safetensors           the fitted encoder of `--encoder lsa` (job.dat
 DIR/train-00000.tokens.npy        all rows after each other, smallest sufficient unsigned type
 DIR/train-00000.offsets.npy       int64 [rows + 1], row i is tokens[offsets[i]:offsets[i + 1]]
 DIR/train-00000.latents.npy       float32 [rows, latent_dim]
+
+A training split may end with shards whose rows lack a half (job.row_kinds): those of texts alone have no file of
+latents, those of latents alone none of tokens. Of these the offsets are of likely lengths.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -20,10 +23,13 @@ import numpy as np
 
 from job.errors import UserError
 from job.files import file_entry
+from job.row_kinds import KIND_NAMES, LATENT, PAIRED, TEXT, Counts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OLDER_VERSIONS = (1,)  # without unpaired rows
 INFO_FILE = "dataset.json"
 PARTS = ("tokens", "offsets", "latents")
+PARTS_OF_KIND = {PAIRED: PARTS, TEXT: ("tokens", "offsets"), LATENT: ("offsets", "latents")}
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -49,7 +55,14 @@ class DatasetInfo:
     files: dict[str, dict[str, Any]]  # name -> {sha256, bytes}
     options: dict[str, Any]  # of the command that made it
     generated_by: str
+    unpaired: dict[str, int] = field(default_factory=dict)  # "text", "latent": training rows that are that alone
     format_version: int = FORMAT_VERSION
+
+    def rows_of_kinds(self, split: str) -> Counts:
+        """How many rows of a split are paired, texts alone, and latents alone: they come in this order."""
+        unpaired = self.unpaired if split == "train" else {}
+        texts, latents = (unpaired.get(KIND_NAMES[kind], 0) for kind in (TEXT, LATENT))
+        return self.counts[split] - texts - latents, texts, latents
 
 
 class Dataset(Protocol):
@@ -75,7 +88,7 @@ def read_info(directory: Path) -> DatasetInfo:
     path = Path(directory) / INFO_FILE
     try:
         values = json.loads(path.read_bytes())
-        if values["format_version"] == FORMAT_VERSION:
+        if values["format_version"] in (*OLDER_VERSIONS, FORMAT_VERSION):
             return DatasetInfo(**values)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
@@ -124,24 +137,29 @@ class ShardDataset:
         check_files(self.directory, self.info, verify_hashes)
         self.fingerprint = hashlib.sha256((self.directory / INFO_FILE).read_bytes()).hexdigest()
         self._starts = np.concatenate([[0], np.cumsum(self.info.shards[split], dtype=np.int64)])
-        self._open: dict[int, tuple[np.ndarray, ...]] = {}
+        self._kind_ends = np.cumsum(self.info.rows_of_kinds(split))
+        self._open: dict[int, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _shard(self, number: int) -> tuple[np.ndarray, ...]:
-        """Tokens, offsets and latents of a shard."""
+    def _kind(self, index: int) -> int:
+        """The kind of a row."""
+        return int(np.searchsorted(self._kind_ends, index, side="right"))
+
+    def _shard(self, number: int) -> dict[str, np.ndarray]:
+        """The arrays of a shard, by name."""
         if number not in self._open:
-            arrays = []
-            for part in PARTS:
+            arrays = {}
+            for part in PARTS_OF_KIND[self._kind(int(self._starts[number]))]:
                 path = self.directory / shard_file(self.split, number, part)
                 try:
-                    arrays.append(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
+                    arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
                 except (OSError, ValueError) as error:
                     raise UserError(
                         f"{path}: cannot be read ({error}); copy the dataset again or prepare it again"
                     ) from error
-            self._open[number] = tuple(arrays)
+            self._open[number] = arrays
         return self._open[number]
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
@@ -149,24 +167,34 @@ class ShardDataset:
         lengths = np.empty(len(indices), np.int64)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shards):
-            offsets = self._shard(int(number))[1]
+            offsets = self._shard(int(number))["offsets"]
             chosen = shards == number
             rows = np.asarray(indices)[chosen] - self._starts[number]
             lengths[chosen] = offsets[rows + 1] - offsets[rows]
         return lengths
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 [L] and the raw latent float32 [D] of a sample."""
+        """Tokens int64 [L] and the raw latent float32 [D] of a sample.
+
+        A text that is not there is of mask tokens, a latent that is not there of NaN.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        tokens, offsets, latents = self._shard(number)
-        row = index - int(self._starts[number])
-        ids = tokens[offsets[row] : offsets[row + 1]].astype(np.int64)
+        shard, row = self._shard(number), index - int(self._starts[number])
+        start, stop = shard["offsets"][row : row + 2].tolist()
         # An id outside the vocabulary would surface much later, as a device-side assertion that names nothing.
-        if not 0 < len(ids) <= self.info.max_length or ids.max() >= self.info.vocab_size:
+        whole = 0 < stop - start <= self.info.max_length
+        if whole and "tokens" in shard:
+            ids = shard["tokens"][start:stop].astype(np.int64)
+            whole = len(ids) == stop - start and ids.max() < self.info.vocab_size
+        elif whole:
+            ids = np.full(stop - start, self.info.mask_token_id, np.int64)
+        if not whole:
             raise UserError(
                 f"{self.directory / shard_file(self.split, number, 'tokens')}: row {row} is corrupt; "
                 "copy the dataset again or prepare it again (data.verify_hashes=true checks every file)"
             )
-        return ids, np.array(latents[row], np.float32)
+        if "latents" in shard:
+            return ids, np.array(shard["latents"][row], np.float32)
+        return ids, np.full(self.info.latent_dim, np.nan, np.float32)

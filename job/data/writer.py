@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from job.data.shards import INFO_FILE, LEAST_ROWS, PARTS, SPLITS, DatasetInfo, shard_file
+from job.data.shards import INFO_FILE, LEAST_ROWS, SPLITS, DatasetInfo, shard_file
 from job.errors import UserError
 from job.files import file_entry, write_json, write_whole
+from job.row_kinds import KIND_NAMES, LATENT, PAIRED, TEXT
 
 
 @dataclasses.dataclass
@@ -29,6 +30,7 @@ class ShardRecord:
     latent_sum: list[float]
     latent_square_sum: list[float]
     files: dict[str, dict[str, Any]]
+    kind: int = PAIRED
     dropped: int = 0  # texts too long for a row
     without_latent: int = 0  # texts that the encoder knows nothing of
 
@@ -38,34 +40,49 @@ def _save(array: np.ndarray, file: BinaryIO) -> None:
 
 
 def write_shard(
-    directory: Path, split: str, number: int, tokens: Sequence[np.ndarray], latents: np.ndarray, vocab_size: int
+    directory: Path, split: str, number: int, tokens: Sequence[np.ndarray], latents: np.ndarray | None, vocab_size: int
 ) -> ShardRecord:
-    """Write the rows of one shard: tokens int [L] each, latents [rows, D]."""
+    """Write the rows of one shard: tokens int [L] each, latents [rows, D] (None: texts alone)."""
     lengths = np.array([len(row) for row in tokens], np.int64)
     flat = np.concatenate([np.zeros(0, np.int64), *tokens])  # the empty array first: a shard may have no rows
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    latents = latents.astype(np.float32)
-    smallest = np.min_scalar_type(vocab_size - 1)
+    arrays = {"tokens": flat.astype(np.min_scalar_type(vocab_size - 1)), "offsets": _offsets(lengths)}
+    if latents is not None:
+        arrays["latents"] = latents.astype(np.float32)
+    record = _write(directory, split, number, arrays, lengths)
+    record.token_counts = np.bincount(flat, minlength=vocab_size).tolist()
+    if "latents" in arrays:
+        # float32 sums of squares lose the variance of latents with a large mean
+        exact = arrays["latents"].astype(np.float64)
+        record.latent_sum, record.latent_square_sum = exact.sum(0).tolist(), (exact**2).sum(0).tolist()
+    else:
+        record.kind = TEXT
+    return record
+
+
+def write_latents_shard(directory: Path, number: int, lengths: np.ndarray, latents: np.ndarray) -> ShardRecord:
+    """Write the training shard of latents [rows, D] alone, of texts that are likely to have so many tokens [rows]."""
+    arrays = {"offsets": _offsets(lengths), "latents": latents.astype(np.float32)}
+    record = _write(directory, "train", number, arrays, lengths)
+    record.kind = LATENT
+    return record
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _write(directory: Path, split: str, number: int, arrays: dict[str, np.ndarray], lengths: np.ndarray) -> ShardRecord:
     files = {}
-    for part, array in zip(PARTS, (flat.astype(smallest), offsets, latents), strict=True):
+    for part, array in arrays.items():
         path = directory / shard_file(split, number, part)
         write_whole(path, partial(_save, array))
         files[path.name] = file_entry(path)
-    exact = latents.astype(np.float64)  # float32 sums of squares lose the variance of latents with a large mean
-    return ShardRecord(
-        split=split,
-        rows=len(tokens),
-        longest=int(lengths.max(initial=0)),
-        token_counts=np.bincount(flat, minlength=vocab_size).tolist(),
-        latent_sum=exact.sum(0).tolist(),
-        latent_square_sum=(exact**2).sum(0).tolist(),
-        files=files,
-    )
+    return ShardRecord(split, len(lengths), int(lengths.max(initial=0)), [], [], [], files)
 
 
 def _latent_statistics(records: Sequence[ShardRecord]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [D] of the latents; the deviation is 1 in a dimension that is constant."""
-    rows = sum(record.rows for record in records)
+    rows = sum(record.rows for record in records)  # paired ones: latents alone may be of anything
     mean = np.sum([record.latent_sum for record in records], axis=0) / rows
     variance = np.sum([record.latent_square_sum for record in records], axis=0) / rows - mean**2
     # Rounding leaves a tiny variance, of either sign, in a constant dimension; divided by its root, rounding errors
@@ -95,14 +112,21 @@ def write_info(
     for record in records:
         of_split[record.split].append(record)
     counts = {split: sum(record.rows for record in of_split[split]) for split in of_split}
-    for split, count in counts.items():
+    paired_counts = {split: sum(record.rows for record in of_split[split] if record.kind == PAIRED) for split in SPLITS}
+    for split, count in paired_counts.items():
         if count < LEAST_ROWS[split]:
             raise UserError(
                 f"too few samples are left for the {split} split ({count}; it needs at least {LEAST_ROWS[split]}); "
-                "give more texts, another --validation-fraction or a larger --max-length"
+                "give more texts, another --validation-fraction, or a larger --max-length or --encode-fraction"
             )
     train = of_split["train"]
-    mean, std = _latent_statistics(train)
+    paired, texts, latents = ([record for record in train if record.kind == kind] for kind in (PAIRED, TEXT, LATENT))
+    mean, std = _latent_statistics(paired)
+    unpaired = {
+        KIND_NAMES[kind]: sum(record.rows for record in of_kind)
+        for kind, of_kind in ((TEXT, texts), (LATENT, latents))
+        if of_kind
+    }
     files = {name: entry for record in records for name, entry in record.files.items()}
     for name in filter(None, (tokenizer, encoder_file)):
         files[name] = file_entry(directory / name)
@@ -116,12 +140,13 @@ def write_info(
         shards={split: [record.rows for record in of_split[split]] for split in SPLITS},
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
-        token_counts=np.sum([record.token_counts for record in train], axis=0).tolist(),
+        token_counts=np.sum([record.token_counts for record in [*paired, *texts]], axis=0).tolist(),
         encoder=encoder,
         tokenizer=tokenizer,
         files=files,
         options=options,
         generated_by=generated_by,
+        unpaired=unpaired,
     )
     write_json(directory / INFO_FILE, dataclasses.asdict(info), indent=1)
     return info

@@ -230,7 +230,7 @@ def warn(key: str, what: str) -> None:
 
 def first_line(error: Exception) -> str:
     """An error of a foreign package in one line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
 
 
 def plain(name: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from job.config import DecodingConfig
 from job.objective.noise import seed_for
 from job.objective.objective import Objective
-from job.objective.sampling import ONE_PASS, generate
+from job.objective.sampling import ONE_PASS, Choices, first_choices, generate, masked
 
 
 def encode(
@@ -46,10 +46,10 @@ def decode(
     others are drawn with decoding.temperature. decoding.corrections then go on from there. A row's draws depend on the
     seed and its number in `numbers` [B] (None: 0, 1, ...).
     """
-    maker = _Maker(objective, latent, mask, decoding, seed, numbers)
+    given = masked(objective, mask) if tokens is None else tokens
     if decoding.candidates == 1 and decoding.corrections == 0:
-        return maker.text(tokens, "candidate", 0)
-    given = torch.where(mask, objective.mask_token_id, 0) if tokens is None else tokens
+        return generate(objective, mask, tokens=given, latent=latent, decoding=decoding, seed=seed, numbers=numbers)[0]
+    maker = _Maker(objective, latent, mask, decoding, seed, numbers)
     best = maker.nearest_of_candidates(given)
     return _corrected(maker, best, given == objective.mask_token_id).words
 
@@ -79,13 +79,24 @@ class _Maker:
     seed: int
     numbers: Tensor | None
 
-    def text(self, tokens: Tensor | None, purpose: str, number: int) -> Tensor:
-        """Tokens [B, S] in the holes of `tokens`. Candidate 0 of several is of the likeliest tokens."""
-        decoding, seed = self.decoding, self.seed
-        if decoding.candidates > 1 and number == 0:
-            decoding = dataclasses.replace(decoding, temperature=0.0)
-        if (purpose, number) != ("candidate", 0):
-            seed = seed_for(purpose, number, self.seed)
+    def texts(self, tokens: Tensor, purpose: str) -> Tensor:
+        """decoding.candidates texts [N, B, S] in the holes of tokens [B, S].
+
+        Of several the first is of the likeliest tokens, the others are drawn.
+        """
+        ways = [self.decoding] * self.decoding.candidates
+        if len(ways) > 1:
+            ways[0] = dataclasses.replace(self.decoding, temperature=0.0)
+        seeds = [self._seed(purpose, number) for number in range(len(ways))]
+        first = first_choices(self.objective, self.mask, tokens, self.latent, ways, seeds, self.numbers)
+        made = [self._text(tokens, *each) for each in zip(ways, seeds, first, strict=True)]
+        return torch.stack(made)
+
+    def _seed(self, purpose: str, number: int) -> int:
+        """The first candidate has the draws that a single text has."""
+        return self.seed if (purpose, number) == ("candidate", 0) else seed_for(purpose, number, self.seed)
+
+    def _text(self, tokens: Tensor, decoding: DecodingConfig, seed: int, first: Choices) -> Tensor:
         return generate(
             self.objective,
             self.mask,
@@ -94,21 +105,35 @@ class _Maker:
             decoding=decoding,
             seed=seed,
             numbers=self.numbers,
+            first=first,
         )[0]
 
     def distance(self, words: Tensor, mask: Tensor) -> Tensor:
         """Mean squared distance [B] of the latents of texts [B, S] to the wanted ones."""
-        predicted = encode(self.objective, words, mask, self.decoding, self.seed)
-        return (predicted - self.latent).square().mean(1)
+        return self.distances(words[None], mask)[0]
+
+    def distances(self, words: Tensor, mask: Tensor) -> Tensor:
+        """The same [N, B] of N texts [N, B, S] for each latent.
+
+        Draws repeat themselves where the model is sure, so a text is encoded once however often it was drawn.
+        """
+        count, rows, _ = words.shape
+        row = torch.arange(rows, device=words.device).expand(count, rows)
+        different, which = torch.cat([row[..., None], words], 2).flatten(0, 1).unique(dim=0, return_inverse=True)
+        found = []
+        for texts in different.split(rows):
+            row, tokens = texts[:, 0], texts[:, 1:]
+            predicted = encode(self.objective, tokens, mask[row], self.decoding, self.seed)
+            found.append((predicted - self.latent[row]).square().mean(1))
+        return torch.cat(found)[which].view(count, rows)
 
     def nearest_of_candidates(self, tokens: Tensor, purpose: str = "candidate") -> _Nearest:
-        """The nearest of decoding.candidates texts in the holes of tokens [B, S]."""
-        best: _Nearest | None = None
-        for number in range(self.decoding.candidates):
-            words = self.text(tokens, purpose, number)
-            other = _Nearest(words, self.distance(words, self.mask))
-            best = other if best is None else best.or_nearer(other)
-        assert best is not None  # candidates is at least 1
+        """The nearest of decoding.candidates texts in the holes of tokens [B, S], the earliest of equally near ones."""
+        words = self.texts(tokens, purpose)
+        distances = self.distances(words, self.mask)
+        best = _Nearest(words[0], distances[0])
+        for number in range(1, len(words)):
+            best = best.or_nearer(_Nearest(words[number], distances[number]))
         return best
 
     def distance_without_each(self, words: Tensor) -> Tensor:

@@ -7,6 +7,10 @@
 
 L2T decodes: clean latent, masked text, reconstruct the tokens. T2L encodes: clean text, noisy latent, reconstruct the
 latent.
+
+Rows of cycle_vae may lack a half (job.row_kinds). A text alone has cycle_text only, which is back-translation
+(Sennrich et al. 2016): it trains the decoder on the latent that the encoder predicts. A latent alone has cycle_latent.
+The base terms need both halves.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from job.objective.losses import ramp
 from job.objective.noise import StepNoise, seed_for
 from job.objective.schedule import LatentSchedule
 from job.objective.text_masks import MaskedText, fully_masked, mask_at, mask_text
+from job.row_kinds import LATENT, PAIRED, TEXT
 
 Metrics = dict[str, Tensor | float]
 Stage = Literal["whole", "base", "cycle"]
@@ -44,15 +49,16 @@ class BaseTerms(NamedTuple):
     """What the base terms leave to the cycle terms: the first stage of a step returns it, the second is given it."""
 
     inputs: Inputs
-    x0: Tensor  # [B, D] latents predicted from the texts (T2L)
-    tokens: Tensor | None  # [B, S] texts decoded from the latents (L2T), where cycle_latent needs them
+    x0: dict[int, Tensor]  # [B, D] latents predicted from the texts (T2L), by kind of rows
+    tokens: dict[int, Tensor]  # [B, S] texts decoded from the latents (L2T), by kind, where cycle_latent needs them
     loss: Tensor
     metrics: Metrics
 
     def detached(self) -> BaseTerms:
         """The same without the graph that made it, so that its activations can be freed."""
         metrics = {name: value.detach() if isinstance(value, Tensor) else value for name, value in self.metrics.items()}
-        return self._replace(x0=self.x0.detach(), loss=self.loss.detach(), metrics=metrics)
+        x0 = {kind: value.detach() for kind, value in self.x0.items()}
+        return self._replace(x0=x0, loss=self.loss.detach(), metrics=metrics)
 
 
 class Objective(nn.Module):
@@ -112,17 +118,23 @@ class Objective(nn.Module):
         staged = self.model.staged and both_cycles and self.loss.cycle_stop_grad_latent
         return ("base", "cycle") if staged else ("whole",)
 
-    def passes(self, step: int) -> dict[str, float]:
-        """Passes of a row through the model at a step, by kind: t2l and l2t read one head, joint reads both.
+    def passes(self, step: int, kind: int = PAIRED) -> dict[str, float]:
+        """Passes of a row of a kind through the model at a step: t2l and l2t read one head, joint reads both.
 
         A pass is forward and backward; one without gradient counts a third.
         """
         mode = self.mode(step)
         if mode != "cycle_vae":
-            return {"joint" if mode == "unconditional" else mode: 1.0}
-        cycle_text, cycle_latent = self.cycle_weights(step)
-        decodes_anew = cycle_latent > 0 and self.loss.text_t_mode == "random" and self.loss.text_full_share < 1
-        return {"t2l": 1.0 + (cycle_latent > 0), "l2t": 1.0 + (cycle_text > 0) + decodes_anew / 3}
+            return {"joint" if mode == "unconditional" else mode: 1.0} if kind == PAIRED else {}
+        cycle_text, cycle_latent = (weight > 0 for weight in self.cycle_weights(step))
+        if kind == TEXT:
+            predicted = 1 / 3 if self.loss.cycle_stop_grad_latent else 1.0
+            return {"t2l": predicted, "l2t": 1.0} if cycle_text else {}
+        if kind == LATENT:
+            return {"t2l": 1.0, "l2t": 1 / 3} if cycle_latent else {}
+        cycle_text = cycle_text and self.loss.cycle_text_on != "unpaired"
+        decodes_anew = cycle_latent and self.loss.text_t_mode == "random" and self.loss.text_full_share < 1
+        return {"t2l": 1.0 + cycle_latent, "l2t": 1.0 + cycle_text + decodes_anew / 3}
 
     def forward(
         self,
@@ -166,52 +178,88 @@ class Objective(nn.Module):
     def _base_terms(self, s: Inputs, step: int) -> BaseTerms:
         """L2T cross-entropy + latent_loss_weight * T2L latent loss; both passes go through the model as one batch."""
         text_weight, latent_weight = self.cycle_weights(step)
-        noisy = self.noisy_latent(s, "latent")
-        text = self.masked_text(s, "base_text")
-        encoded = self._encode(s, self._t2l_group(s.tokens, noisy), self._l2t_group(text, s.latent))
-        base_latent = self._latent_loss(encoded, noisy)
+        paired = s.part(PAIRED, (PAIRED,))
+        noisy = self.noisy_latent(paired, "latent")
+        text = self.masked_text(paired, "base_text")
+        encoded = self._encode(paired, self._t2l_group(paired.tokens, noisy), self._l2t_group(text, paired.latent))
+        base_latent = self._latent_loss(paired, encoded, noisy)
         # The cycle starts from what is decoded of the latent alone: of a text that was shown in part, by a pass of its
         # own.
         pick_here = latent_weight > 0 and text.counted is None
-        base_text, tokens = self._text_loss(s, encoded, text, pick=pick_here)
-        if latent_weight > 0 and not pick_here:
-            tokens = self._decoded(s)
+        base_text, tokens = self._text_loss(paired, encoded, text, pick=pick_here)
         x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
         metrics: Metrics = {
             "base_l2t_text_loss": base_text,
             "base_t2l_latent_loss": base_latent,
             "cycle_text_weight": text_weight,
             "cycle_latent_weight": latent_weight,
-            **self._latent_metrics(noisy, encoded.latent, x0),
+            **self._latent_metrics(paired, noisy, encoded.latent, x0),
         }
-        return BaseTerms(s, x0, tokens, base_text + self.loss.latent_loss_weight * base_latent, metrics)
+        predicted, decoded = {PAIRED: x0}, {}
+        if text_weight > 0 and s.has(TEXT):
+            predicted[TEXT] = self._predicted_of_text_alone(s.part(TEXT, (TEXT,)))
+        if latent_weight > 0:
+            decoded[PAIRED] = self._decoded(paired) if tokens is None else tokens
+        if latent_weight > 0 and s.has(LATENT):
+            decoded[LATENT] = self._decoded(s.part(LATENT, (LATENT,)))
+        return BaseTerms(s, predicted, decoded, base_text + self.loss.latent_loss_weight * base_latent, metrics)
+
+    def _predicted_of_text_alone(self, s: Inputs) -> Tensor:
+        """Latents [B, D] predicted from texts whose own latents are not known: from pure noise, at the largest t.
+
+        At any other timestep T2L would be shown a part of the latent.
+        """
+        largest = 1.0 if self.loss.latent_t_mode == "full" else LARGEST_RANDOM_T
+        t = s.timesteps(largest)
+        noise = s.noise.normal("latent_noise", s.latent.shape[1])
+        group = Group(s.tokens, noise, t.new_zeros(1), t[:1], ("latent",))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.loss.cycle_stop_grad_latent):
+            return self.schedule.predict_x0(noise, t, self._encode(s, group).latent)
 
     def _cycle_terms(self, base: BaseTerms, step: int) -> tuple[Tensor, Metrics]:
-        """The cycle terms whose weight is not zero, times their weights; one batch again.
+        """The cycle terms whose weight is not zero, times their weights; the rows of each kind as one batch again.
 
         cycle_text (T2L2T): cross-entropy of the text decoded from the latent that was predicted from it.
         cycle_latent (L2T2L): latent loss of T2L from the tokens decoded from the latent; no gradient passes the tokens.
         """
         s = base.inputs
         text_weight, latent_weight = self.cycle_weights(step)
-        groups: list[Group] = []
-        if latent_weight > 0:
-            noisy = self.noisy_latent(s, "cycle_latent")
-            assert base.tokens is not None
-            groups.append(self._t2l_group(base.tokens, noisy))
-        if text_weight > 0:
-            text = self.masked_text(s, "cycle_text")
-            groups.append(self._l2t_group(text, base.x0.detach() if self.loss.cycle_stop_grad_latent else base.x0))
-        encoded = self._encode(s, *groups)
+        with_text = self._kinds_of_cycle_text(s) if text_weight > 0 else ()
+        with_latent = tuple(kind for kind in (PAIRED, LATENT) if s.has(kind)) if latent_weight > 0 else ()
+        cycle_text: list[Tensor] = []
+        cycle_latent: list[Tensor] = []
+        for kind in (PAIRED, TEXT, LATENT):
+            groups: list[Group] = []
+            if kind in with_latent:
+                latents = s.part(kind, with_latent)
+                noisy = self.noisy_latent(latents, "cycle_latent")
+                groups.append(self._t2l_group(base.tokens[kind], noisy))
+            if kind in with_text:
+                texts = s.part(kind, with_text)
+                text = self.masked_text(texts, "cycle_text")
+                x0 = base.x0[kind]
+                groups.append(self._l2t_group(text, x0.detach() if self.loss.cycle_stop_grad_latent else x0))
+            if not groups:
+                continue
+            encoded = self._encode(latents if kind in with_latent else texts, *groups)
+            if kind in with_text:
+                cycle_text.append(self._text_loss(texts, encoded, text)[0])
+            if kind in with_latent:
+                cycle_latent.append(self._latent_loss(latents, encoded, noisy))
         terms: list[Tensor] = []
         metrics: Metrics = {}
-        if text_weight > 0:
-            metrics["cycle_text_loss"] = cycle_text = self._text_loss(s, encoded, text)[0]
-            terms.append(text_weight * cycle_text)
-        if latent_weight > 0:
-            metrics["cycle_latent_loss"] = cycle_latent = self._latent_loss(encoded, noisy)
-            terms.append(latent_weight * cycle_latent)
+        if cycle_text:
+            metrics["cycle_text_loss"] = total = torch.stack(cycle_text).sum()
+            terms.append(text_weight * total)
+        if cycle_latent:
+            metrics["cycle_latent_loss"] = total = torch.stack(cycle_latent).sum()
+            terms.append(latent_weight * total)
         return torch.stack(terms).sum(), metrics
+
+    def _kinds_of_cycle_text(self, s: Inputs) -> tuple[int, ...]:
+        """Kinds of rows that cycle_text is computed on (loss.cycle_text_on)."""
+        wanted = {"all": (PAIRED, TEXT), "paired": (PAIRED,), "unpaired": (TEXT,)}[self.loss.cycle_text_on]
+        return tuple(kind for kind in wanted if s.has(kind))
 
     # The other modes.
 
@@ -223,9 +271,9 @@ class Objective(nn.Module):
     def _t2l_alone(self, s: Inputs) -> tuple[Tensor, Metrics]:
         noisy = self.noisy_latent(s, "latent")
         encoded = self._encode(s, self._t2l_group(s.tokens, noisy))
-        loss = self._latent_loss(encoded, noisy)
+        loss = self._latent_loss(s, encoded, noisy)
         x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
-        metrics: Metrics = {"base_t2l_latent_loss": loss, **self._latent_metrics(noisy, encoded.latent, x0)}
+        metrics: Metrics = {"base_t2l_latent_loss": loss, **self._latent_metrics(s, noisy, encoded.latent, x0)}
         return self.loss.latent_loss_weight * loss, metrics
 
     def _unconditional(self, s: Inputs) -> tuple[Tensor, Metrics]:
@@ -237,12 +285,12 @@ class Objective(nn.Module):
         group = Group(text.tokens, noisy.z_t, text_t[s.noise.position], noisy.t, ("text", "latent"))
         encoded = self._encode(s, group)
         text_loss, _ = self._text_loss(s, encoded, text)
-        latent_loss = self._latent_loss(encoded, noisy)
+        latent_loss = self._latent_loss(s, encoded, noisy)
         x0 = self.schedule.predict_x0(noisy.z_t, noisy.t, encoded.latent)
         metrics: Metrics = {
             "text_loss": text_loss,
             "latent_loss": latent_loss,
-            **self._latent_metrics(noisy, encoded.latent, x0),
+            **self._latent_metrics(s, noisy, encoded.latent, x0),
         }
         return text_loss + self.loss.latent_loss_weight * latent_loss, metrics
 
@@ -312,13 +360,14 @@ class Objective(nn.Module):
         assert tokens is not None
         return tokens
 
-    def _latent_loss(self, encoded: Encoded, noisy: NoisyLatent) -> Tensor:
-        return losses.latent_loss(encoded.latent, noisy.target, self.loss.normalize_latent_loss)
+    def _latent_loss(self, s: Inputs, encoded: Encoded, noisy: NoisyLatent) -> Tensor:
+        loss = losses.latent_loss(encoded.latent, noisy.target, self.loss.normalize_latent_loss)
+        return s.row_weight * loss
 
     @torch.no_grad()
-    def _latent_metrics(self, noisy: NoisyLatent, prediction: Tensor, x0: Tensor) -> Metrics:
+    def _latent_metrics(self, s: Inputs, noisy: NoisyLatent, prediction: Tensor, x0: Tensor) -> Metrics:
         return {
-            "t_lat_mean": noisy.t.mean(),
-            "latent_pred_norm": prediction.float().norm(dim=-1).mean(),
-            "x0_pred_norm": x0.norm(dim=-1).mean(),
+            "t_lat_mean": s.row_weight * noisy.t.mean(),
+            "latent_pred_norm": s.row_weight * prediction.float().norm(dim=-1).mean(),
+            "x0_pred_norm": s.row_weight * x0.norm(dim=-1).mean(),
         }

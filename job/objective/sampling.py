@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ def generate(
     decoding: DecodingConfig = ONE_PASS,
     seed: int = 0,
     numbers: Tensor | None = None,
+    first: Choices | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, S] and latents [B, D] for texts of the lengths in mask [B, S] (True on real tokens); what is given is
     kept.
@@ -36,14 +40,16 @@ def generate(
     and cycle_vae train by default; more need a model that was trained on partly noisy input
     (loss.text_t_mode=random, loss.latent_t_mode=random, or unconditional steps).
 
-    A row's noise is drawn by the seed and its number in `numbers` [B]; None counts the rows from 0.
+    A row's noise is drawn by the seed and its number in `numbers` [B]; None counts the rows from 0. The first pass
+    depends on no draw where the latent is given: who makes several texts of one latent makes that pass once, and hands
+    in what each of them chose, `first` of `first_choices`.
     """
     device, rows = mask.device, len(mask)
-    model, mask_token_id = objective.model, objective.mask_token_id
+    model = objective.model
     # Drawn on the CPU, the same for every device.
     noise = RowNoise(seed, torch.arange(rows) if numbers is None else numbers)
     padding = Padding(mask, keep=False, lengths=mask.sum(1).tolist())
-    draft = Draft.of(torch.where(mask, mask_token_id, 0) if tokens is None else tokens, mask, mask_token_id)
+    draft = Draft.of(masked(objective, mask) if tokens is None else tokens, mask, objective.mask_token_id)
     z = noise.normal("sample_latent", model.latent_dim).to(device) if latent is None else latent
     wanted = {"text": tokens is None or bool(draft.holes.any()), "latent": latent is None}
     heads = tuple(head for head, is_wanted in wanted.items() if is_wanted)
@@ -53,15 +59,65 @@ def generate(
         text_t, latent_t = (now if wanted[head] else torch.zeros_like(now) for head in ("text", "latent"))
         # The timestep of a text is the share of it that is masked, which is less where a part of it was given.
         text_t = text_t if tokens is None else text_t * draft.share
-        encoded = model.encode([Group(draft.words, z, text_t, latent_t, heads)], padding)
-        if wanted["latent"]:
-            z = ddim_step(objective.schedule, z, now.expand(rows), after.expand(rows), encoded.latent)
-        if wanted["text"]:
-            logits = model.logits(encoded.text, padding).float()
-            logits[..., objective.never_decoded] = -torch.inf
-            chosen, confidence = choose(logits, decoding, noise, f"sample_text_{step}")
-            draft = draft.filled(chosen, confidence, (steps - step - 1) / steps, decoding.remasking)
+        choices = first if step == 0 else None
+        if choices is None:
+            encoded = model.encode([Group(draft.words, z, text_t, latent_t, heads)], padding)
+            if wanted["latent"]:
+                z = ddim_step(objective.schedule, z, now.expand(rows), after.expand(rows), encoded.latent)
+            if wanted["text"]:
+                logits = text_logits(objective, encoded.text, padding)
+                uniform = noise.uniform(f"sample_text_{step}", mask.shape[1])
+                choices = Choices(*(chosen[0] for chosen in choose(logits, decoding, uniform[None])))
+        if choices is not None:
+            draft = draft.filled(choices, (steps - step - 1) / steps, decoding.remasking)
     return draft.words, z
+
+
+def masked(objective: Objective, mask: Tensor) -> Tensor:
+    """Fully masked texts [B, S] of the lengths in mask [B, S]."""
+    return torch.where(mask, objective.mask_token_id, 0)
+
+
+class Choices(NamedTuple):
+    """Tokens that a pass chose for places of a text."""
+
+    tokens: Tensor  # [..., B, S] int64
+    confidence: Tensor  # [..., B, S] their log-probabilities
+
+
+@torch.no_grad()
+def first_choices(
+    objective: Objective,
+    mask: Tensor,
+    tokens: Tensor,
+    latent: Tensor,
+    ways: Sequence[DecodingConfig],
+    seeds: Sequence[int],
+    numbers: Tensor | None,
+) -> list[Choices]:
+    """What the first pass of `generate` chooses in each of several ways with its seed, from one pass of the model.
+
+    The ways differ in their temperature alone: neighbours that do not are drawn together.
+    """
+    draft = Draft.of(tokens, mask, objective.mask_token_id)
+    padding = Padding(mask, keep=False, lengths=mask.sum(1).tolist())
+    clean = torch.zeros(1, device=mask.device)
+    encoded = objective.model.encode([Group(tokens, latent, draft.share, clean, ("text",))], padding)
+    logits = text_logits(objective, encoded.text, padding)
+    numbers = torch.arange(len(mask)) if numbers is None else numbers
+    uniform = torch.stack([RowNoise(seed, numbers).uniform("sample_text_0", mask.shape[1]) for seed in seeds])
+    chosen: list[Choices] = []
+    for way, alike in itertools.groupby(ways):
+        draws = uniform[len(chosen) : len(chosen) + len(list(alike))]
+        chosen += [Choices(*each) for each in zip(*choose(logits, way, draws), strict=True)]
+    return chosen
+
+
+def text_logits(objective: Objective, encoded: Tensor, padding: Padding) -> Tensor:
+    """Logits [B, S, V] in float32, -inf for tokens that are never decoded."""
+    logits = objective.model.logits(encoded, padding).float()
+    logits[..., objective.never_decoded] = -torch.inf
+    return logits
 
 
 @dataclass(frozen=True)
@@ -83,8 +139,8 @@ class Draft:
         confidence = torch.full(words.shape, torch.inf, device=words.device)
         return cls(words, holes, confidence, size, size / mask.sum(1), mask_token_id)
 
-    def filled(self, chosen: Tensor, confidence: Tensor, left: float, remasking: float) -> Draft:
-        """The texts after a pass that chose tokens [B, S] with log-probabilities [B, S].
+    def filled(self, choices: Choices, left: float, remasking: float) -> Draft:
+        """The texts after a pass that made choices [B, S].
 
         Of the holes at the beginning the share `left` remains: the least sure ones. Among them are up to the share
         `remasking` of the tokens that earlier passes filled in, masked again so that they can be chosen anew, given all
@@ -96,11 +152,11 @@ class Draft:
         again = torch.minimum(torch.floor((self.size - self.holes.sum(1)) * remasking + 1e-6).long(), remaining)
         earlier = self.confidence.isfinite() & ~self.holes
         masked_again = earlier & (_rank(self.confidence.masked_fill(~earlier, torch.inf)) < again[:, None])
-        kept_open = _rank(confidence.masked_fill(~self.holes, torch.inf)) < (remaining - again)[:, None]
+        kept_open = _rank(choices.confidence.masked_fill(~self.holes, torch.inf)) < (remaining - again)[:, None]
         now = self.holes & ~kept_open
         holes = (self.holes & kept_open) | masked_again
-        words = torch.where(now, chosen, self.words).masked_fill(masked_again, self.mask_token_id)
-        sure = torch.where(now, confidence, self.confidence)
+        words = torch.where(now, choices.tokens, self.words).masked_fill(masked_again, self.mask_token_id)
+        sure = torch.where(now, choices.confidence, self.confidence)
         return Draft(words, holes, sure, self.size, self.share, self.mask_token_id)
 
 
@@ -109,33 +165,39 @@ def _rank(values: Tensor) -> Tensor:
     return values.argsort(dim=1, stable=True).argsort(dim=1)
 
 
-def choose(logits: Tensor, decoding: DecodingConfig, noise: RowNoise, name: str) -> tuple[Tensor, Tensor]:
-    """Tokens [B, S] by logits [B, S, V], and their log-probabilities [B, S] by the same logits.
+def choose(logits: Tensor, decoding: DecodingConfig, uniform: Tensor) -> Choices:
+    """Tokens [N, B, S] by logits [B, S, V] and N draws [N, B, S] in [0, 1), with their log-probabilities.
 
     Temperature 0 takes the likeliest, else tokens are drawn from softmax(logits / temperature), of whose likeliest
     tokens as many are left as make up `top_p` (nucleus sampling, Holtzman et al. 2020).
     """
-    scores = logits
     if decoding.temperature:
+        probability = (logits / decoding.temperature).softmax(-1)
         if decoding.top_p < 1:
-            scores = nucleus(scores, decoding.temperature, decoding.top_p)
-        scores = scores + decoding.temperature * gumbel(noise, name, *logits.shape[1:]).to(logits.device)
-    chosen = scores.argmax(-1)
-    return chosen, logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
+            probability = nucleus(probability, decoding.top_p)
+        tokens = drawn(probability, uniform.to(logits.device))
+    else:
+        tokens = logits.argmax(-1).expand(uniform.shape)
+    by_place = logits.log_softmax(-1).gather(-1, tokens.movedim(0, -1))
+    return Choices(tokens, by_place.movedim(-1, 0))
 
 
-def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Logits [..., V] with -inf for all but the likeliest tokens that together have the probability top_p."""
-    ordered, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+def nucleus(probability: Tensor, top_p: float) -> Tensor:
+    """Probabilities [..., V] with 0 for all but the likeliest tokens that together have the probability top_p."""
+    ordered, order = probability.sort(-1, descending=True)
     surplus = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones have it already
-    return logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), -torch.inf)
+    return probability.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), 0)
 
 
-def gumbel(noise: RowNoise, name: str, *shape: int) -> Tensor:
-    """Gumbel draws [B, *shape]: the likeliest token of logits + temperature * draw is a sample of softmax(logits /
-    temperature).
+def drawn(probability: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [N, ...] drawn from probabilities [..., V], which need not sum to 1, by N draws [N, ...] in [0, 1).
+
+    The token is the first at which the sum of probabilities exceeds the draw, so one of probability 0 is never taken.
+    In float64, since rounding in sums over a large vocabulary would favour some tokens.
     """
-    return -(-noise.uniform(name, *shape).clamp(min=1e-20).log()).log()
+    sums = probability.double().cumsum(-1)
+    thresholds = (uniform.double().movedim(0, -1) * sums[..., -1:]).contiguous()
+    return torch.searchsorted(sums, thresholds, right=True).movedim(-1, 0)
 
 
 def ddim_step(schedule: LatentSchedule, z: Tensor, now: Tensor, after: Tensor, prediction: Tensor) -> Tensor:

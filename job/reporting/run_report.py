@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,26 +38,3 @@ def write_report(
     made = f"Written {when(datetime.now(UTC))}; write it anew with: python -m job.report {run_dir}"
     size = write_page(out, Page(run.name, run.status, sections, [made]))
     return f"{out} ({size / 1e6:.1f} MB)"
-
-
-def at_the_end(run_dir: Path, find_latents: Callable[[], Latents]) -> str | None:
-    """`write_report` where a run ends. Whatever goes wrong is a warning: the run has done all its work by then.
-
-    Returns the path and size in words, or None where there is no report.
-    """
-    try:
-        found, why_not = find_latents(), ""
-    except Exception as error:
-        found, why_not = None, f"Not shown: {first_line(error)}"
-    try:
-        return write_report(run_dir, found=found, why_not=why_not)
-    except Exception as error:
-        print(
-            f"warning: no report ({first_line(error)}); `python -m job.report {run_dir}` tries again", file=sys.stderr
-        )
-        return None
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

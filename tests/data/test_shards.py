@@ -130,7 +130,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     values = json.loads((tmp_path / "dataset.json").read_text())
     (tmp_path / "dataset.json").write_text(json.dumps(values | {"format_version": FORMAT_VERSION + 1}))
-    with pytest.raises(UserError, match="format_version 2, this version reads 1"):
+    with pytest.raises(UserError, match="format_version 3, this version reads 2"):
         read_info(tmp_path)
 
 

@@ -29,11 +29,13 @@ class BagOfWords(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.decoded = 0
+        self.encoded = 0
 
     def forward(
         self, tokens: Tensor, latents: Tensor, text_t: Tensor, latent_t: Tensor, mask: Tensor, heads: tuple[str, ...]
     ) -> tuple[Tensor, Tensor]:
         self.decoded += "text" in heads
+        self.encoded += len(tokens) * ("latent" in heads)
         assert "text" in heads or not (tokens == MASK_ID)[mask].any()  # T2L has only seen clean texts
         counts = nn.functional.one_hot(tokens, VOCAB).float().masked_fill(~mask[..., None], 0).sum(1)
         return torch.zeros(*tokens.shape, VOCAB), counts
@@ -62,6 +64,15 @@ def test_more_candidates_never_come_less_near() -> None:
     assert (distances.diff(dim=0) <= 0).all()
     assert distances[-1].sum() < distances[0].sum()
     assert distances[-1, 0] == 0  # six words, one place
+
+
+def test_many_candidates_cost_one_pass_and_an_encoding_of_each_different_text() -> None:
+    tested, model = objective()
+    wanted = encode(tested, TEXTS, MASK)
+    model.encoded = 0
+    mask, wanted = MASK[:1], wanted[:1]  # one token, for which there are six
+    decode(tested, wanted, mask, DecodingConfig(temperature=1.0, candidates=100))
+    assert (model.decoded, model.encoded) == (1, 6)
 
 
 def test_corrections_find_every_word_of_a_text() -> None:

@@ -113,7 +113,12 @@ def test_nothing_joins_the_stages() -> None:
     _, metrics, base = formula_objective("fast", model_config())(formula_batch(), 0, "base")
     assert metrics == {}
     assert base is not None
-    carried = [base.x0, base.tokens, base.loss, *(v for v in base.metrics.values() if isinstance(v, torch.Tensor))]
+    carried = [
+        *base.x0.values(),
+        *base.tokens.values(),
+        base.loss,
+        *(v for v in base.metrics.values() if isinstance(v, torch.Tensor)),
+    ]
     assert not any(tensor.requires_grad for tensor in carried)
 
 

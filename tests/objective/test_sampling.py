@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from job.config import Config, DecodingConfig, ModelConfig
 from job.model.plain import PlainMMDiT
 from job.objective.objective import Objective
-from job.objective.sampling import generate, nucleus
+from job.objective.sampling import drawn, first_choices, generate, nucleus
 
 VOCAB, DIM, MASK_ID, PAD_ID = 9, 3, 1, 0
 LENGTHS = torch.tensor([2, 5, 7])
@@ -108,9 +108,41 @@ def test_temperature_one_draws_from_the_distribution() -> None:
     assert (words == 2).double().mean().item() == pytest.approx(expected, abs=0.1)
 
 
+def test_a_draw_takes_the_token_in_whose_share_it_falls() -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.375, 0.125, 0.0])
+    uniform = torch.tensor([0.0, 0.4999, 0.5, 0.8749, 0.875, 1 - 2**-24])
+    wanted = [1, 1, 3, 3, 4, 4]
+    assert drawn(p, uniform).tolist() == wanted
+    assert drawn(0.3 * p, uniform).tolist() == wanted  # as of a part, which top_p leaves
+    # Two draws for each of three places that differ.
+    places = torch.stack([p, p.flip(0), p]).expand(1, 3, 6)
+    assert drawn(places, uniform.view(2, 1, 3)).tolist() == [[[1, 2, 3]], [[3, 4, 4]]]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_several_texts_of_one_first_pass_are_what_each_would_be_alone(steps: int) -> None:
+    objective, model = objective_of()
+    ways = [DecodingConfig(steps=steps, temperature=temperature) for temperature in (0.0, 2.0, 2.0)]
+    template = torch.where(MASK, MASK_ID, PAD_ID)
+    template[:, 0] = 4
+    alone = [
+        generate(objective, MASK, tokens=template, latent=TARGET, decoding=way, seed=seed)[0]
+        for seed, way in enumerate(ways)
+    ]
+    assert not torch.equal(alone[1], alone[2])
+    shown = len(model.shown)
+    choices = first_choices(objective, MASK, template, TARGET, ways, range(3), None)
+    together = [
+        generate(objective, MASK, tokens=template, latent=TARGET, decoding=way, seed=seed, first=first)[0]
+        for seed, (way, first) in enumerate(zip(ways, choices, strict=True))
+    ]
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+    assert len(model.shown) - shown == 1 + 3 * (steps - 1)
+
+
 def test_top_p_draws_among_the_likeliest_alone() -> None:
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    kept = {top_p: nucleus(p.log(), 1.0, top_p).isfinite()[0].tolist() for top_p in (0.4, 0.6, 0.8001, 1.0)}
+    kept = {top_p: (nucleus(p, top_p) > 0)[0].tolist() for top_p in (0.4, 0.6, 0.8001, 1.0)}
     assert kept == {
         0.4: [True, False, False, False],
         0.6: [True, True, False, False],

@@ -19,7 +19,7 @@ from job.errors import ExitCode, UserError
 from job.files import json_lines
 from job.metric_names import EVALUATION, PHASES
 from job.pages.page import compressed_plotly
-from job.reporting import run_report
+from job.reporting.end_of_run import at_the_end
 from job.train import train
 
 OVERRIDES = ["logging.num_samples=3", "logging.sample_freq=2", "logging.eval_freq=4", "logging.log_freq=1"]
@@ -146,7 +146,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(
     def broken(*_arguments: object, **_keywords: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("job.train.measure", broken)  # the latents
+    monkeypatch.setattr("job.reporting.end_of_run.measure", broken)  # the latents
     (tmp_path / "run" / "report.html" / "x").mkdir(parents=True)
     assert (
         train(configured(f"data.dir={prepared}", "training.num_train_steps=2"), tmp_path / "run") == ExitCode.FINISHED
@@ -156,7 +156,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(
     assert [line for line in printed.err.splitlines() if line.startswith("warning: no report (IsADirectoryError")]
     assert "report:" not in printed.out
     shutil.rmtree(tmp_path / "run" / "report.html")
-    assert run_report.at_the_end(tmp_path / "run", broken) is not None  # type: ignore[arg-type]
+    assert at_the_end(tmp_path / "run", broken) is not None  # type: ignore[arg-type]
     assert "Not shown: RuntimeError: out of" in (tmp_path / "run" / "report.html").read_text()
 
 
