@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := job tests hydra_plugins docker k8s
+SOURCES := job tests hydra_plugins docker k8s examples
 
 .PHONY: help train test generate lint lock clean monitoring-tools test-monitoring
 
@@ -23,6 +23,27 @@ test-monitoring: .venv/dev            ## metrics, rules and dashboards under a r
 monitoring-tools:                     ## Debian's packages for test-monitoring (as root)
 	apt-get update --quiet --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends prometheus prometheus-alertmanager prometheus-pushgateway
+
+.PHONY: browser-tools test-browser
+browser-tools: .venv/dev              ## Chromium from Debian or Ubuntu and Playwright, for test-browser (as root)
+	apt-get update --quiet --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends chromium fonts-dejavu-core
+	$(BIN)/pip install --quiet playwright==1.65.2
+
+test-browser: .venv/dev               ## reports and other pages in headless Chromium
+	$(BIN)/python -m pytest -m browser -rs
+
+# In an environment of their own on top of .venv: MLflow wants older releases of packages that are locked here.
+.PHONY: test-trackers
+test-trackers: .venv-trackers/ready   ## runs that report to Weights & Biases and MLflow, offline
+	.venv-trackers/bin/python -m pytest -rs tests/monitoring/test_trackers.py
+
+.venv-trackers/ready: .venv/dev
+	$(BIN)/python -m venv .venv-trackers
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv-trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	.venv-trackers/bin/pip install --quiet wandb==0.31.0 mlflow==3.17.2
+	touch $@
 
 generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code
 	$(BIN)/python docker/monitoring/generate_monitoring.py
@@ -58,7 +79,7 @@ lock:                                 ## write requirements*.lock and docker/*.l
 	rm -rf .venv-lock
 
 clean:                                ## remove the environment, the demo's data and its run
-	rm -rf .venv data/demo runs/demo
+	rm -rf .venv .venv-trackers data/demo runs/demo
 
 .PHONY: test-gpu
 test-gpu: .venv/dev                   ## what needs a GPU; skipped without one

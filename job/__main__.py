@@ -11,8 +11,12 @@ from job.errors import ExitCode
 COMMANDS = {
     "train": "train a model",
     "prepare": "turn text into shards",
+    "plan": "what a run will need, before it is queued: parameters, memory, time, checkpoints",
     "evaluate": "measure a run's model on held-out text",
+    "compare": "runs beside each other: what differs, what came of it, and whether that is chance",
+    "doctor": "what keeps a machine, a cluster, a run or a model from training well",
     "curves": "draw the curves of a run, also of one that is running or was stopped",
+    "report": "one page of all about a run, also of one that is running or was stopped",
     "sample": "read and write texts through a run's model",
     "encode": "texts to latents, from file to file",
     "decode": "latents to texts, from file to file",

@@ -8,15 +8,16 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from job.config import default_of, keys
+from job.config import Config, config_dir, default_of, keys
 from job.errors import ExitCode, JobError, LostRankError, UsageError
 from job.files import storage_problem
 from job.lgdlm.keys import LGDLM_KEYS
@@ -113,6 +114,15 @@ def refuse_unknown_keys(values: DictConfig) -> None:
         for name in content if isinstance(content, dict) else [""]:
             if f"{section}.{name}" not in keys():
                 raise UsageError(unknown_key(f"{section}.{name}".rstrip(".")))
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> Config:
+    """The configuration that job.train makes of these arguments, not validated yet. Raises what `guarded` explains."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        values = compose(config_name, list(overrides))
+    refuse_unknown_keys(values)
+    config: Config = OmegaConf.to_object(values)  # type: ignore[assignment]
+    return config
 
 
 def guarded(command: Callable[[], object], output_is_result: bool = True) -> int:

@@ -283,12 +283,15 @@ class LoggingConfig:
     log_freq: int = key(50, "steps between lines of training_log.jsonl", above=0)
     eval_freq: int = key(1000, "steps between evaluations; 0: only at the end", low=0)
     num_eval_batches: int = key(4, "evaluation batches of eval_batch_size from the validation split", above=0)
-    num_samples: int = key(8, "round trips written to samples.txt", low=0)
+    num_samples: int = key(8, "round trips in samples.txt and in each line of samples.jsonl", low=0)
+    sample_freq: int | None = key(None, "steps between round trips in samples.jsonl; null: eval_freq; 0: none", low=0)
     num_generated: int = key(256, "texts of each evaluation that are decoded as decoding.* says, and scored", low=0)
     save_freq: int = key(1000, "steps between checkpoints; 0: only at the end and when stopped", low=0)
     save_minutes: float | None = key(None, "minutes between checkpoints, besides save_freq", above=0)
     keep_last: int = key(2, "newest checkpoints kept", above=0)
     keep_every: int = key(0, "also keep checkpoints whose step is a multiple of this; 0: none", low=0)
+    wandb: bool = key(False, "numbers and samples for Weights & Biases, too (pip install wandb)")
+    mlflow: bool = key(False, "numbers and samples for MLflow, too (pip install mlflow)")
 
 
 @dataclass

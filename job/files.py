@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -142,6 +143,12 @@ def file_name(text: str) -> str:
         digest = hashlib.sha256(name).hexdigest()[:8].encode()
         name = name[: LONGEST_NAME - 9] + b"-" + digest
     return name.decode(errors="ignore")  # the cut may have split a character
+
+
+def by_number(path: Path) -> list[tuple[int, str]]:
+    """For sorting: digits in a path count as numbers, seed=2 comes before seed=10."""
+    parts = re.findall(r"\d+|\D+", str(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def file_entry(path: Path) -> dict[str, Any]:

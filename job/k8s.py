@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from job.errors import UserError
@@ -58,9 +59,9 @@ def logs(options: argparse.Namespace) -> None:
 def wait(options: argparse.Namespace) -> None:
     """Wait until jobs are over; exit code 1 when one failed."""
     from job.launch.kubernetes.kinds import annotation, kind_of
-    from job.launch.kubernetes.names import OVERRIDES_ANNOTATION
+    from job.launch.kubernetes.names import OVERRIDES_ANNOTATION, RUN_ANNOTATION
     from job.launch.kubernetes.sweep import wait as until_over
-    from job.launch.waiting import summarize
+    from job.launch.waiting import compare_runs, summarize
 
     cluster = connect(options)
     jobs = chosen(cluster, options.jobs)
@@ -72,7 +73,8 @@ def wait(options: argparse.Namespace) -> None:
             if kind_of(job) == kind
         }
         outcomes += until_over(cluster, kind, points)
-    summarize(outcomes)
+    summarize(outcomes, [Path(run) for job in jobs if (run := annotation(job, RUN_ANNOTATION))])
+    compare_runs()
 
 
 def cancel(options: argparse.Namespace) -> None:

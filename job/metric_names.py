@@ -18,18 +18,19 @@ from typing import Literal
 
 Series = tuple[str, tuple[str, ...]]  # a metric's name in Prometheus, and the values of its own labels
 
-# Where the time of a run goes, over all its starts, by the clock of rank 0:
-# productive        steps that count
-# replayed          steps done again after a restart, because a kill came between them and their checkpoint
-# waiting_for_data, checkpointing, evaluating       the loop stands still for it
-# starting          from the launcher's start, or else the process's, to the first step: imports, model, checkpoint
-# lost              a start's last seconds, which a kill kept from being counted, and its processes' end
-# hung              what was longer than that: the processes were there and reported no step
-# queued            from the end of a start to the beginning of the next one
-PHASES = (
-    *("productive", "replayed", "waiting_for_data", "checkpointing", "evaluating", "starting"),
-    *("lost", "hung", "queued"),
-)
+# Where the time of a run goes, over all its starts, by the clock of rank 0.
+PHASE_WORDS: Mapping[str, str] = {
+    "productive": "steps that count",
+    "replayed": "steps done again after a restart, because a kill came between them and their checkpoint",
+    "waiting_for_data": "the loop stood still for its next batch",
+    "checkpointing": "the loop stood still for a save",
+    "evaluating": "the loop stood still for an evaluation or samples",
+    "starting": "from the launcher's start, or else the process's, to the first step: imports, model, checkpoint",
+    "lost": "a start's last seconds, which a kill kept from being counted, and its processes' end",
+    "hung": "what was longer than that: the processes were there and reported no step",
+    "queued": "from the end of a start to the beginning of the next one",
+}
+PHASES = tuple(PHASE_WORDS)
 
 # What a step consists of; `<part>_seconds` in the log. Communication (the reduction of gradients) overlaps with
 # backward.
@@ -71,6 +72,9 @@ class LossTerm:
     ramp: tuple[str, ...] = ()  # keys of that section; their sum is the step at which the weight has grown to its value
     curves: str = ""  # title of the panel of curves.png that shows it
     sweep: str = ""  # title of its panel in the sweep dashboard
+    unit: str = ""  # empty: a sum of terms of several units
+    words: str = ""  # what it is
+    held_out: str = ""  # the metric of the evaluation that measures the same on held-out samples; empty: there is none
 
     @property
     def key(self) -> str:
@@ -89,9 +93,19 @@ POOL = "{samples}"  # in the words of a metric: the number of held-out texts, wh
 # names, so that an interval which a resume cuts in two reads as one: with a term more, or in another order,
 # checkpoints of before cannot be resumed.
 TEXT_CURVES, LATENT_CURVES = "text losses", "latent losses"
+NATS, SQUARED = "nats per token", "squared latent units"
 LOSS_TERMS = (
-    LossTerm("total", "loss", modes=(), sweep="Total loss"),
-    LossTerm("base_l2t_text", "l2t", modes=("cycle_vae", "l2t"), curves=TEXT_CURVES, sweep="L2T loss"),
+    LossTerm("total", "loss", modes=(), sweep="Total loss", words="sum of the terms, each times its weight"),
+    LossTerm(
+        "base_l2t_text",
+        "l2t",
+        modes=("cycle_vae", "l2t"),
+        curves=TEXT_CURVES,
+        sweep="L2T loss",
+        unit=NATS,
+        words="cross-entropy of the text decoded from its latent",
+        held_out="l2t/ce",
+    ),
     LossTerm(
         "base_t2l_latent",
         "t2l",
@@ -99,6 +113,9 @@ LOSS_TERMS = (
         weight="latent_loss_weight",
         curves=LATENT_CURVES,
         sweep="T2L loss",
+        unit=SQUARED,
+        words="squared error of the latent prediction from the text and noise",
+        held_out="t2l/x0_mse",
     ),
     LossTerm(
         "cycle_text",
@@ -107,6 +124,9 @@ LOSS_TERMS = (
         weight="cycle_text_weight",
         ramp=("cycle_text_warmup_steps", "cycle_text_ramp_steps"),
         curves=TEXT_CURVES,
+        unit=NATS,
+        words="cross-entropy of the text decoded from the latent predicted from it",
+        held_out="t2l2t/ce",
     ),
     LossTerm(
         "cycle_latent",
@@ -115,9 +135,26 @@ LOSS_TERMS = (
         weight="cycle_latent_weight",
         ramp=("cycle_latent_warmup_steps", "cycle_latent_ramp_steps"),
         curves=LATENT_CURVES,
+        unit=SQUARED,
+        words="squared error of the latent prediction from the text decoded from it",
     ),
-    LossTerm("text", "text", modes=("unconditional",), curves=TEXT_CURVES),
-    LossTerm("latent", "latent", modes=("unconditional",), weight="latent_loss_weight", curves=LATENT_CURVES),
+    LossTerm(
+        "text",
+        "text",
+        modes=("unconditional",),
+        curves=TEXT_CURVES,
+        unit=NATS,
+        words="cross-entropy of masked tokens, given the others and a noisy latent",
+    ),
+    LossTerm(
+        "latent",
+        "latent",
+        modes=("unconditional",),
+        weight="latent_loss_weight",
+        curves=LATENT_CURVES,
+        unit=SQUARED,
+        words="squared error of the latent prediction, given a partly masked text",
+    ),
 )
 
 

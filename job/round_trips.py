@@ -6,6 +6,7 @@ so every function here takes a mask of rows and positions.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,19 @@ class RoundTrip:
     text: str
     from_latent: str | None
     from_text: str
+
+    def record(self) -> dict[str, str | None]:
+        """As an object of samples.jsonl."""
+        return {"text": self.text, "l2t": self.from_latent, "t2l2t": self.from_text}
+
+    def shortened(self, width: int) -> RoundTrip:
+        """The same with the first words of each text, at most `width` characters of them on one line."""
+
+        def short(text: str) -> str:
+            return textwrap.shorten(text, width, placeholder=" ...")
+
+        from_latent = None if self.from_latent is None else short(self.from_latent)
+        return RoundTrip(short(self.text), from_latent, short(self.from_text))
 
 
 def text_scoring(config: Config, tokenizer: TextTokenizer | None) -> TextScoring:

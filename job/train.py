@@ -11,6 +11,7 @@ from job.output import open_standard_descriptors
 from job.runtime.launcher_variables import (
     last_end,
     launch_time,
+    placement,
     status_lines,
     trainer_server,
     tune_allocators,
@@ -39,12 +40,14 @@ import hydra
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from job import checkpoint_names
 from job.batch_sizes import batch_sizes
 from job.command import explain, guarded, refuse_unknown_keys
+from job.comparison.sweep import show_sweep
 from job.config import Config, config_dir
 from job.config_checks import validate
 from job.data.description import DIRECTORY, to_values, write_model_files
@@ -64,12 +67,15 @@ from job.monitoring.goodput import Times
 from job.monitoring.phases import Phases, process_start
 from job.monitoring.progress import Progress
 from job.monitoring.reporter import Reporter
+from job.monitoring.trackers import refuse_missing_packages
 from job.monitoring.trainer_status import TrainerServer
 from job.objective.evaluation import evaluate
 from job.objective.noise import seed_for
 from job.origin import describe_run, load_initial, sources
-from job.round_trips import round_trips, text_scoring, write_samples
+from job.reporting.end_of_run import report_of
+from job.round_trips import text_scoring, write_samples
 from job.row_kinds import RowKinds
+from job.run_samples import is_due, make_samples, sample_if_due
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
 from job.runtime.checkpointer import Checkpointer
@@ -123,6 +129,8 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:
         say(f"warning: {warning}")
+    if process.is_main:
+        refuse_missing_packages(config)
     with Watchdog(timeout) as watchdog:
         return train_watched(config, run_dir, process, watchdog, say, started)
 
@@ -214,7 +222,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
     c = run.config
     total = c.training.num_train_steps
     learner, reporter = run.learner, run.reporter
-    reporter.begin(start, run.evaluated)
+    reporter.begin(start, run.evaluated, run.sampled)
     trainer = trainer_server(os.environ)
     progress = Progress(
         total,
@@ -227,7 +235,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
     nonfinite_in_a_row = DelayedRead()
     logged, last_save = start, time.monotonic()
     learner.module.train()
-    stopping = evaluate_if_due(run, start, progress) if start else None
+    stopping = measure_if_due(run, start, progress) if start else None
 
     if c.training.compile_model and not stopping:
         progress.say("compiling: the first step takes a minute or more")
@@ -254,7 +262,7 @@ def loop(run: TrainingRun, start: int) -> str | None:
         elif step == start:
             progress.first_step(done, time.monotonic() - began)
         stop_wish, save_wish = agreement()
-        stopping = signals.reason(stop_wish, c.training.max_minutes) or evaluate_if_due(run, done, progress)
+        stopping = signals.reason(stop_wish, c.training.max_minutes) or measure_if_due(run, done, progress)
         save_by_steps = bool(c.logging.save_freq and done % c.logging.save_freq == 0)
         if stopping or done == total or save_wish or save_by_steps:
             last_save = time.monotonic()
@@ -363,7 +371,8 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
     run.watchdog.beat(done, "saving")
     sampler = run.loader.sampler
     kept = record(done, run.config, run.loader.dataset.fingerprint, sampler.global_batch_size)
-    kept |= {"evaluated": run.evaluated, RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
+    kept |= {"evaluated": run.evaluated, "sampled": run.sampled}
+    kept |= {RECORD_KEY: to_values(run.description), METRICS_KEY: OVER_RANKS}
     with run.reporter.phases("checkpoint"):
         run.checkpointer.save(done, run.learner.tensors_to_save(), kept, blocking=blocking)
 
@@ -371,14 +380,21 @@ def save(run: TrainingRun, done: int, blocking: bool) -> None:
 # Evaluating.
 
 
-def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
-    """Evaluate after `done` steps when it is time and not done yet.
+def measure_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
+    """Evaluate after `done` steps, and write samples, when it is time for either and it is not done yet.
 
     Returns why to stop, when a stop came in between.
     """
+    stopping = evaluate_if_due(run, done, progress)
+    if not stopping:
+        sample_if_due(run, done, progress)
+    return stopping
+
+
+def evaluate_if_due(run: TrainingRun, done: int, progress: Progress) -> str | None:
+    """The evaluation's part of `measure_if_due`."""
     c = run.config
-    at_end = done == c.training.num_train_steps
-    if run.evaluated == done or not (at_end or (c.logging.eval_freq and done % c.logging.eval_freq == 0)):
+    if run.evaluated == done or not is_due(c.logging.eval_freq, done, c.training.num_train_steps):
         return None
     batches = evaluation_batches(
         run.held_out,
@@ -427,18 +443,9 @@ def finish(run: TrainingRun) -> None:
             "free space there and run the same command again"
         )
     run.watchdog.beat(c.training.num_train_steps, "finishing")
-    trips = []
-    with for_evaluation(run) as objective:
-        if run.process.is_main:
-            trips = round_trips(
-                objective,
-                run.held_out,
-                run.loader.format,
-                c.logging.num_samples,
-                c.training.eval_batch_size,
-                c.decoding,
-                c.training.seed,
-            )
+    # Those of the last line of samples.jsonl, unless another process wrote it or logging.sample_freq is 0.
+    trips = make_samples(run) if run.trips is None else run.trips
+    report = report_of(run)
     if not run.process.is_main:
         return
     samples = run.run_dir / "samples.txt"
@@ -446,6 +453,8 @@ def finish(run: TrainingRun) -> None:
     write_curves(run.run_dir)
     write_json(run.run_dir / RESULT, {"step": c.training.num_train_steps, **run.metrics}, indent=2)
     print(f"\n{table(run.metrics)}\n\n{samples.read_text()}\nfinished: {run.run_dir}")
+    if report:
+        print(f"report: {report}")
 
 
 # The command.
@@ -453,6 +462,7 @@ def finish(run: TrainingRun) -> None:
 # Of this process's runs: a sweep without a cluster (`--multirun`) makes several, one after the other.
 outcomes: list[ExitCode] = []
 failures: list[JobError] = []
+swept: list[Path] = []  # run directories of a sweep, as far as it came; noted on rank 0, which compares them
 
 
 @hydra.main(config_path=str(config_dir()), config_name="mmdit_cycle_vae", version_base="1.3")
@@ -463,6 +473,8 @@ def run_from_hydra(values: DictConfig) -> None:
         outcomes.append(ExitCode.STOPPED)
         return
     started = time.time() if outcomes or failures else process_start()
+    if HydraConfig.get().mode is RunMode.MULTIRUN and placement(os.environ, alone=True).rank == 0:
+        swept.append(Path(HydraConfig.get().runtime.output_dir))
     try:
         refuse_unknown_keys(values)
         config: Config = OmegaConf.to_object(values)  # type: ignore[assignment]
@@ -500,6 +512,8 @@ def known_failure(error: RuntimeError | MemoryError | OSError) -> JobError:
 def main() -> ExitCode:
     """Run what the command line says; returns the worst outcome."""
     run_from_hydra()
+    if not signals.requested:
+        show_sweep(swept)
     for failure in failures[:-1]:
         print(f"error: {failure}", file=sys.stderr)
     if failures:

@@ -161,15 +161,30 @@ def weights_of(checkpoint: Checkpoint, average: bool | None = None) -> tuple[dic
 
 
 def _load_checkpoint(path: Path, data: Path | None, average: bool | None) -> Trained:
-    checkpoint = open_saved(path)
+    checkpoint, weights, averaged = _read_saved(path, average)
     config = from_dict(checkpoint.record["config"])
-    weights, averaged = weights_of(checkpoint, average)
     run = run_directory(checkpoint.path)
     # A checkpoint from before checkpoints described their data needs that data, as it always did.
     description = described(checkpoint) or _described_by_data(config, data, weights, checkpoint.path)
     given = [data] if data else []
     own = [Path(config.data.dir)] if config.data.dir else []
     return Trained(path, config, checkpoint.step, weights, averaged, description, [run / DIRECTORY, *given, *own], data)
+
+
+def _read_saved(path: Path, average: bool | None) -> tuple[Checkpoint, dict[str, Tensor], bool]:
+    """The checkpoint of a path with its weights.
+
+    A run that is training removes old checkpoints, also the one that is just being read; then its next one is taken.
+    """
+    while True:
+        checkpoint = open_saved(path)
+        try:
+            return checkpoint, *weights_of(checkpoint, average)
+        except OSError:
+            if checkpoint.path.exists():
+                raise
+            if checkpoint.path == path:
+                raise UserError(f"{path}: removed while it was read; give the run's directory instead") from None
 
 
 def _described_by_data(config: Config, data: Path | None, weights: dict[str, Tensor], path: Path) -> ModelDescription:

@@ -21,10 +21,11 @@ from job.files import json_lines
 from job.model.weights import apply_weights
 from job.monitoring.accumulator import Accumulator
 from job.monitoring.phases import Parts
-from job.monitoring.reporter import Reporter
+from job.monitoring.reporter import SAMPLES, Reporter
 from job.objective.build import build_objective
 from job.objective.objective import Objective
 from job.origin import InitialWeights
+from job.round_trips import RoundTrip
 from job.row_kinds import PAIRED, kinds_of_batch, refuse_missing_kinds
 from job.runtime import distributed
 from job.runtime.checkpoint import Checkpoint
@@ -81,6 +82,8 @@ class TrainingRun:
     compiled: set[str] = field(default_factory=set)  # kinds of steps that ran compiled in this process
     evaluated: int = -1  # steps done at the last evaluation
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, on rank 0
+    sampled: int = -1  # steps done at the last line of samples.jsonl
+    trips: list[RoundTrip] | None = None  # of that line, where this process made it; empty on ranks other than 0
 
 
 def new_loader(config: Config, data: Dataset, description: ModelDescription, process: Process) -> Loader:
@@ -135,7 +138,14 @@ def restore(run: TrainingRun, checkpoint: Checkpoint, say: Callable[[str], None]
     # Without them (the run directory was copied, or training.resume names another run) every rank evaluates again.
     figures_lost = distributed.agree_max(int(run.process.is_main and not run.metrics))
     run.evaluated = -1 if figures_lost else saved["evaluated"]
+    samples_lost = run.process.is_main and not has_line(run.run_dir / SAMPLES, checkpoint.step)
+    run.sampled = -1 if distributed.agree_max(int(samples_lost)) else saved.get("sampled", -1)
     return checkpoint.step
+
+
+def has_line(log: Path, step: int) -> bool:
+    """Whether a log holds a line of a step."""
+    return any(line["step"] == step for line in json_lines(log))
 
 
 @contextmanager

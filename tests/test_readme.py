@@ -19,7 +19,8 @@ from job.config import config_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = re.findall(
-    r"python -m job\.(prepare|convert|evaluate|sample|encode|decode|benchmark)\b([^`#]*?)\s*(?:[`#]|$)",
+    r"python -m job\.(prepare|convert|evaluate|report|sample|encode|decode|benchmark|compare|doctor|plan)\b"
+    r"([^`#]*?)\s*(?:[`#]|$)",
     README,
     re.MULTILINE,
 )
@@ -30,10 +31,14 @@ def test_the_readme_has_commands() -> None:
         "prepare",
         "convert",
         "evaluate",
+        "report",
         "sample",
         "encode",
         "decode",
         "benchmark",
+        "compare",
+        "doctor",
+        "plan",
     }
 
 
@@ -41,14 +46,15 @@ def test_the_readme_has_commands() -> None:
 def test_a_command_of_the_readme_is_taken(name: str, arguments: str) -> None:
     words = shlex.split(arguments.removesuffix("..."))
     if "--help" not in words:
-        importlib.import_module(f"job.{name}").parser().parse_args(words)
+        _, overrides = importlib.import_module(f"job.{name}").parser().parse_known_args(words)
+        assert all(name == "plan" and "=" in word for word in overrides)
 
 
 def test_the_python_example_runs(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the directory that it is written for: a demo run is there, and no data."""
-    example = README[README.index("    from job import load") :].split("\n\nNo data")[0]
+    example = README[README.index("    from job import load") :].split("\n\n[examples")[0]
     tiny_run(tmp_path / "runs" / "demo", prepared)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

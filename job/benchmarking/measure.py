@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,14 @@ def _step_in_turn(
 
 
 def peak_memory(values: dict[str, Any], shape: Shape, device: torch.device) -> float:
-    """Most memory, GiB, of two steps in a process of their own: allocated on a GPU, resident on a CPU."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (values, shape, str(device), torch.get_num_threads()))
+    """Most memory, GiB, of two steps in a process of their own: allocated on a GPU, resident on a CPU.
+
+    BrokenProcessPool where the system kills that process.
+    """
+    # Not a multiprocessing.Pool: it would wait for ever for a process that the system killed for its memory.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(_peak_memory, values, shape, str(device), torch.get_num_threads()).result()
 
 
 def _peak_memory(values: dict[str, Any], shape: Shape, device: str, threads: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from job.metric_names import EVALUATION
+from job.tables import aligned
 
 COLUMNS = ("job", "state", "alive", "step", "loss", "rate", "left", "restarts", "run")
 HEADLINE = tuple(metric.key for metric in EVALUATION if metric.headline)  # columns where a run has been evaluated
@@ -44,9 +45,8 @@ def show(rows: Sequence[RunStatus], as_json: bool) -> None:
         results = row.results or {}
         table.append((*known, *(f"{results[key]:.3f}" if key in results else "-" for key in compared), run))
     reasons = [None, *(row.reason for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line, reason in zip(table, reasons, strict=True):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for line, reason in zip(aligned(table), reasons, strict=True):
+        print(line)
         if reason:
             print(f"    {reason}")
 

@@ -6,9 +6,11 @@ import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from job.command import at_the_end
+from job.comparison.sweep import show_sweep
 from job.errors import JobError
 
 FINISHED = "COMPLETED"  # outcome of a run that did all it should
@@ -54,15 +56,20 @@ def show_changes(points: Mapping[str, str], snapshots: Iterable[Mapping[str, str
 
 
 ended: list[Outcome] = []  # of the sweep's batches so far (hydra.sweeper.max_batch_size)
+waited_for: list[Path] = []  # the run directories of these batches, those that were finished before among them
 
 
-def summarize(outcomes: Sequence[Outcome]) -> None:
-    """Print how every run of a batch ended. When one failed, the program's exit code will say so at its end."""
+def summarize(outcomes: Sequence[Outcome], runs: Iterable[Path] = ()) -> None:
+    """Print how every run of a batch ended. When one failed, the program's exit code will say so at its end.
+
+    `runs` are the directories that `compare_runs` looks at when all batches are over.
+    """
     for outcome in outcomes:
         print(f"job {outcome.job}: {outcome.state}  ({outcome.point})", flush=True)
         if outcome.state != FINISHED:
             print(f"    {outcome.failure or 'no message'}\n    log: {outcome.log}", flush=True)
     ended.extend(outcomes)
+    waited_for.extend(runs)
     failed = sum(outcome.state != FINISHED for outcome in ended)
     if failed:
         at_the_end[:] = [
@@ -71,3 +78,11 @@ def summarize(outcomes: Sequence[Outcome]) -> None:
                 "finished ones stay finished"
             )
         ]
+
+
+def compare_runs() -> None:
+    """Print what came of the runs that were waited for, beside each other, where their directories can be read."""
+    here = [run for run in waited_for if run.is_dir()]
+    if waited_for and not here:  # those of a cluster's pods
+        print(f"their directories are not on this machine; where they are: cyclevae compare {waited_for[0].parent}")
+    show_sweep(here)

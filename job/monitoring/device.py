@@ -22,6 +22,17 @@ BF16_PEAK = {
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
+# GiB that PyTorch sees of these GPUs' memory; of those that come with two sizes, the larger.
+MEMORY_GIB = {
+    "B200": 178.0,
+    "H200": 139.8,
+    "H100 PCIe": 79.1,
+    "H100": 79.1,
+    "A100": 79.1,
+    "L40S": 44.4,
+    "A10": 22.0,
+    "RTX 4090": 23.6,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -47,19 +47,31 @@ def verdicts(metrics: Mapping[str, float]) -> list[str]:
     latent_gain, text_gain = metrics["l2t/latent_gain"], metrics["t2l/text_gain"]
     if not (math.isfinite(latent_gain) and math.isfinite(text_gain)):
         return [f"the model is broken: latent_gain is {latent_gain}, text_gain {text_gain}"]
-    return [_decoder(latent_gain), _encoder(text_gain, metrics["t2l/x0_mse"]), _round_trip(metrics)]
+    return [_decoder(metrics), _encoder(metrics), _round_trip(metrics)]
 
 
-def _decoder(latent_gain: float) -> str:
-    if latent_gain < IGNORED_LATENT_GAIN:
+def ignores_latent(metrics: Mapping[str, float]) -> bool:
+    """Whether any other latent would serve the decoder as well."""
+    return not metrics["l2t/latent_gain"] >= IGNORED_LATENT_GAIN
+
+
+def ignores_text(metrics: Mapping[str, float]) -> bool:
+    """Whether any other text would serve the encoder as well."""
+    text_gain = metrics["t2l/text_gain"]
+    with_shuffled_texts = text_gain + metrics["t2l/x0_mse"]
+    return not text_gain >= IGNORED_TEXT_GAIN * with_shuffled_texts
+
+
+def _decoder(metrics: Mapping[str, float]) -> str:
+    if ignores_latent(metrics):
+        latent_gain = metrics["l2t/latent_gain"]
         return f"the decoder ignores the latent: any other serves as well (latent_gain {latent_gain:.3f})"
     return "the decoder uses the latent"
 
 
-def _encoder(text_gain: float, mse: float) -> str:
-    mse_with_shuffled_texts = text_gain + mse
-    if text_gain < IGNORED_TEXT_GAIN * mse_with_shuffled_texts:
-        return f"the encoder ignores the text: any other serves as well (text_gain {text_gain:.3f})"
+def _encoder(metrics: Mapping[str, float]) -> str:
+    if ignores_text(metrics):
+        return f"the encoder ignores the text: any other serves as well (text_gain {metrics['t2l/text_gain']:.3f})"
     return "the encoder uses the text"
 
 

@@ -1,18 +1,16 @@
-"""Gives the numbers of a run, from one place in the loop, to its logs, to Prometheus, and to TensorBoard if wished."""
+"""Gives what a run has to tell, from one place in the loop, to its logs, to Prometheus, and to its trackers."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from job.config import Config
-from job.errors import UserError
 from job.files import json_lines
 from job.metric_names import Series, evaluation_series, training_series
 from job.monitoring.device import Device, peak_flops
@@ -23,8 +21,11 @@ from job.monitoring.goodput import WRITE_SECONDS, Goodput, Times
 from job.monitoring.phases import Phases
 from job.monitoring.run_facts import ThisProcess, run_facts, run_label
 from job.monitoring.saves import SaveCounts, expected_save_interval, newest_checkpoint, save_series
+from job.monitoring.trackers import Sample, Trackers
 from job.monitoring.training_log import JsonLines
 from job.monitoring.vitals import Vitals
+
+SAMPLES = "samples.jsonl"  # of the run directory
 
 
 class Reporter:
@@ -60,7 +61,8 @@ class Reporter:
 
         self.log = JsonLines(run_dir / "training_log.jsonl")
         self.evaluations = JsonLines(run_dir / "evaluation.jsonl")
-        self._tensorboard: Any = None
+        self.samples_log = JsonLines(run_dir / SAMPLES)
+        self._trackers: Trackers | None = None
         self.goodput = Goodput.of(run_dir / "goodput.json")
         self._goodput_written = 0.0
         self._counted = self._done = 0  # steps that are in the counters, and steps done
@@ -69,7 +71,8 @@ class Reporter:
         self.peak_flops = 1e12 * c.peak_tflops if c.peak_tflops else peak_flops(process.device, dtype)
         self.all_flops = process.world_size * self.peak_flops
         self.vitals = Vitals(silence, c.stalled_after_seconds, times.process_started)
-        self.metrics = Metrics(run_label(run_dir, Path(config.logging.save_dir)), process.rank, self._live)
+        self.label = run_label(run_dir, Path(config.logging.save_dir))
+        self.metrics = Metrics(self.label, process.rank, self._live)
         self.metrics.set({**run_facts(config, process, dtype), ("cyclevae_device_peak_flops", ()): self.peak_flops})
         self._device = Device(process.device)
         self.device_values: dict[str, float] = {}
@@ -78,19 +81,21 @@ class Reporter:
             config, self.metrics, self.vitals, process.local_rank, process.job_id, gather, self._observe
         )
 
-    def begin(self, step: int, evaluated: int) -> None:
-        """The loop begins at `step`, last evaluated at `evaluated`: what a killed run logged beyond is dropped."""
+    def begin(self, step: int, evaluated: int, sampled: int = -1) -> None:
+        """The loop begins at `step`, last evaluated at `evaluated` and sampled at `sampled`.
+
+        What a killed run logged beyond is dropped.
+        """
         if self.main:
-            self._continue_logs(step, evaluated)
-            if self.config.monitoring.tensorboard:
-                self._tensorboard = tensorboard_writer(self.run_dir / "tensorboard", step + 1)
+            self._trackers = Trackers(self.config, self.run_dir, self.label, step + 1)
+            self._continue_logs(step, evaluated, sampled)
         self._counted = self._done = step
         self.goodput.begin(self._times, time.time())
         self.metrics.set({("cyclevae_step", ()): step, **self.goodput.series()})
         self._write_goodput()
         self.vitals.training = True
 
-    def _continue_logs(self, step: int, evaluated: int) -> None:
+    def _continue_logs(self, step: int, evaluated: int, sampled: int) -> None:
         # Before lines are dropped: the last one may be of a later step than goodput.json, which is written less
         # often. The steps up to it were done once already and will count as replayed.
         last_logged = [int(line["step"]) for line in json_lines(self.log.path)[-1:]]
@@ -98,6 +103,7 @@ class Reporter:
         self.log.continue_from(step)
         # An evaluation at the checkpoint's own step stays only if the checkpoint knows of it; else it is made again.
         self.evaluations.continue_from(step if evaluated == step else step - 1)
+        self.samples_log.continue_from(step if sampled == step else step - 1)
         for line in json_lines(self.evaluations.path)[-1:]:
             self._show_evaluation(line)
 
@@ -121,7 +127,8 @@ class Reporter:
         self.metrics.set(shown)
         if self.main:
             self.log.write(values)
-            self._to_tensorboard(values)
+        if self._trackers is not None:
+            self._trackers.numbers(values)
         if time.monotonic() - self._goodput_written > WRITE_SECONDS:
             self._write_goodput()
 
@@ -131,7 +138,19 @@ class Reporter:
         self._show_evaluation(line)
         if self.main:
             self.evaluations.write(line)
-            self._to_tensorboard(line)
+        if self._trackers is not None:
+            self._trackers.numbers(line)
+
+    def samples(self, done: int, samples: Sequence[Sample]) -> None:
+        """Round trips after `done` steps; rank 0 alone makes them."""
+        self.samples_log.write({"step": done, "samples": samples})
+        if self._trackers is not None:
+            self._trackers.samples(done, samples)
+
+    def count_time(self) -> None:
+        """Account for all time until now in goodput.json."""
+        self._count(self.phases.read(), self.work.read())
+        self._write_goodput()
 
     def __enter__(self) -> Reporter:
         return self
@@ -139,14 +158,13 @@ class Reporter:
     def __exit__(self, *error: object) -> None:
         """The run ends, for now: take back what announced it."""
         self.vitals.training = False
-        self._count(self.phases.read(), self.work.read())
+        self.count_time()
         if self._done >= self.config.training.num_train_steps:
             self.goodput.counted_until = 0.0  # finished: should it be trained further one day, it has not waited
-        self._write_goodput()
+            self._write_goodput()
         self._endpoint.close()
-        if self._tensorboard is not None:
-            with contextlib.suppress(OSError):  # a full disk; the logs hold the same numbers
-                self._tensorboard.close()
+        if self._trackers is not None:
+            self._trackers.close(finished=self._done >= self.config.training.num_train_steps)
 
     def _count(self, seconds: Mapping[str, float], work: Done) -> None:
         self.goodput.add_interval(self._counted, self._done, work, seconds)
@@ -155,16 +173,6 @@ class Reporter:
 
     def _show_evaluation(self, line: Mapping[str, float]) -> None:
         self.metrics.set({evaluation_series(key): value for key, value in line.items()})
-
-    def _to_tensorboard(self, values: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            return
-        try:
-            for name in values.keys() - {"step"}:
-                self._tensorboard.add_scalar(name.replace("@", "_t"), values[name], values["step"])
-        except OSError as error:  # raised for an earlier value: TensorBoard writes in a thread, which has ended with it
-            self._tensorboard = None
-            print(f"warning: tensorboard/ cannot be written any more ({error})", file=sys.stderr, flush=True)
 
     def _write_goodput(self) -> None:
         self._goodput_written = time.monotonic()
@@ -188,15 +196,3 @@ class Reporter:
 def training_values(values: Mapping[str, float]) -> dict[Series, float]:
     """Numbers of the training log as series, without those that a histogram shows."""
     return {series: value for key, value in values.items() if (series := training_series(key))}
-
-
-def tensorboard_writer(directory: Path, first_step: int) -> Any:
-    """TensorBoard's writer; points from `first_step` on that a killed run wrote are dropped.
-
-    Raises UserError when it is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("monitoring.tensorboard=true needs TensorBoard; run `pip install tensorboard`") from error
-    return SummaryWriter(str(directory), purge_step=first_step)

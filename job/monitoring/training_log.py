@@ -1,4 +1,4 @@
-"""training_log.jsonl and evaluation.jsonl: one object of numbers a line, in order of steps, no step twice."""
+"""training_log.jsonl, evaluation.jsonl and samples.jsonl: one object a line, in order of steps, no step twice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from job.files import json_lines, write_text
 
@@ -28,7 +30,7 @@ class JsonLines:
             kept = [json.dumps(line) + "\n" for line in json_lines(self.path) if line["step"] <= step]
             write_text(self.path, "".join(kept))
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: Mapping[str, Any]) -> None:
         """Append an object. What a full disk refuses is kept and written with a later one: a log must not end a run."""
         self._unwritten.append(json.dumps(values) + "\n")
         size = self.path.stat().st_size if self.path.exists() else 0

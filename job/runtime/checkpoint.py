@@ -73,12 +73,22 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a directory, or the newest valid one of a run directory. UserError when there is none."""
+    """The checkpoint in a directory, or the newest valid one of a run directory. UserError when there is none.
+
+    The run may be training. Nothing is locked: what it removes while this looks on is passed over, and where nothing
+    is left of what was there, what has come in its place is looked at.
+    """
     if (path / checkpoint_names.DIRECTORY).is_dir():
         path = path / checkpoint_names.DIRECTORY
     steps = checkpoint_names.steps(path)
-    if steps and not (path / COMMIT_FILE).exists():
-        return _newest_of(path, steps)
+    while steps and not (path / COMMIT_FILE).exists():
+        found = _newest_of(path, steps)
+        now = checkpoint_names.steps(path)
+        if isinstance(found, Checkpoint):
+            return found
+        if now == steps:
+            raise UserError(f"{path}: none of the {len(steps)} checkpoints is valid; the newest: {found}")
+        steps = now
     found = validate(path)
     if isinstance(found, str):
         raise UserError(
@@ -87,14 +97,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def _newest_of(directory: Path, steps: list[int]) -> Checkpoint:
+def _newest_of(directory: Path, steps: list[int]) -> Checkpoint | str:
+    """The newest valid checkpoint of these steps, or what is wrong with the newest."""
     problems = []
     for step in reversed(steps):
         found = validate(directory / directory_name(step))
         if isinstance(found, Checkpoint):
             return found
         problems.append(found)
-    raise UserError(f"{directory}: none of the {len(steps)} checkpoints is valid; the newest: {problems[0]}")
+    return problems[0]
 
 
 def read_weights(checkpoint: Checkpoint, prefix: str = "") -> dict[str, torch.Tensor]:

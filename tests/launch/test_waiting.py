@@ -5,13 +5,15 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from run_directories import run_directory
 
 from job import command
 from job.errors import ExitCode
 from job.launch import waiting
-from job.launch.waiting import Outcome, show_changes, summarize
+from job.launch.waiting import Outcome, compare_runs, show_changes, summarize
 
 
 def test_changes_of_our_jobs_are_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,24 @@ def test_the_summary_of_a_sweep(capsys: pytest.CaptureFixture[str], monkeypatch:
         "    no message",
         "    log: 3.log",
     ]
+
+
+def test_runs_that_were_waited_for_are_compared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over all batches; of pods' directories it is only told where to compare them."""
+    monkeypatch.setattr(waiting, "ended", [])
+    monkeypatch.setattr(waiting, "waited_for", [])
+    runs = [run_directory(tmp_path / name, evaluations={100: {"l2t/ce": 1.0}}) for name in ("a", "b")]
+    for run in runs:
+        summarize([Outcome("1", run.name, "COMPLETED", None, "log")], [run])
+    compare_runs()
+    assert "2 runs, 1 setting, 1 seed" in capsys.readouterr().out
+    monkeypatch.setattr(waiting, "waited_for", [Path("/runs/s/a"), Path("/runs/s/b")])
+    compare_runs()
+    assert capsys.readouterr().out == (
+        "their directories are not on this machine; where they are: cyclevae compare /runs/s\n"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])

@@ -159,11 +159,10 @@ def chaos(parent: Path, overrides: list[str], seed: int, kinds: list[str]) -> No
     assert one.keys() == two.keys()
     different = [name for name in one if not bits(one[name]).equal(bits(two[name]))]
     assert not different, f"differ after {STEPS} steps: {different}"
-    evaluations = [
-        [json.loads(line) for line in (run.directory / "evaluation.jsonl").read_text().splitlines()]
-        for run in (quiet, harmed)
-    ]
-    assert evaluations[0] == evaluations[1]
+    for name in ("evaluation.jsonl", "samples.jsonl"):
+        logs = [(run.directory / name).read_text().splitlines() for run in (quiet, harmed)]
+        lines = [[json.loads(line) for line in log] for log in logs]
+        assert lines[0] == lines[1], name
 
 
 def main() -> None:

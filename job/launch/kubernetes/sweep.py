@@ -61,7 +61,8 @@ def launch(
         submitted.append(SubmittedJob(run.name, run.directory))
         print(f"job {run.name}: {words}{run.overrides}  ({run.directory})", flush=True)
     if params["wait"]:
-        summarize(wait(cluster, kind, {run.name: run.overrides for run in runs}))
+        outcomes = wait(cluster, kind, {run.name: run.overrides for run in runs})
+        summarize(outcomes, [point.run_dir for point in points])
     return returns_of(job_overrides, points)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from omegaconf import OmegaConf
 
 from job.errors import UserError
 from job.failure_records import read_failures
-from job.files import json_lines
+from job.files import by_number, json_lines
 from job.launch.failures import end_of_log, first_cause
 from job.launch.run_status import RunStatus
 from job.launch.slurm import scheduler
@@ -237,12 +236,6 @@ def find_runs(root: Path) -> list[RunDirectory]:
     """Every run directory below `root` that SLURM has or had a job for, seed=2 before seed=10."""
     found = {path.parent.parent for name in ("submission.json", "events.jsonl") for path in root.rglob(f"slurm/{name}")}
     return [RunDirectory(path) for path in sorted(found, key=by_number)]
-
-
-def by_number(path: Path) -> list[tuple[int, str]]:
-    """For sorting: digits in a path count as numbers."""
-    parts = re.findall(r"\d+|\D+", str(path))
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def statuses(runs: Sequence[RunDirectory], queued: Mapping[str, QueuedJob] | None) -> list[RunStatus]:

@@ -26,7 +26,7 @@ from job.launch.slurm import scheduler
 from job.launch.slurm.job_script import Executor, job_script
 from job.launch.slurm.run_directory import RunDirectory
 from job.launch.submission import SubmittedJob, submitted
-from job.launch.waiting import FINISHED, Outcome, leave_jobs_on_signals, show_changes, summarize
+from job.launch.waiting import FINISHED, Outcome, compare_runs, leave_jobs_on_signals, show_changes, summarize
 
 POLL_SECONDS = 10.0
 
@@ -54,7 +54,7 @@ def launch(
             submitted.append(SubmittedJob(job, str(point.run_dir)))
             print(f"job {job}: {point.name}  ({point.run_dir})", flush=True)
     if params["wait"]:
-        summarize(wait(jobs))
+        summarize(wait(jobs), [point.run_dir for point in points])
     return returns_of(job_overrides, points)
 
 
@@ -142,7 +142,9 @@ def wait_for_runs(runs: Sequence[RunDirectory]) -> None:
     for run in runs:
         if not run.job:
             raise UserError(f"{run.path} has no job")
-    summarize(_wait({run.job: run.path.name for run in runs}, {run.job: run for run in runs}))
+    outcomes = _wait({run.job: run.path.name for run in runs}, {run.job: run for run in runs})
+    summarize(outcomes, [run.path for run in runs])
+    compare_runs()
 
 
 def _wait(names: Mapping[str, str], runs: Mapping[str, RunDirectory]) -> list[Outcome]:

@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 from job import slurm
 from job.config import Config, to_dict
 from job.errors import JobError, UserError
+from job.files import by_number
 from job.launch import waiting
 from job.launch.points import Point
 from job.launch.run_status import show
 from job.launch.slurm import scheduler, sweep
-from job.launch.slurm.run_directory import RunDirectory, by_number, find_runs, statuses
+from job.launch.slurm.run_directory import RunDirectory, find_runs, statuses
 from job.launch.slurm.scheduler import QueuedJob
 from job.launch.waiting import Outcome
 
@@ -298,10 +299,12 @@ def test_waiting_for_runs_that_were_submitted_before(
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(waiting, "ended", [])
+    monkeypatch.setattr(waiting, "waited_for", [])
     assert slurm.main(["wait", str(run.path.parent)]) == 1
     printed = capsys.readouterr()
     assert printed.out.splitlines()[0] == "job 7: FAILED (exit code 1)  (a=1)"
-    assert printed.out.splitlines()[-1] == f"job 8: COMPLETED  ({other.path.name})"
+    assert f"job 8: COMPLETED  ({other.path.name})" in printed.out.splitlines()
+    assert "a=2: has not started yet" in printed.out.splitlines()[-1]
     assert "1 of 2 runs did not finish" in printed.err
 
 
