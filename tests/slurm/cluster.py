@@ -137,8 +137,8 @@ class PrivateCluster:
         ctld_port, self._db_port, self._dbd_port, *ports = free_ports(nodes + 3)
         lines = [
             f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} "
-            "RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
-            for name, port in zip(self.names, ports, strict=True)
+            f"RealMemory=8000 Gres=gpu:2 Weight={number} State=UNKNOWN"  # a job of one node goes to the first if it can
+            for number, (name, port) in enumerate(zip(self.names, ports, strict=True), 1)
         ]
         for directory in ("ctld", "spool", "log", "db"):
             (base / directory).mkdir()

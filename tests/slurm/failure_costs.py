@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--every", type=float, default=60.0, help="mean seconds of training between two kills")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=100_000, help="more than it can do meanwhile")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     dice = random.Random(options.seed)
