@@ -162,7 +162,7 @@ def variables(settings: Settings) -> list[Object]:
 
 
 def resources(settings: Settings) -> Object:
-    """Memory, GPUs and other devices as limits; processors are only requested, since a limit would throttle the loader."""
+    """Memory, GPUs and other devices as limits; processors are only requested: a limit would throttle the loader."""
     limits = {}
     if settings.mem_gb:
         limits["memory"] = f"{settings.mem_gb}Gi"
