@@ -54,7 +54,7 @@ def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, qui
         "--multirun",
         "hydra/launcher=slurm",
         *TWO_NODES,
-        *SMALL,
+        *(one for one in SMALL if not one.startswith("training.device=")),
         f"logging.save_dir={slurm.directory}",
         "logging.run_name=sweep",
         "training.device=cpu,cuda,auto",
@@ -113,7 +113,7 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused_before_it_is_qu
     assert (
         "on 2 nodes of 1: training.global_batch_size=4 is not a multiple of training.train_batch_size=3" in done.stderr
     )
-    assert not (slurm.directory / "sweep").exists()
+    assert list(slurm.directory.rglob("submission.json")) == []
     assert slurm.cluster.run("squeue", "--noheader", "--me") == before
 
 

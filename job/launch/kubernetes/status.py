@@ -19,7 +19,8 @@ from job.launch.kubernetes.status_lines import for_people, last_progress
 from job.launch.run_status import RunStatus
 
 WORKLOAD_SECONDS = 60  # in which Kueue makes a Workload of a job, where it manages its kind
-WAITING = ("QuotaReserved", "Admitted")  # conditions of a Workload whose message says what it waits for
+# Conditions of a Workload whose message says what it waits for. Without quota it is not admitted, which says less.
+WAITING = ("QuotaReserved", "Admitted")
 STARTING = ("PodInitializing", "ContainerCreating")  # a container waits for these without anything being wrong
 SAMPLE = re.compile(r"^(cyclevae_\w+)\{([^}]*)\} (\S+)", re.MULTILINE)
 MEASURED = {
@@ -139,8 +140,8 @@ def reason(cluster: Cluster, job: Object, pods: Sequence[Any]) -> str | None:
 def queue_reason(job: Object, workload: Object | None) -> str | None:
     """Why Kueue does not let a job run: its own words."""
     if workload is not None:
-        waiting = [one for one in conditions(workload) if one["status"] == "False" and one["type"] in WAITING]
-        return next((f"Kueue: {one['message']}" for one in waiting), None)
+        waiting = {one["type"]: one["message"] for one in conditions(workload) if one["status"] == "False"}
+        return next((f"Kueue: {waiting[kind]}" for kind in WAITING if kind in waiting), None)
     made = datetime.fromisoformat(job["metadata"]["creationTimestamp"])
     if (datetime.now(UTC) - made).total_seconds() < WORKLOAD_SECONDS:
         return None
