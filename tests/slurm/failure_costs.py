@@ -42,9 +42,10 @@ def ranks_of(run: Path) -> list[int]:
 
 def kill_one(run: Path, dice: random.Random) -> float:
     """Kill a rank; returns the seconds until the run has done a step that is new."""
-    furthest, began = last_step(run), time.time()
+    began = time.time()
     os.kill(dice.choice(ranks_of(run)), signal.SIGKILL)
     wait_for(lambda: not (run / "slurm" / "alive").exists(), "the other rank to end", HOUR)
+    furthest = last_step(run)  # the other may have done a few more steps before it noticed
     wait_for(lambda: last_step(run) > furthest, "a new step", HOUR)
     return time.time() - began
 
