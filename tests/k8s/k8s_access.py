@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ class GivenCluster(Access):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, {**os.environ, "KUBECONFIG": os.environ[KUBECONFIG]})
         self.image = os.environ["CYCLEVAE_TEST_IMAGE"]
+        self.end_jobs: Callable[[], None] = lambda: None  # that came since `swept` was entered
 
     @cached_property
     def namespace(self) -> str:
@@ -122,12 +123,17 @@ class GivenCluster(Access):
     def swept(self) -> Iterator[None]:
         """Afterwards whatever came into the namespace meanwhile is deleted."""
         before = self._inventory()
+        self.end_jobs = lambda: self._delete(one for one in self._inventory() - before if not one.startswith("pod/"))
         try:
             yield
         finally:
-            where = f"--namespace={self.namespace}"
-            for one in sorted(self._inventory() - before):
-                self.kubectl("delete", where, one, "--ignore-not-found", seconds=400)
+            self._delete(self._inventory() - before)
+
+    def _delete(self, names: Iterable[str]) -> None:
+        """Delete objects, and wait until the pods of jobs have followed them."""
+        for one in sorted(names):
+            self.kubectl("delete", f"--namespace={self.namespace}", one, "--ignore-not-found", seconds=400)
+        wait_for(lambda: len(self._pods()) == len(self._own_pods()), "the pods of jobs to be gone", 400)
 
     def _inventory(self) -> set[str]:
         kinds = [kind for kind in LEFT_BEHIND if "." not in kind or self.serves_group(kind.split(".", 1)[1])]
@@ -136,8 +142,11 @@ class GivenCluster(Access):
 
     def _own_pods(self) -> set[str]:
         """Pods without an owner: those of jobs go with their jobs."""
-        pods = json.loads(self.kubectl("get", "pods", f"--namespace={self.namespace}", "--output=json"))["items"]
-        return {f"pod/{pod['metadata']['name']}" for pod in pods if not pod["metadata"].get("ownerReferences")}
+        return {f"pod/{pod['metadata']['name']}" for pod in self._pods() if not pod["metadata"].get("ownerReferences")}
+
+    def _pods(self) -> list[dict[str, Any]]:
+        answer = self.kubectl("get", "pods", f"--namespace={self.namespace}", "--output=json")
+        return list(json.loads(answer)["items"])
 
 
 def why_not_given() -> str | None:

@@ -168,6 +168,7 @@ class GivenClaims(Claims):
 
     def __init__(self, kubernetes: GivenCluster) -> None:
         super().__init__(kubernetes, kubernetes.namespace)
+        self._end_jobs = kubernetes.end_jobs
         spec = kubernetes.idle_pod()
         (container,) = spec["containers"]
         container["volumeMounts"] = [{"name": "runs", "mountPath": "/runs"}]
@@ -179,7 +180,8 @@ class GivenClaims(Claims):
         self._there = set(self.names("."))
 
     def remove_new(self) -> None:
-        """Remove what tests have left on the claim."""
+        """Remove what tests have left on the claim, once nobody writes there any more."""
+        self._end_jobs()
         for name in set(self.names(".")) - self._there:
             self.remove(name)
 

@@ -76,6 +76,18 @@ def objects_of(kubernetes: Access, overlay: Path, namespace: str | None = None) 
     return list(yaml.safe_load_all(text))
 
 
+def apply_overlay(
+    kubernetes: Access, overlay: Path, namespace: str
+) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
+    """The objects of an overlay, and what `kubectl apply` said to them: to those for `namespace` on a given cluster."""
+    apply = ["kubectl", "apply", "--validate=false"]  # the server of the tests' own cluster is older than endPort
+    objects = objects_of(kubernetes, overlay, namespace if kubernetes.given else None)
+    if not kubernetes.given:
+        return objects, subprocess.run([*apply, "-k", str(overlay)], env=kubernetes.env, text=True, capture_output=True)
+    command, text = [*apply, "--filename=-"], yaml.safe_dump_all(objects)
+    return objects, subprocess.run(command, env=kubernetes.env, text=True, capture_output=True, input=text)
+
+
 def losses(log: str | None) -> dict[int, dict[str, float]]:
     """What no clock makes of a run's training log, by step."""
     lines = [json.loads(line) for line in (log.split("\n")[:-1] if log else [])]

@@ -14,7 +14,7 @@ import yaml
 from k8s_access import Access, GivenCluster, wait_for
 from k8s_claims import Claims, ClaimsOfTheNode, GivenClaims
 from k8s_node import Node
-from k8s_runs import IMAGE, ROOT, TINY, cyclevae, objects_of, signal_rank
+from k8s_runs import IMAGE, ROOT, TINY, apply_overlay, cyclevae, signal_rank
 
 pytest_plugins = ["k8s_lab"]
 STEPS = 40
@@ -77,12 +77,8 @@ def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
     where = f"--namespace={demo.namespace}"
 
     def apply(job: str) -> None:
-        overlay = shortened_demo(tmp_path, job)
-        if kubernetes.given:
-            objects = yaml.safe_dump_all(objects_of(kubernetes, overlay, demo.namespace))
-            kubernetes.kubectl("apply", "--filename=-", stdin=objects)
-        else:  # endPort is newer than the server
-            kubernetes.kubectl("apply", "-k", str(overlay), "--validate=false")
+        _, applied = apply_overlay(kubernetes, shortened_demo(tmp_path, job), demo.namespace)
+        assert applied.returncode == 0, applied.stderr
 
     def pods() -> dict[str, str]:
         """The pods' names by their ids."""

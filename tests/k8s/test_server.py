@@ -16,7 +16,7 @@ import pytest
 import yaml
 from k8s_access import Access, wait_for
 from k8s_node import Node
-from k8s_runs import ROOT, objects_of
+from k8s_runs import ROOT, apply_overlay
 
 from job import k8s as launcher
 from job.errors import UserError
@@ -82,20 +82,6 @@ def pods_number(kubernetes: Access, selector: str, where: list[str], expected: i
     return len(kubernetes.kubectl("get", "pods", selector, *where).split()) == expected
 
 
-def applied_overlay(
-    kubernetes: Access, place: Path, namespace: str
-) -> tuple[list[Object], subprocess.CompletedProcess[str]]:
-    """The objects of an overlay, and what `kubectl apply` said to them: to those of a namespace on a given cluster."""
-    # The server of the tests' own cluster is older than endPort.
-    apply = ["kubectl", "apply", "--validate=false"]
-    if kubernetes.given:
-        objects, stdin = objects_of(kubernetes, place, namespace), "--filename=-"
-        text = yaml.safe_dump_all(objects)
-        return objects, subprocess.run([*apply, stdin], env=kubernetes.env, text=True, capture_output=True, input=text)
-    objects = objects_of(kubernetes, place)
-    return objects, subprocess.run([*apply, "-k", str(place)], env=kubernetes.env, text=True, capture_output=True)
-
-
 def is_served(kubernetes: Access, one: Object) -> bool:
     """Whether the server knows the kind of an object: others are of operators that the cluster lacks."""
     return one["apiVersion"] == "v1" or kubernetes.serves(one["apiVersion"])
@@ -104,7 +90,7 @@ def is_served(kubernetes: Access, one: Object) -> bool:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kubectl_applies_an_overlay(kubernetes: Access, operator: None, namespace: str, overlay: str) -> None:
     """The operator makes its pods, which the server checks more closely than the job that holds them."""
-    objects, applied = applied_overlay(kubernetes, ROOT / "k8s" / "overlays" / overlay, namespace)
+    objects, applied = apply_overlay(kubernetes, ROOT / "k8s" / "overlays" / overlay, namespace)
     unknown = [one for one in objects if not is_served(kubernetes, one)]
     complaints = [line for line in applied.stderr.splitlines() if "no matches for kind" in line]
     assert len(complaints) == len(unknown), applied.stderr

@@ -10,7 +10,7 @@ import yaml
 from k8s_access import Access, wait_for
 from k8s_claims import Claims
 from k8s_queues import Queue
-from k8s_runs import IMAGE, ROOT, TINY, cyclevae, objects_of, signal_rank
+from k8s_runs import IMAGE, ROOT, TINY, apply_overlay, cyclevae, signal_rank
 
 pytest_plugins = ["k8s_lab"]
 
@@ -46,13 +46,10 @@ def test_an_overlay_is_taken_at_once_and_its_pods_are_made(
     kubernetes: Access, train_jobs: None, namespace: str
 ) -> None:
     """The runtime is there when Trainer copies it."""
-    place = ROOT / "k8s" / "overlays" / "trainjob"
-    if kubernetes.given:
-        objects = yaml.safe_dump_all(objects_of(kubernetes, place, namespace))
-        kubernetes.kubectl("apply", "--filename=-", stdin=objects)
-    else:
+    _, applied = apply_overlay(kubernetes, ROOT / "k8s" / "overlays" / "trainjob", namespace)
+    assert applied.returncode == 0, applied.stderr
+    if not kubernetes.given:
         namespace = "cyclevae"
-        kubernetes.kubectl("apply", "-k", str(place), "--validate=false")
     where = f"--namespace={namespace}"
     pods = ("get", "pods", where, "--selector=jobset.sigs.k8s.io/jobset-name=trainjob")
     wait_for(lambda: len(kubernetes.kubectl(*pods, "--output=name").split()) == 2, "2 pods")
@@ -158,7 +155,7 @@ def test_a_train_job_is_cancelled_resumed_and_loses_a_pod(
         pods = ("get", "pods", where, selector, "--output=name")
         wait_for(lambda: kubernetes.kubectl(*pods) == "", "the pods to be gone")
         cancelled = k8s.row("both")
-        assert (cancelled["state"], cancelled["steps"]) == ("SUSPENDED", 60)
+        assert (cancelled["state"], cancelled["steps"]) == ("SUSPENDED", 60), cancelled
         assert cancelled["step"] >= row["step"], "it is known without pods"
         saved = claims.last_step("both")
         k8s("resume", "both")
