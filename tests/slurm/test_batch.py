@@ -48,7 +48,9 @@ def test_preemption_by_a_higher_priority(slurm: Slurm, quiet: Losses) -> None:
     )
     for partition, job in jobs.items():
         assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
-        assert slurm.field(job, "Restarts") == "1"
+        # Within the grace time both the batch step and SLURM ask for the requeue. SLURM 24.11 then starts the job once
+        # more when it has finished, and it finds itself finished.
+        assert slurm.field(job, "Restarts") in (("1", "2") if partition == "main" else ("1",))
         assert losses(slurm.directory / partition) == quiet
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +19,7 @@ from job.launch.kubernetes.pods import present
 from job.launch.kubernetes.status_lines import for_people, last_progress
 from job.launch.run_status import RunStatus
 
+LAST_QUESTIONS = 3
 WORKLOAD_SECONDS = 60  # in which Kueue makes a Workload of a job, where it manages its kind
 # Conditions of a Workload whose message says what it waits for. Without quota it is not admitted, which says less.
 WAITING = ("QuotaReserved", "Admitted")
@@ -103,8 +105,17 @@ def _noted_in(job: Object) -> dict[str, Any]:
     return noted if isinstance(noted, dict) else {}
 
 
-def progress_to_note(row: RunStatus) -> str:
-    """What `cancel` notes in a job: its pods, and with them their logs, will be gone."""
+def last_progress_to_note(cluster: Cluster, job: Object) -> str:
+    """What `cancel` notes in a job: its pods, and with them their logs, will be gone.
+
+    A node that is busy may fail to answer once, and nobody can be asked later: a run that should be known is asked for
+    three times.
+    """
+    for _ in range(LAST_QUESTIONS):
+        row = run_status(cluster, job)
+        if row.steps is not None or row.state != "RUNNING":
+            break
+        time.sleep(1.0)
     return json.dumps(present({"step": row.step, "steps": row.steps, "loss": row.loss}))
 
 
