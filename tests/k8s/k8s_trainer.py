@@ -244,7 +244,7 @@ class Kueue(Player):
             return
         active = mine["spec"].get("active", True)
         over = any(is_true(job.get("status") or {}, one) for one in ("Succeeded", "Complete", "Failed"))
-        admitted = over or (self.room and active)
+        admitted = over or (self._is_open(namespace, job["metadata"]["labels"][QUEUE_LABEL]) and active)
         status: Any = copy.deepcopy(mine.get("status") or {})
         if over:
             set_condition(status, "Finished", True, "Succeeded", "Job finished")
@@ -260,6 +260,11 @@ class Kueue(Player):
             change = {"runPolicy": change}
         if self._suspended(job, kind) is admitted:
             self.ask("PATCH", f"apis/{api}/namespaces/{namespace}/{plural}/{job['metadata']['name']}", {"spec": change})
+
+    def _is_open(self, namespace: str, queue: str) -> bool:
+        """Whether there is room, and the LocalQueue is not stopped."""
+        found = self.ask("GET", f"{KUEUE}/namespaces/{namespace}/localqueues/{queue}")
+        return self.room and found.get("spec", {}).get("stopPolicy", "None") == "None"
 
     @staticmethod
     def _admit(status: Object) -> None:
