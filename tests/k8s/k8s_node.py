@@ -30,7 +30,7 @@ from k8s_access import Access, wait_for
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cyclevae" / "kubernetes"
 BUSYBOX = Path("/bin/busybox")
-PROGRAMS = ("kubectl", "etcd", "dockerd", "docker", "runc", "openssl", "setpriv", "buildah", "debootstrap")
+PROGRAMS = ("kubectl", "etcd", "dockerd", "docker", "runc", "openssl", "setpriv", "nsenter", "buildah", "debootstrap")
 PREFIX = "cyclevae-k8s-"
 NODE = "127.0.0.1"  # its name, and so its address
 
@@ -97,7 +97,8 @@ class Node(Access):
 
     def start(self) -> None:
         self._make_keys()
-        self._daemon("dockerd", "dockerd", "--config-file", str(self._docker_settings()))
+        self._make_place()
+        self._daemon("dockerd", *self._within(), "dockerd", "--config-file", str(self._docker_settings()))
         self._daemon(
             "etcd",
             "etcd",
@@ -130,7 +131,10 @@ class Node(Access):
             "--service-account-private-key-file=sa.key",
         )
         self._kubernetes("kube-scheduler", kubeconfig, "--leader-elect=false", "--port=0", "--secure-port=0")
-        self._kubernetes(
+        self._daemon(
+            "kubelet",
+            *self._within(),
+            str(CACHE / "kubernetes"),
             "kubelet",
             kubeconfig,
             f"--config={self._kubelet_settings()}",
@@ -143,6 +147,21 @@ class Node(Access):
         )
         wait_for(lambda: " Ready " in self.kubectl("get", "nodes", check=False), "the node to be ready")
         wait_for(lambda: self.kubectl("get", "serviceaccount", "default", check=False), "the default service account")
+
+    def _make_place(self) -> None:
+        """A mount namespace for dockerd and kubelet, so that what is mounted for pods is there for both and no other.
+
+        In it /var/log is the node's own: every kubelet keeps logs in /var/log/pods, wherever its own directory is, and
+        removes those of pods that it does not know. A second node on this machine would take the first one's.
+        """
+        done = self.base / "place"
+        mounts = f"mount -t tmpfs tmpfs /var/log && mkdir /var/log/pods /var/log/containers && touch {done}"
+        self._daemon("place", "unshare", "--mount", "sh", "-c", f"{mounts} && exec sleep infinity")
+        wait_for(done.exists, "a mount namespace")
+
+    def _within(self) -> list[str]:
+        """What starts a program there."""
+        return ["nsenter", f"--mount=/proc/{self._daemons['place'].pid}/ns/mnt", f"--wd={self.base}"]
 
     def _daemon(self, name: str, *command: str) -> None:
         with (self.base / "log" / f"{name}.log").open("ab") as output:
@@ -312,6 +331,7 @@ class Node(Access):
         with contextlib.suppress(Exception):  # a node that did not come up has none
             self.run("sh", "-c", "docker ps --quiet | xargs --no-run-if-empty docker kill")
         self._end("dockerd")
+        self._end("place")
         sweep(self.base)
 
     def _end(self, name: str) -> None:
