@@ -81,7 +81,7 @@ def cancel(options: argparse.Namespace) -> None:
     """End jobs; they save first and can be resumed."""
     from job.launch.kubernetes.kinds import OVER, is_queued, state
     from job.launch.kubernetes.names import CANCELLED_ANNOTATION
-    from job.launch.kubernetes.status import progress_to_note, run_status
+    from job.launch.kubernetes.status import last_progress_to_note
 
     cluster = connect(options)
     for job in chosen(cluster, options.jobs):
@@ -89,7 +89,7 @@ def cancel(options: argparse.Namespace) -> None:
         if now in OVER:
             print(f"job {name} is over already: {now}")
             continue
-        noted = {CANCELLED_ANNOTATION: progress_to_note(run_status(cluster, job))}
+        noted = {CANCELLED_ANNOTATION: last_progress_to_note(cluster, job)}
         if not is_queued(job):
             cluster.suspend(job, True, noted)
         else:  # Kueue would start a suspended job again, unless its Workload is not active

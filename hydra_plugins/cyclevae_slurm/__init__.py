@@ -33,6 +33,7 @@ class SlurmConf(config.SlurmQueueConf):
     tasks_per_node: int | None = None  # null: one per GPU
     signal_delay_s: int = 180  # seconds before the time limit at which the run saves and is requeued
     max_restarts: int = 5  # restarts in a row without a new checkpoint, after which the job fails
+    exclude_bad_nodes: bool = True  # a node that lost ranks in two starts is excluded when the job is requeued
     srun_args: list[str] = field(default_factory=list)
     python: str | None = None  # command of Python; null: the submitter's, in a container the image's `python`
     container: RankContainer = field(default_factory=RankContainer)

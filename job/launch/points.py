@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from job.batch_sizes import batch_sizes
 from job.config import Config, targets_dir
 from job.config_checks import validate
 from job.errors import UserError
@@ -56,6 +57,16 @@ def points_of(
         if run_dirs.count(run_dir) > 1:
             raise UserError(f"two points of the sweep have the run directory {run_dir}: leave one out")
     return points
+
+
+def refuse_batch_sizes(points: Iterable[Point], nodes: Iterable[int], tasks: int) -> None:
+    """UserError when a run's batch does not divide among its ranks: `tasks` on each node, on any number of `nodes`."""
+    for number in nodes:
+        for point in points:
+            try:
+                batch_sizes(point.config.training, number * tasks)
+            except UserError as error:
+                raise UserError(f"on {number} {'node' if number == 1 else 'nodes'} of {tasks}: {error}") from error
 
 
 def _shared_arguments(config: DictConfig) -> list[str]:

@@ -31,10 +31,12 @@ class RunStatus:
     log: str  # where its output is
     results: dict[str, float] | None = None  # the last evaluation, as in evaluation.jsonl
     node_hours: float | None = None  # spent so far, over all starts
+    lost_ranks: dict[str, int] | None = None  # in how many starts each node has lost ranks
+    excluded_nodes: list[str] | None = None  # on which the job will not start again
 
 
 def show(rows: Sequence[RunStatus], as_json: bool) -> None:
-    """Print runs, a line each with the reason below, or as a JSON list."""
+    """Print runs, a line each with what is to be said of it below, or as a JSON list."""
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
         return
@@ -44,11 +46,22 @@ def show(rows: Sequence[RunStatus], as_json: bool) -> None:
         *known, run = cells(row)
         results = row.results or {}
         table.append((*known, *(f"{results[key]:.3f}" if key in results else "-" for key in compared), run))
-    reasons = [None, *(row.reason for row in rows)]
-    for line, reason in zip(aligned(table), reasons, strict=True):
+    notes: list[list[str]] = [[], *(notes_of(row) for row in rows)]
+    for line, below in zip(aligned(table), notes, strict=True):
         print(line)
-        if reason:
-            print(f"    {reason}")
+        for note in below:
+            print(f"    {note}")
+
+
+def notes_of(row: RunStatus) -> list[str]:
+    """What stands below a run's line: why it is in its state, and which nodes did not serve it well."""
+    notes = [row.reason] if row.reason else []
+    if row.lost_ranks:
+        nodes = [f"{node} in {number}" for node, number in row.lost_ranks.items()]
+        notes.append(f"starts in which nodes lost ranks: {', '.join(nodes)}")
+    if row.excluded_nodes:
+        notes.append(f"excluded nodes: {', '.join(row.excluded_nodes)}")
+    return notes
 
 
 def cells(row: RunStatus) -> tuple[str, ...]:

@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"workers ended first: {ended}; exit code {code}", file=sys.stderr)
         return code
     except (RendezvousError, DistNetworkError) as error:  # the second: for instance the port is taken
-        print(f"the nodes did not find each other: {str(error).splitlines()[0]}", file=sys.stderr)
+        said = next(iter(str(error).splitlines()), type(error).__name__)  # RendezvousClosedError has no message
+        print(f"the nodes did not find each other: {said}", file=sys.stderr)
         return ExitCode.RETRY
     return ExitCode.FINISHED
 

@@ -1,4 +1,8 @@
-"""Fixtures of the Kubernetes tests: a node, the operator on it, namespaces, and what pods said when a test fails."""
+"""Fixtures of the Kubernetes tests: a cluster with its operators, a namespace, and what pods said when a test fails.
+
+The cluster is the tests' own node, on which they play the operators; or one that is there (k8s_access.GivenCluster),
+where nothing is played and what it lacks is skipped by name.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,20 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from k8s_node import Node, node, unable, wait_for
+from k8s_access import KUBECONFIG, Access, GivenCluster, wait_for, why_not_given
+from k8s_claims import Claims, ClaimsOfTheNode, GivenClaims, recovered
+from k8s_node import Node, node, unable
 from k8s_operator import TrainingOperator
-from k8s_runs import ROOT, Claims
-from k8s_trainer import Kueue, Trainer, definitions
+from k8s_queues import GivenQueue, PlayedQueue, Queue
+from k8s_runs import ROOT
+from k8s_trainer import Trainer, definitions
 
 CRDS = ROOT.parent / "shared" / "crds"
+GIVEN = KUBECONFIG in os.environ
 
 _numbers = itertools.count()
 
@@ -26,6 +35,8 @@ def why_not() -> str | None:
     """Why the tests on a cluster are skipped; None if they are not."""
     if "CYCLEVAE_TEST_K8S" not in os.environ:
         return "minutes on a real Kubernetes: `make k8s-tools test-k8s`"
+    if GIVEN:
+        return why_not_given()
     if not CRDS.is_dir():
         return f"the definition of PyTorchJob is not here ({CRDS})"
     return unable()
@@ -43,46 +54,72 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     one = getattr(item, "funcargs", {}).get("kubernetes")
-    if isinstance(one, Node) and report.failed and one.base.exists():  # type: ignore[attr-defined]
+    if isinstance(one, Access) and report.failed and one.directory.exists():  # type: ignore[attr-defined]
         report.sections.append(("Kubernetes", _state(one)))  # type: ignore[attr-defined]
     return report
 
 
-def _state(one: Node) -> str:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The figures of k8s/README.md."""
+    for how, seconds in recovered:
+        terminalreporter.write_line(f"{seconds:6.1f} s to the first new step: {how}")
+
+
+def _state(one: Access) -> str:
+    where = f"--namespace={one.namespace}" if isinstance(one, GivenCluster) else "--all-namespaces"
     said = [
-        one.kubectl("get", "pytorchjobs,pods,pvc,nodes", "--all-namespaces", "--output=wide", check=False),
-        one.kubectl("get", "events", "--all-namespaces", "--sort-by=.lastTimestamp", check=False)[-6000:],
+        one.kubectl("get", "pytorchjobs,pods,pvc", where, "--output=wide", check=False),
+        one.kubectl("get", "events", where, "--sort-by=.lastTimestamp", check=False)[-6000:],
     ]
-    for line in one.kubectl("get", "pods", "--all-namespaces", "--no-headers", check=False).splitlines():
-        namespace, pod = line.split()[:2]
-        said.append(
-            f"--- {namespace}/{pod}\n"
-            + one.kubectl("logs", f"--namespace={namespace}", pod, "--all-containers", "--tail=40", check=False)
-        )
+    name = "--output=jsonpath={range .items[*]}{.metadata.namespace} {.metadata.name}{'\\n'}{end}"
+    for line in one.kubectl("get", "pods", where, name, check=False).splitlines():
+        namespace, pod = line.split()
+        log = one.kubectl("logs", f"--namespace={namespace}", pod, "--all-containers", "--tail=40", check=False)
+        said.append(f"--- {namespace}/{pod}\n{log}")
     return "\n".join(said)
 
 
 @pytest.fixture(scope="session")
-def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """A node that knows PyTorchJobs. Logs of its daemons are kept in pytest's directory."""
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
+    """The cluster that is given, else a node that knows PyTorchJobs, whose logs are kept in pytest's directory."""
+    if GIVEN:
+        yield GivenCluster(tmp_path_factory.mktemp("kubernetes"))
+        return
     with node(keep_logs=tmp_path_factory.getbasetemp() / "kubernetes") as one:
-        one.kubectl("create", "--validate=false", "--filename", str(next(CRDS.glob("kubeflow.org_pytorchjobs.*.yaml"))))
-        wait_for(lambda: one.kubectl("get", "--raw", "/apis/kubeflow.org/v1/pytorchjobs", check=False), "PyTorchJobs")
+        define_pytorch_jobs(one)
         yield one
 
 
+def define_pytorch_jobs(one: Access) -> None:
+    """Make a cluster know PyTorchJobs, by the operator's own definition."""
+    one.kubectl("create", "--validate=false", "--filename", str(next(CRDS.glob("kubeflow.org_pytorchjobs.*.yaml"))))
+    wait_for(lambda: one.kubectl("get", "--raw", "/apis/kubeflow.org/v1/pytorchjobs", check=False), "PyTorchJobs")
+
+
+@pytest.fixture
+def own_node(kubernetes: Access) -> Node:
+    """The cluster, for tests that do to its server what only they may who own it."""
+    if not isinstance(kubernetes, Node):
+        pytest.skip("needs a cluster of the tests' own: its API server is killed")
+    return kubernetes
+
+
 @pytest.fixture(scope="session")
-def operator(kubernetes: Node) -> Iterator[TrainingOperator]:
-    """The training operator, played."""
+def operator(kubernetes: Access) -> Iterator[None]:
+    """The training operator, played where the cluster is the tests' own."""
+    if not isinstance(kubernetes, Node):
+        if not kubernetes.serves_group("kubeflow.org"):
+            pytest.skip("the cluster lacks Kubeflow's training operator")
+        yield
+        return
     one = TrainingOperator(kubernetes)
-    yield one
+    yield
     one.stop()
     assert one.failure is None, one.failure
 
 
-@contextlib.contextmanager
-def defined(kubernetes: Node, group_version: str) -> Iterator[None]:
-    """The kinds of a group while a test needs them: others are of a cluster without."""
+def define(kubernetes: Access, group_version: str) -> list[str]:
+    """Make a cluster know the kinds of a group; returns the names of their definitions."""
     objects = definitions(group_version)
     kubernetes.kubectl("create", "--filename=-", stdin=yaml.safe_dump_all(objects))
     for one in objects:
@@ -90,33 +127,59 @@ def defined(kubernetes: Node, group_version: str) -> Iterator[None]:
         kubernetes.kubectl("wait", "--for=condition=Established", f"crd/{one['metadata']['name']}", "--timeout=60s")
         path = f"/apis/{group_version}/{plural}"
         wait_for(lambda: kubernetes.kubectl("get", "--raw", path, check=False), plural)  # noqa: B023
+    return [one["metadata"]["name"] for one in objects]
+
+
+@contextlib.contextmanager
+def defined(kubernetes: Access, group_version: str) -> Iterator[None]:
+    """The kinds of a group while a test needs them: others are of a cluster without."""
+    names = define(kubernetes, group_version)
     yield
-    kubernetes.kubectl("delete", "crd", *(one["metadata"]["name"] for one in objects))
+    kubernetes.kubectl("delete", "crd", *names)
 
 
 @pytest.fixture
-def train_jobs(kubernetes: Node) -> Iterator[Trainer]:
-    """Kubeflow Trainer, played."""
+def train_jobs(kubernetes: Access) -> Iterator[None]:
+    """Kubeflow Trainer, played where the cluster is the tests' own."""
+    if not isinstance(kubernetes, Node):
+        if not kubernetes.serves_group("trainer.kubeflow.org"):
+            pytest.skip("the cluster lacks Kubeflow Trainer 2")
+        yield
+        return
     with defined(kubernetes, "trainer.kubeflow.org/v1alpha1"):
         one = Trainer(kubernetes)
-        yield one
+        yield
         one.stop()
     assert one.failure is None, one.failure
 
 
 @pytest.fixture
-def kueue(kubernetes: Node) -> Iterator[Kueue]:
-    """Kueue, played; it manages PyTorchJobs."""
+def queue(kubernetes: Access, namespace: str) -> Iterator[Queue]:
+    """A queue of Kueue, which is played where the cluster is the tests' own."""
+    if isinstance(kubernetes, GivenCluster):
+        if not kubernetes.serves_group("kueue.x-k8s.io"):
+            pytest.skip("the cluster lacks Kueue")
+        if "CYCLEVAE_TEST_QUEUE" not in os.environ:
+            pytest.skip("CYCLEVAE_TEST_QUEUE names no LocalQueue of the namespace")
+        given = GivenQueue(kubernetes, os.environ["CYCLEVAE_TEST_QUEUE"])
+        yield given
+        given.open()
+        return
+    assert isinstance(kubernetes, Node)
     with defined(kubernetes, "kueue.x-k8s.io/v1beta1"):
-        one = Kueue(kubernetes, manages=("pytorchjobs",))
+        one = PlayedQueue(kubernetes, namespace)
         yield one
-        one.stop()
-    assert one.failure is None, one.failure
+        one.kueue.stop()
+    assert one.kueue.failure is None, one.kueue.failure
 
 
 @pytest.fixture
-def namespace(kubernetes: Node, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace of the test's own."""
+def namespace(kubernetes: Access, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own; that of a cluster that is given is cleared of what the test leaves."""
+    if isinstance(kubernetes, GivenCluster):
+        with kubernetes.swept():
+            yield kubernetes.namespace
+        return
     name = f"{re.sub('[^a-z0-9]+', '-', request.node.name.lower())[:50]}-{next(_numbers)}"
     kubernetes.kubectl("create", "namespace", name)
     yield name
@@ -124,13 +187,27 @@ def namespace(kubernetes: Node, request: pytest.FixtureRequest) -> Iterator[str]
 
 
 @pytest.fixture(scope="session")
-def image(kubernetes: Node) -> None:
-    """The image of the tests (k8s_runs.IMAGE) in the node's dockerd."""
-    kubernetes.run(sys.executable, str(ROOT / "tests" / "image" / "build.py"), "--load", seconds=1500)
+def image(kubernetes: Access) -> None:
+    """The image of the tests (k8s_runs.IMAGE) where the cluster's nodes find it."""
+    if isinstance(kubernetes, Node):
+        load_image(kubernetes)
+
+
+def load_image(one: Node) -> None:
+    """Build the image, and load it into the node's dockerd."""
+    one.run(sys.executable, str(ROOT / "tests" / "image" / "build.py"), "--load", seconds=1500)
 
 
 @pytest.fixture
-def claims(kubernetes: Node, namespace: str, tmp_path: Path) -> Claims:
-    one = Claims(kubernetes, namespace, tmp_path)
-    one.apply()
-    return one
+def claims(kubernetes: Access, namespace: str, tmp_path: Path) -> Iterator[Claims]:
+    """The claims of the test's namespace."""
+    if isinstance(kubernetes, Node):
+        own = ClaimsOfTheNode(kubernetes, namespace, tmp_path)
+        own.apply()
+        yield own
+        return
+    assert isinstance(kubernetes, GivenCluster)
+    given = GivenClaims(kubernetes)
+    given.refuse_taken("slow", "sweep", "long", "both", "one", "calm", "cpu-demo", "killed", "frozen", "queued")
+    yield given
+    given.remove_new()

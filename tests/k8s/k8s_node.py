@@ -4,7 +4,7 @@ These run: etcd, API server, controllers, scheduler, dockerd, kubelet. The progr
 built by build.sh.
 
 There is no pod network, no DNS and no kube-proxy: pods need hostNetwork, and images from the node's own dockerd.
-By hand (as root): `python tests/k8s/k8s_node.py` prints what to export, and ends with Ctrl-C.
+By hand (as root): `python tests/k8s/stand_in.py`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ import io
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from k8s_access import Access, wait_for
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cyclevae" / "kubernetes"
 BUSYBOX = Path("/bin/busybox")
-PROGRAMS = ("kubectl", "etcd", "dockerd", "docker", "runc", "openssl", "setpriv", "buildah", "debootstrap")
+PROGRAMS = ("kubectl", "etcd", "dockerd", "docker", "runc", "openssl", "setpriv", "nsenter", "buildah", "debootstrap")
 PREFIX = "cyclevae-k8s-"
 NODE = "127.0.0.1"  # its name, and so its address
 
@@ -63,15 +62,6 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-    """Poll until `condition()` is true; TimeoutError naming `what`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(what)
-        time.sleep(0.2)
-
-
 RUNC = """\
 #!{python}
 # runc for a root without CAP_SYS_RESOURCE: a container's oom_score_adj may not go below ours, nor its limits above.
@@ -88,32 +78,27 @@ os.execv("{runc}", ["runc", *sys.argv[1:]])
 """
 
 
-class Node:
+class Node(Access):
     """The node's directory, the environment in which kubectl and docker reach it, and its daemons."""
 
     def __init__(self, base: Path) -> None:
+        sockets = {"KUBECONFIG": str(base / "kubeconfig"), "DOCKER_HOST": f"unix://{base}/docker.sock"}
+        super().__init__(base, {**os.environ, **sockets})
         self.base = base
-        self.env = {**os.environ, "KUBECONFIG": str(base / "kubeconfig"), "DOCKER_HOST": f"unix://{base}/docker.sock"}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         etcd_port, peer_port, self._api_port, self._kubelet_port = free_ports(4)
         self._etcd_url, self._peer_url = f"http://127.0.0.1:{etcd_port}", f"http://127.0.0.1:{peer_port}"
         self.server = f"https://127.0.0.1:{self._api_port}"
         (base / "log").mkdir()
 
-    def run(self, *command: str, check: bool = True, stdin: str | None = None, seconds: float = 120) -> str:
-        """Standard output of a command; AssertionError with its error output when it fails."""
-        done = subprocess.run(
-            command, env=self.env, cwd=self.base, text=True, capture_output=True, timeout=seconds, input=stdin
-        )
-        assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stdout}{done.stderr}"
-        return done.stdout.strip()
-
-    def kubectl(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
-        return self.run("kubectl", *arguments, check=check, stdin=stdin)
+    def idle_pod(self) -> dict[str, Any]:
+        container = {"name": "main", "image": "lab/pause", "imagePullPolicy": "Never"}
+        return {"hostNetwork": True, "containers": [container]}
 
     def start(self) -> None:
         self._make_keys()
-        self._daemon("dockerd", "dockerd", "--config-file", str(self._docker_settings()))
+        self._make_place()
+        self._daemon("dockerd", *self._within(), "dockerd", "--config-file", str(self._docker_settings()))
         self._daemon(
             "etcd",
             "etcd",
@@ -146,7 +131,10 @@ class Node:
             "--service-account-private-key-file=sa.key",
         )
         self._kubernetes("kube-scheduler", kubeconfig, "--leader-elect=false", "--port=0", "--secure-port=0")
-        self._kubernetes(
+        self._daemon(
+            "kubelet",
+            *self._within(),
+            str(CACHE / "kubernetes"),
             "kubelet",
             kubeconfig,
             f"--config={self._kubelet_settings()}",
@@ -159,6 +147,21 @@ class Node:
         )
         wait_for(lambda: " Ready " in self.kubectl("get", "nodes", check=False), "the node to be ready")
         wait_for(lambda: self.kubectl("get", "serviceaccount", "default", check=False), "the default service account")
+
+    def _make_place(self) -> None:
+        """A mount namespace for dockerd and kubelet, so that what is mounted for pods is there for both and no other.
+
+        In it /var/log is the node's own: every kubelet keeps logs in /var/log/pods, wherever its own directory is, and
+        removes those of pods that it does not know. A second node on this machine would take the first one's.
+        """
+        done = self.base / "place"
+        mounts = f"mount -t tmpfs tmpfs /var/log && mkdir /var/log/pods /var/log/containers && touch {done}"
+        self._daemon("place", "unshare", "--mount", "sh", "-c", f"{mounts} && exec sleep infinity")
+        wait_for(done.exists, "a mount namespace")
+
+    def _within(self) -> list[str]:
+        """What starts a program there."""
+        return ["nsenter", f"--mount=/proc/{self._daemons['place'].pid}/ns/mnt", f"--wd={self.base}"]
 
     def _daemon(self, name: str, *command: str) -> None:
         with (self.base / "log" / f"{name}.log").open("ab") as output:
@@ -242,31 +245,21 @@ class Node:
             )
         openssl("ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", "sa.key")
         openssl("pkey", "-in", "sa.key", "-pubout", "-out", "sa.pub")
-        self.write_kubeconfig(
-            "kubeconfig", {"client-certificate": f"{self.base}/admin.crt", "client-key": f"{self.base}/admin.key"}
-        )
+        self._write_kubeconfig()
 
-    def write_kubeconfig(self, name: str, user: dict[str, str], **context: str) -> Path:
-        """A kubeconfig in the node's directory for a user with these credentials."""
-        path = self.base / name
-        path.write_text(
-            yaml.safe_dump(
-                {
-                    "apiVersion": "v1",
-                    "kind": "Config",
-                    "current-context": "lab",
-                    "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "me", **context}}],
-                    "clusters": [
-                        {
-                            "name": "lab",
-                            "cluster": {"server": self.server, "certificate-authority": f"{self.base}/ca.crt"},
-                        }
-                    ],
-                    "users": [{"name": "me", "user": user}],
-                }
-            )
-        )
-        return path
+    def _write_kubeconfig(self) -> None:
+        """The administrator's."""
+        cluster = {"server": self.server, "certificate-authority": f"{self.base}/ca.crt"}
+        user = {"client-certificate": f"{self.base}/admin.crt", "client-key": f"{self.base}/admin.key"}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "lab",
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "me"}}],
+            "clusters": [{"name": "lab", "cluster": cluster}],
+            "users": [{"name": "me", "user": user}],
+        }
+        (self.base / "kubeconfig").write_text(yaml.safe_dump(config))
 
     def _docker_settings(self) -> Path:
         (self.base / "runc").write_text(RUNC.format(python=sys.executable, runc=shutil.which("runc")))
@@ -338,6 +331,7 @@ class Node:
         with contextlib.suppress(Exception):  # a node that did not come up has none
             self.run("sh", "-c", "docker ps --quiet | xargs --no-run-if-empty docker kill")
         self._end("dockerd")
+        self._end("place")
         sweep(self.base)
 
     def _end(self, name: str) -> None:
@@ -384,10 +378,3 @@ def node(keep_logs: Path | None = None) -> Iterator[Node]:
             if keep_logs:
                 shutil.copytree(base / "log", keep_logs, dirs_exist_ok=True)
             one.stop()
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), node() as here:
-        print(f"export KUBECONFIG={here.env['KUBECONFIG']} DOCKER_HOST={here.env['DOCKER_HOST']}", flush=True)
-        signal.pause()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
-from k8s_node import Node, wait_for
+from k8s_access import Access
 
 ROOT = Path(__file__).parent.parent.parent
-IMAGE = "cyclevae:test"
+IMAGE = os.environ.get("CYCLEVAE_TEST_IMAGE", "cyclevae:test")
 TINY = [
     "model=small",
     "model.hidden_size=32",
@@ -36,18 +36,10 @@ TINY = [
     "logging.num_samples=1",
     "logging.num_eval_batches=1",
 ]
-SLOW = """import os, pathlib, time
-opened = pathlib.Path.open
-def slowly_opened(path, *arguments, **options):
-    if path.name == "training_log.jsonl" and os.path.exists(__file__):
-        time.sleep(1)
-    return opened(path, *arguments, **options)
-pathlib.Path.open = slowly_opened
-"""
 
 
 def cyclevae(
-    kubernetes: Node, *arguments: str, kubeconfig: Path | None = None, seconds: float = 240
+    kubernetes: Access, *arguments: str, kubeconfig: Path | None = None, seconds: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS...` with the cluster as the current one."""
     env = {**kubernetes.env, "KUBECONFIG": str(kubeconfig or kubernetes.env["KUBECONFIG"])}
@@ -56,10 +48,49 @@ def cyclevae(
     )
 
 
-def losses(run: Path) -> dict[int, dict[str, float]]:
+# In the pod: the rank is a child of the first process (attempt.py), which has job.train among its arguments as well.
+SIGNAL_RANK = """import os, pathlib, signal, sys
+commands = {int(path.parent.name): path.read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")}
+ranks = [pid for pid, words in commands.items() if b"job.train" in words and b"kubernetes.attempt" not in words]
+os.kill(min(ranks), getattr(signal, sys.argv[1]))
+"""
+
+
+def signal_rank(kubernetes: Access, namespace: str, pod: str, name: str) -> None:
+    """Send a signal to a rank within its pod, such as SIGKILL."""
+    kubernetes.kubectl("exec", f"--namespace={namespace}", pod, "--", "python", "-c", SIGNAL_RANK, name)
+
+
+def objects_of(kubernetes: Access, overlay: Path, namespace: str | None = None) -> list[dict[str, Any]]:
+    """What an overlay holds. With `namespace` it is for a cluster that is there: only what belongs to a namespace.
+
+    That namespace has its claims, and its pods no priority: both are the cluster's own.
+    """
+    objects: list[dict[str, Any]] = list(yaml.safe_load_all(kubernetes.kubectl("kustomize", str(overlay))))
+    if namespace is None:
+        return objects
+    kept = [one for one in objects if one["kind"] not in ("Namespace", "PriorityClass", "PersistentVolumeClaim")]
+    for one in kept:
+        one["metadata"]["namespace"] = namespace
+    text = re.sub(r"\n *priorityClassName: .*", "", yaml.safe_dump_all(kept))
+    return list(yaml.safe_load_all(text))
+
+
+def apply_overlay(
+    kubernetes: Access, overlay: Path, namespace: str
+) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
+    """The objects of an overlay, and what `kubectl apply` said to them: to those for `namespace` on a given cluster."""
+    apply = ["kubectl", "apply", "--validate=false"]  # the server of the tests' own cluster is older than endPort
+    objects = objects_of(kubernetes, overlay, namespace if kubernetes.given else None)
+    if not kubernetes.given:
+        return objects, subprocess.run([*apply, "-k", str(overlay)], env=kubernetes.env, text=True, capture_output=True)
+    command, text = [*apply, "--filename=-"], yaml.safe_dump_all(objects)
+    return objects, subprocess.run(command, env=kubernetes.env, text=True, capture_output=True, input=text)
+
+
+def losses(log: str | None) -> dict[int, dict[str, float]]:
     """What no clock makes of a run's training log, by step."""
-    path = run / "training_log.jsonl"
-    lines = [json.loads(line) for line in (path.read_text().split("\n")[:-1] if path.exists() else [])]
+    lines = [json.loads(line) for line in (log.split("\n")[:-1] if log else [])]
     assert len({line["step"] for line in lines}) == len(lines), "a step was logged twice"
     return {
         line["step"]: {
@@ -67,60 +98,3 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
         }
         for line in lines
     }
-
-
-class Claims:
-    """The claims of runs and data of a namespace, kept in a directory of this machine."""
-
-    def __init__(self, kubernetes: Node, namespace: str, directory: Path) -> None:
-        self.kubernetes, self.namespace, self.runs = kubernetes, namespace, directory / "runs"
-        objects = []
-        for claim in yaml.safe_load_all((ROOT / "k8s" / "base" / "claims.yaml").read_text()):
-            name, spec = claim["metadata"]["name"], claim["spec"]
-            (directory / name).mkdir()
-            (directory / name).chmod(
-                0o777
-            )  # what fsGroup does on volumes of a cluster, but not on a directory of the node
-            objects.append(
-                {
-                    "apiVersion": "v1",
-                    "kind": "PersistentVolume",
-                    "metadata": {"name": f"{namespace}-{name}"},
-                    "spec": {
-                        "accessModes": spec["accessModes"],
-                        "capacity": spec["resources"]["requests"],
-                        "hostPath": {"path": str(directory / name)},
-                        "claimRef": {"namespace": namespace, "name": name},
-                    },
-                }
-            )
-        kubernetes.kubectl("create", "--filename=-", stdin=yaml.safe_dump_all(objects))
-
-    def apply(self) -> None:
-        self.kubernetes.kubectl(
-            "apply", f"--namespace={self.namespace}", "--filename", str(ROOT / "k8s" / "base" / "claims.yaml")
-        )
-
-    @contextlib.contextmanager
-    def slow(self) -> Iterator[None]:
-        """Runs with PYTHONPATH=/runs/slow log a step a second: none ends before the test comes to disturb it."""
-        (self.runs / "slow").mkdir()
-        (self.runs / "slow" / "sitecustomize.py").write_text(SLOW)
-        yield
-        shutil.rmtree(self.runs / "slow")
-
-    def reached(self, run: str, step: int, seconds: float = 200) -> None:
-        """Wait until a run has logged a step."""
-        wait_for(lambda: max(losses(self.runs / run), default=0) >= step, f"{run}: step {step}", seconds)
-
-    def job(self, name: str, condition: str, seconds: float = 200) -> None:
-        """Wait for a job's condition."""
-        self.kubernetes.run(
-            "kubectl",
-            "wait",
-            f"--for=condition={condition}",
-            f"pytorchjob/{name}",
-            f"--namespace={self.namespace}",
-            f"--timeout={seconds}s",
-            seconds=seconds + 30,
-        )

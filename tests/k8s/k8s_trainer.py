@@ -242,15 +242,16 @@ class Kueue(Player):
             }
             self.ask("POST", f"{KUEUE}/namespaces/{namespace}/workloads", workload)
             return
-        admitted = self.room and mine["spec"].get("active", True)
+        active = mine["spec"].get("active", True)
+        over = any(is_true(job.get("status") or {}, one) for one in ("Succeeded", "Complete", "Failed"))
+        admitted = over or (self._is_open(namespace, job["metadata"]["labels"][QUEUE_LABEL]) and active)
         status: Any = copy.deepcopy(mine.get("status") or {})
-        words = (
-            "couldn't assign flavors to pod set main: insufficient quota for cpu in flavor default, request > maximum"
-        )
-        if admitted:
-            set_condition(status, "QuotaReserved", True, "QuotaReserved", "Quota reserved in ClusterQueue cyclevae")
+        if over:
+            set_condition(status, "Finished", True, "Succeeded", "Job finished")
+        elif admitted:
+            self._admit(status)
         else:
-            set_condition(status, "QuotaReserved", False, "Pending", words)
+            self._evict(status, "Preempted" if active else "Deactivated")
         if status != (mine.get("status") or {}):
             path = f"{KUEUE}/namespaces/{namespace}/workloads/{mine['metadata']['name']}/status"
             self.ask("PATCH", path, {"status": status})
@@ -259,6 +260,27 @@ class Kueue(Player):
             change = {"runPolicy": change}
         if self._suspended(job, kind) is admitted:
             self.ask("PATCH", f"apis/{api}/namespaces/{namespace}/{plural}/{job['metadata']['name']}", {"spec": change})
+
+    def _is_open(self, namespace: str, queue: str) -> bool:
+        """Whether there is room, and the LocalQueue is not stopped."""
+        found = self.ask("GET", f"{KUEUE}/namespaces/{namespace}/localqueues/{queue}")
+        return self.room and found.get("spec", {}).get("stopPolicy", "None") == "None"
+
+    @staticmethod
+    def _admit(status: Object) -> None:
+        set_condition(status, "QuotaReserved", True, "QuotaReserved", "Quota reserved in ClusterQueue cyclevae")
+        set_condition(status, "Admitted", True, "Admitted", "The workload is admitted")
+        if is_true(status, "Evicted"):
+            set_condition(status, "Evicted", False, "QuotaReserved", "Previously evicted")
+
+    @staticmethod
+    def _evict(status: Object, why: str) -> None:
+        """Also of a Workload that was never admitted, which then only has no quota."""
+        words = "couldn't assign flavors to pod set main: insufficient quota for cpu in flavor default"
+        if is_true(status, "Admitted"):
+            set_condition(status, "Evicted", True, why, f"The workload was evicted: {why}")
+            set_condition(status, "Admitted", False, "NoReservation", "The workload has no reservation")
+        set_condition(status, "QuotaReserved", False, "Pending", words)
 
     @staticmethod
     def _suspended(job: Object, kind: str) -> bool:

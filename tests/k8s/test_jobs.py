@@ -1,4 +1,4 @@
-"""Runs of the real image in real pods, which the training operator, played, makes and makes again."""
+"""Runs of the real image in real pods, which the training operator makes and makes again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from k8s_node import NODE, Node, wait_for
-from k8s_operator import TrainingOperator
-from k8s_runs import IMAGE, ROOT, TINY, Claims, cyclevae, losses
+from k8s_access import Access, GivenCluster, wait_for
+from k8s_claims import Claims, ClaimsOfTheNode, GivenClaims
+from k8s_node import Node
+from k8s_runs import IMAGE, ROOT, TINY, apply_overlay, cyclevae, signal_rank
 
 pytest_plugins = ["k8s_lab"]
 STEPS = 40
@@ -21,10 +22,18 @@ SMALL = [*TINY, "logging.save_freq=50", f"hydra.launcher.container.image={IMAGE}
 
 
 @pytest.fixture
-def demo(kubernetes: Node, operator: TrainingOperator, image: None, tmp_path: Path) -> Iterator[Claims]:
-    """The claims of the overlays' namespace."""
+def demo(kubernetes: Access, operator: None, image: None, tmp_path: Path) -> Iterator[Claims]:
+    """The claims of the overlays' namespace; of a cluster that is there, those of the tests' namespace."""
+    if isinstance(kubernetes, GivenCluster):
+        with kubernetes.swept():
+            given = GivenClaims(kubernetes)
+            given.refuse_taken("cpu-demo", "calm", "slow")
+            yield given
+            given.remove_new()
+        return
+    assert isinstance(kubernetes, Node)
     kubernetes.kubectl("delete", "namespace", "cyclevae", "--ignore-not-found")
-    yield Claims(kubernetes, "cyclevae", tmp_path)
+    yield ClaimsOfTheNode(kubernetes, "cyclevae", tmp_path)
     kubernetes.kubectl("delete", "namespace", "cyclevae")  # others apply overlays to it
 
 
@@ -63,58 +72,82 @@ def shortened_demo(directory: Path, job: str) -> Path:
 
 @pytest.mark.timeout(1800)
 def test_two_workers_lose_a_pod_then_their_node_and_end_like_an_undisturbed_run(
-    kubernetes: Node, demo: Claims, tmp_path: Path
+    kubernetes: Access, demo: Claims, tmp_path: Path
 ) -> None:
-    pods = (
-        "get",
-        "pods",
-        "--namespace=cyclevae",
-        "--selector=training.kubeflow.org/job-name=cpu-demo",
-        "--output=jsonpath={.items[*].metadata.uid}",
-    )
+    where = f"--namespace={demo.namespace}"
 
     def apply(job: str) -> None:
-        kubernetes.kubectl(
-            "apply", "-k", str(shortened_demo(tmp_path, job)), "--validate=false"
-        )  # endPort is newer than the server
+        _, applied = apply_overlay(kubernetes, shortened_demo(tmp_path, job), demo.namespace)
+        assert applied.returncode == 0, applied.stderr
+
+    def pods() -> dict[str, str]:
+        """The pods' names by their ids."""
+        every = "--output=jsonpath={range .items[*]}{.metadata.uid} {.metadata.name}{'\\n'}{end}"
+        selector = "--selector=training.kubeflow.org/job-name=cpu-demo"
+        lines = kubernetes.kubectl("get", "pods", where, selector, every).splitlines()
+        return dict(line.split() for line in lines)
 
     apply("calm")
     demo.job("calm", "Succeeded", 400)
-    calm = losses(demo.runs / "cpu-demo")
+    calm = demo.losses("cpu-demo")
     assert list(calm) == list(range(1, STEPS + 1))
-    wait_for(
-        lambda: "Running" not in kubernetes.kubectl("get", "pods", "--namespace=cyclevae", check=False),
-        "both pods to end",
-    )
-    (demo.runs / "cpu-demo").rename(demo.runs / "calm")
+    running = "--field-selector=status.phase=Running"
+    selector = "--selector=training.kubeflow.org/job-name=calm"
+    wait_for(lambda: not kubernetes.kubectl("get", "pods", where, running, selector, "--output=name"), "both to end")
+    demo.move("cpu-demo", "calm")
 
     with demo.slow():
         apply("cpu-demo")
         demo.reached("cpu-demo", 5)
-        first = set(kubernetes.kubectl(*pods).split())
+        first = pods()
         assert len(first) == 2
-        status = cyclevae(kubernetes, "-m", "job", "k8s", "status", "--json", "--namespace=cyclevae", "cpu-demo")
+        status = cyclevae(kubernetes, "-m", "job", "k8s", "status", "--json", where, "cpu-demo")
         (row,) = json.loads(status.stdout)
-        assert (row["state"], row["steps"]) == ("RUNNING", STEPS), (
-            row
-        )  # from the log: the API server passes no requests for metrics on to 127.0.0.1
+        assert (row["state"], row["steps"]) == ("RUNNING", STEPS), row
         assert row["step"] >= 5
-        kubernetes.kubectl("delete", "pod", "cpu-demo-worker-1", "--namespace=cyclevae")
-        wait_for(lambda: not first & set(kubernetes.kubectl(*pods).split()), "new pods")
-        stopped = max(losses(demo.runs / "cpu-demo"))
-        demo.reached("cpu-demo", stopped + 5)
-        kubernetes.kubectl("drain", NODE, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=120s")
-        evicted = max(losses(demo.runs / "cpu-demo"))
-        assert stopped < evicted < STEPS
-    kubernetes.kubectl("uncordon", NODE)
+        with demo.disturbed("cpu-demo", "a pod of two deleted"):
+            kubernetes.kubectl("delete", "pod", "cpu-demo-worker-1", where)
+        assert not first.keys() & pods().keys()
+        with demo.disturbed("cpu-demo", "both pods evicted"):
+            for name in pods().values():
+                evict(kubernetes, demo.namespace, name)
+        assert demo.last_step("cpu-demo") < STEPS
     demo.job("cpu-demo", "Succeeded")
-    assert losses(demo.runs / "cpu-demo") == calm
+    assert demo.losses("cpu-demo") == calm
+
+
+def evict(kubernetes: Access, namespace: str, pod: str) -> None:
+    """What `kubectl drain` asks of the server for every pod of a node."""
+    version = "policy/v1" if "eviction" in kubernetes.kubectl("get", "--raw", "/apis/policy/v1", check=False) else None
+    version = version or "policy/v1beta1"
+    eviction = {"apiVersion": version, "kind": "Eviction", "metadata": {"name": pod, "namespace": namespace}}
+    path = f"/api/v1/namespaces/{namespace}/pods/{pod}/eviction"
+    kubernetes.kubectl("create", "--raw", path, "--filename=-", stdin=json.dumps(eviction))
 
 
 @pytest.mark.timeout(900)
-def test_a_sweep_of_which_one_point_fails(
-    kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims
+@pytest.mark.parametrize(("name", "signal"), [("killed", "SIGKILL"), ("frozen", "SIGSTOP")])
+def test_a_rank_that_is_lost(
+    name: str, signal: str, kubernetes: Access, operator: None, image: None, claims: Claims
 ) -> None:
+    """The other names it, and both pods are made again; the losses are those of a run that nothing happens to."""
+    where = f"--namespace={claims.namespace}"
+    run = [*SMALL, f"logging.run_name={name}", "training.num_train_steps=60", "logging.save_freq=2"]
+    size = ["hydra.launcher.nodes=2", "training.global_batch_size=4", "training.train_batch_size=2"]
+    more = ["hydra.launcher.kind=pytorchjob", "training.sick_rank_timeout_seconds=15"]
+    slow = "+hydra.launcher.container.env.PYTHONPATH=/runs/slow"
+    with claims.slow():
+        done = cyclevae(kubernetes, "-m", "job", "k8s", "submit", where, *run, *size, *more, slow)
+        assert done.returncode == 0, done.stderr
+        claims.reached(name, 5)
+        with claims.disturbed(name, f"a rank of two {name} ({signal})"):
+            signal_rank(kubernetes, claims.namespace, f"{name}-worker-1", signal)
+    claims.job(name, "Succeeded")
+    assert list(claims.losses(name)) == list(range(1, 61))
+
+
+@pytest.mark.timeout(900)
+def test_a_sweep_of_which_one_point_fails(kubernetes: Access, operator: None, image: None, claims: Claims) -> None:
     """The point that wants a GPU finds none, which only its pod can know."""
     done = cyclevae(
         kubernetes,
@@ -135,7 +168,7 @@ def test_a_sweep_of_which_one_point_fails(
     assert "FAILED (exit code 1)  (training.device=cuda)" in done.stdout
     assert "training.device=cuda, but PyTorch sees no GPU here" in done.stdout
     assert "no failure was recorded" not in done.stdout, "it came with the pod's status, not from its log"
-    assert sorted(losses(claims.runs / "sweep" / "training.device=cpu")) == [1, 2, 3, 4, 5]
+    assert sorted(claims.losses("sweep/training.device=cpu")) == [1, 2, 3, 4, 5]
     rows = json.loads(
         cyclevae(kubernetes, "-m", "job", "k8s", "list", "--json", f"--namespace={claims.namespace}").stdout
     )
@@ -144,7 +177,7 @@ def test_a_sweep_of_which_one_point_fails(
 
 @pytest.mark.timeout(900)
 def test_cancelled_resumed_and_waited_for_while_the_server_is_away(
-    kubernetes: Node, operator: TrainingOperator, image: None, claims: Claims
+    kubernetes: Access, operator: None, image: None, claims: Claims
 ) -> None:
     where = f"--namespace={claims.namespace}"
     train = [
@@ -152,6 +185,7 @@ def test_cancelled_resumed_and_waited_for_while_the_server_is_away(
         "logging.run_name=long",
         "training.num_train_steps=300",
         "+hydra.launcher.container.env.PYTHONPATH=/runs/slow",
+        "hydra.launcher.kind=pytorchjob",
     ]
 
     def k8s(*arguments: str) -> str:
@@ -174,9 +208,10 @@ def test_cancelled_resumed_and_waited_for_while_the_server_is_away(
             k8s("cancel", "long")
             assert "step " in following.stdout.read()
             assert following.wait() == 0, "it ends with the job"
-        wait_for(lambda: kubernetes.kubectl("get", "pods", where, "--output=name") == "", "the pods to be gone")
-        saved = max(int(path.name[5:]) for path in (claims.runs / "long" / "checkpoints").glob("step_*"))
-        assert saved == max(losses(claims.runs / "long")) < 300, "a run that is told to stop saves"
+        pods = ("get", "pods", where, "--selector=training.kubeflow.org/job-name=long", "--output=name")
+        wait_for(lambda: kubernetes.kubectl(*pods) == "", "the pods to be gone")
+        saved = max(int(name[5:]) for name in claims.names("long/checkpoints") if name.startswith("step_"))
+        assert saved == claims.last_step("long") < 300, "a run that is told to stop saves"
         assert json.loads(k8s("list", "--json"))[0]["state"] == "SUSPENDED"
         k8s("resume", "long")
         claims.job("long", "Running")
@@ -199,11 +234,12 @@ def test_cancelled_resumed_and_waited_for_while_the_server_is_away(
         assert waiting.stdout is not None
         assert "RUNNING already" in waiting.stdout.readline()
         assert "RUNNING" in waiting.stdout.readline()
-        kubernetes.kill_server()
-        kubernetes.start_server()
+        if isinstance(kubernetes, Node):
+            kubernetes.kill_server()
+            kubernetes.start_server()
     with waiting:
         out, err = waiting.communicate(timeout=300)
     assert waiting.returncode == 0, err
-    assert "asking again" in err
+    assert ("asking again" in err) is isinstance(kubernetes, Node)
     assert "job long: COMPLETED" in out
-    assert list(losses(claims.runs / "long")) == list(range(1, 301))
+    assert list(claims.losses("long")) == list(range(1, 301))

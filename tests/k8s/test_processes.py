@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from k8s_node import free_ports, wait_for
+from k8s_access import wait_for
+from k8s_node import free_ports
 from k8s_operator import environment, labels, trainer, with_defaults
 from k8s_runs import ROOT, TINY
 

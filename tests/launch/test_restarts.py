@@ -13,7 +13,7 @@ import pytest
 
 from job import checkpoint_names
 from job.launch.restarts import fruitless_restarts
-from job.launch.slurm.job_script import BATCH
+from job.launch.slurm.job_script import BAD_NODES, BATCH
 
 # What a start brings, before something interrupts it: nothing (-), a new checkpoint (c), an unfinished one (t), or not
 # even that its ranks meet (w). Then max_restarts, and how many of the starts there are until the run is given up.
@@ -51,7 +51,7 @@ def starts_on_slurm(run_dir: Path, starts: str, max_restarts: int) -> int:
         a_start(run_dir, brings, number)
         script = f"""
             scontrol() {{ touch {run_dir}/requeued; }}
-            source {BATCH}
+            source {BATCH}; source {BAD_NODES}
             run_dir={run_dir} notes={run_dir} max_restarts={max_restarts}
             requeue "exit code 134" 134"""
         subprocess.run(["bash", "-c", script], check=True, capture_output=True, env=os.environ | {"SLURM_JOB_ID": "7"})
@@ -87,7 +87,7 @@ def test_a_job_that_is_submitted_anew_counts_from_zero(tmp_path: Path) -> None:
     """On SLURM by the job's number. On Kubernetes the count is removed when the run is given up (attempt.py)."""
     assert starts_on_slurm(tmp_path, "----", 1) == 2
     where = f"run_dir={tmp_path} notes={tmp_path}"
-    script = f"scontrol() {{ :; }}; source {BATCH}; {where} max_restarts=1; requeue because 134"
+    script = f"scontrol() {{ :; }}; source {BATCH}; source {BAD_NODES}; {where} max_restarts=1; requeue because 134"
     subprocess.run(["bash", "-c", script], check=True, capture_output=True, env=os.environ | {"SLURM_JOB_ID": "8"})
     assert (tmp_path / "restarts").read_text() == "8 none 1 0\n"
 
@@ -126,7 +126,7 @@ def test_what_the_batch_step_notes(tmp_path: Path) -> None:
     script = f"""
         scontrol() {{ if [ "$1" = requeue ]; then echo requeued; fi >&2; }}
         SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n1
-        source {BATCH}
+        source {BATCH}; source {BAD_NODES}
         run_dir={run} notes={run}/slurm max_restarts=2
         for checkpoint in none step_00000010 step_00000010 step_00000020.tmp step_00000020; do
             mkdir -p {run}/checkpoints/$checkpoint

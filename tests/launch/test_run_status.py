@@ -52,4 +52,6 @@ def test_what_programs_read(capsys: pytest.CaptureFixture[str]) -> None:
         "log",
         "results",
         "node_hours",
+        "lost_ranks",
+        "excluded_nodes",
     ]

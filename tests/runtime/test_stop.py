@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from ranks import start_ranks
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 
-from job.runtime import distributed
+from job.runtime import distributed, torchrun
 from job.runtime.stop import StopSignals
 from job.runtime.torchrun import FROZEN_SECONDS, exit_code
 
@@ -243,6 +244,22 @@ def test_torchrun_whose_port_is_taken_can_be_tried_again() -> None:
     assert done.returncode == 134
     assert done.stderr.startswith("the nodes did not find each other: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_rendezvous_that_was_closed_can_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node that comes while the others leave is told so by an error without a message."""
+
+    def closed(_options: object) -> None:
+        raise RendezvousClosedError
+
+    for name in ("keep_signals_from_torchrun", "quiet_cpp_warnings", "on_signals", "end_frozen_workers"):
+        monkeypatch.setattr(torchrun, name, lambda *_: None)
+    monkeypatch.setattr(torchrun, "choose_threads", lambda _: None)
+    monkeypatch.setattr("torch.distributed.run.run", closed)
+    assert torchrun.main(["--nnodes=1", "x.py"]) == 134
+    assert capsys.readouterr().err == "the nodes did not find each other: RendezvousClosedError\n"
 
 
 def test_torchrun_that_restarts_by_itself_is_refused() -> None:

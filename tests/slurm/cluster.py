@@ -21,7 +21,7 @@ from pathlib import Path
 
 DEADLINE = 120.0  # seconds, for a machine that is as busy as it likes
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "sacct")
-BASIC_TABLES = ("mysql_system_tables.sql", "mysql_performance_tables.sql", "mysql_system_tables_data.sql")
+TABLES = ("system_tables", "performance_tables", "system_tables_data")
 
 SLURM_CONF = """\
 ClusterName=lab
@@ -137,8 +137,8 @@ class PrivateCluster:
         ctld_port, self._db_port, self._dbd_port, *ports = free_ports(nodes + 3)
         lines = [
             f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={cpus} "
-            "RealMemory=8000 Gres=gpu:2 State=UNKNOWN"
-            for name, port in zip(self.names, ports, strict=True)
+            f"RealMemory=8000 Gres=gpu:2 Weight={number} State=UNKNOWN"  # a job of one node goes to the first if it can
+            for number, (name, port) in enumerate(zip(self.names, ports, strict=True), 1)
         ]
         for directory in ("ctld", "spool", "log", "db"):
             (base / directory).mkdir()
@@ -212,9 +212,10 @@ class PrivateCluster:
 
     def _start_database(self) -> None:
         base, common = self.base, [f"--user={self.user}", f"--datadir={self.base}/db", "--skip-log-bin"]
-        tables = "".join(
-            (Path("/usr/share/mysql") / name).read_text() for name in BASIC_TABLES
-        )  # what mariadb-install-db of the client package does
+        # What mariadb-install-db of the client package does. Its files have had MySQL's name up to Debian 12.
+        places = [Path("/usr/share", brand, f"{brand}_{TABLES[0]}.sql") for brand in ("mariadb", "mysql")]
+        first = next(path for path in places if path.exists())
+        tables = "".join(first.with_name(first.name.replace(TABLES[0], name)).read_text() for name in TABLES)
         with (base / "log" / "bootstrap.out").open("w") as output:
             subprocess.run(
                 ["mariadbd", "--no-defaults", "--bootstrap", *common],

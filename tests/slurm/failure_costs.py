@@ -42,9 +42,10 @@ def ranks_of(run: Path) -> list[int]:
 
 def kill_one(run: Path, dice: random.Random) -> float:
     """Kill a rank; returns the seconds until the run has done a step that is new."""
-    furthest, began = last_step(run), time.time()
+    began = time.time()
     os.kill(dice.choice(ranks_of(run)), signal.SIGKILL)
     wait_for(lambda: not (run / "slurm" / "alive").exists(), "the other rank to end", HOUR)
+    furthest = last_step(run)  # the other may have done a few more steps before it noticed
     wait_for(lambda: last_step(run) > furthest, "a new step", HOUR)
     return time.time() - began
 
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--every", type=float, default=60.0, help="mean seconds of training between two kills")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=100_000, help="more than it can do meanwhile")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     dice = random.Random(options.seed)

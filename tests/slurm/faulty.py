@@ -2,6 +2,7 @@
 
 raise: rank 1 raises an exception in step 10.
 kill: rank 1 is killed in step 10.
+node: rank 1 is killed in step 10 on the node of the name FAULTY_NODE.
 crash: every rank is killed before its first step.
 kill-once: rank 1 is killed when the file FAULTY_FILE appears, in the first start only.
 freeze: rank 1 is stopped in step 10, in the first start only.
@@ -42,6 +43,9 @@ def train_step(job: Any, step: int, micro_batches: Any) -> None:
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("broken on purpose")
+    bad_node = fault == "node" and os.environ["SLURMD_NODENAME"] == os.environ["FAULTY_NODE"]
+    if step == 10 and job.process.rank == 1 and bad_node:
+        os.kill(os.getpid(), signal.SIGKILL)
     if step == 10 and job.process.rank == 1 and fault == "freeze" and first_start:
         os.kill(os.getpid(), signal.SIGSTOP)
     steps.append(step)

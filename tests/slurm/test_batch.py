@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -47,7 +48,9 @@ def test_preemption_by_a_higher_priority(slurm: Slurm, quiet: Losses) -> None:
     )
     for partition, job in jobs.items():
         assert slurm.ended(job)[-1] == ("COMPLETED", "0:0")
-        assert slurm.field(job, "Restarts") == "1"
+        # Within the grace time both the batch step and SLURM ask for the requeue. SLURM 24.11 then starts the job once
+        # more when it has finished, and it finds itself finished.
+        assert slurm.field(job, "Restarts") in (("1", "2") if partition == "main" else ("1",))
         assert losses(slurm.directory / partition) == quiet
 
 
@@ -97,14 +100,19 @@ def test_an_exception_on_any_rank_fails_the_job(slurm: Slurm, overdue: object) -
 
 
 def test_a_killed_rank_is_retried_as_often_as_allowed(slurm: Slurm) -> None:
+    """Also on the node that has lost it twice, as there is no other."""
     job = slurm.sbatch(
-        "run", "logging.save_freq=0", env={"CYCLEVAE_PYTHON": f"{FAULTY} kill", "CYCLEVAE_MAX_RESTARTS": "1"}
+        "run", "logging.save_freq=0", env={"CYCLEVAE_PYTHON": f"{FAULTY} kill", "CYCLEVAE_MAX_RESTARTS": "2"}
     )
     assert slurm.ended(job)[-1][0] == "FAILED"
-    assert events(slurm.directory / "run") == ["started", "requeued", "started", "failed"]
+    assert events(slurm.directory / "run") == ["started", "requeued", "started", "requeued", "started", "failed"]
     log = (slurm.directory / "run" / "slurm" / f"{job}.log").read_text()
-    assert "1 restarts without a new checkpoint, max_restarts=1" in log
-    assert "restart 1 of at most 1 from checkpoint none" in log
+    assert "2 restarts without a new checkpoint, max_restarts=2" in log
+    assert "restart 1 of at most 2 from checkpoint none" in log
+    bad = slurm.cluster.names[1]
+    assert f"{bad} lost ranks twice, but the job could not run without: not excluded" in log
+    notes = [json.loads(line) for line in (slurm.directory / "run/slurm/nodes.jsonl").read_text().splitlines()]
+    assert [(note["node"], note["ranks"]) for note in notes] == [(bad, [1])] * 3
     assert not list((slurm.directory / ".targets").glob("*.json"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -48,58 +47,102 @@ def submit(slurm: Slurm, *arguments: str) -> list[dict[str, str]]:
 
 
 def test_a_sweep_larger_than_an_array_of_which_one_point_fails(slurm: Slurm, quiet: Losses) -> None:
-    """MaxArraySize is 2. The point of batch size 3 cannot make batches of 4 of it."""
+    """MaxArraySize is 2. The point that wants a GPU finds none, which only its ranks can know."""
     command = [
         "-m",
         "job.train",
         "--multirun",
         "hydra/launcher=slurm",
         *TWO_NODES,
-        *SWEPT,
+        *(one for one in SMALL if not one.startswith("training.device=")),
         f"logging.save_dir={slurm.directory}",
         "logging.run_name=sweep",
-        "training.global_batch_size=4",
-        "training.train_batch_size=2,3,1",
+        "training.device=cpu,cuda,auto",
     ]
     done = subprocess.run(
         [sys.executable, *command], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600
     )
     sweep = slurm.directory / "sweep"
-    runs = {size: sweep / f"training.train_batch_size={size}" for size in (1, 2, 3)}
-    jobs = {size: job_of(run) for size, run in runs.items()}
+    runs = {device: sweep / f"training.device={device}" for device in ("cpu", "cuda", "auto")}
+    jobs = {device: job_of(run) for device, run in runs.items()}
     slurm.jobs.extend(jobs.values())
-    assert {size: slurm.ended(job) for size, job in jobs.items()} == {
-        1: [("COMPLETED", "0:0")],
-        2: [("COMPLETED", "0:0")],
-        3: [("FAILED", "1:0")],
+    assert {device: slurm.ended(job) for device, job in jobs.items()} == {
+        "cpu": [("COMPLETED", "0:0")],
+        "cuda": [("FAILED", "1:0")],
+        "auto": [("COMPLETED", "0:0")],
     }
-    assert jobs[2].endswith("_0")
-    assert jobs[3].endswith("_1")
-    assert "_" not in jobs[1], "the third point is a job of its own"
+    assert jobs["cpu"].endswith("_0")
+    assert jobs["cuda"].endswith("_1")
+    assert "_" not in jobs["auto"], "the third point is a job of its own"
     assert done.returncode == 1
     assert "error: 1 of 3 runs did not finish" in done.stderr
-    assert f"job {jobs[3]}: FAILED (exit code 1)  (training.train_batch_size=3)" in done.stdout
-    assert "training.global_batch_size=4 is not a multiple of training.train_batch_size=3 x 2 processes" in done.stdout
+    assert f"job {jobs['cuda']}: FAILED (exit code 1)  (training.device=cuda)" in done.stdout
+    assert "training.device=cuda, but PyTorch sees no GPU here" in done.stdout
     assert "no failure was recorded" not in done.stdout, "a rank said it in failures.jsonl"
-    assert f"log: {runs[3]}/slurm/{jobs[3]}.log" in done.stdout
-    assert losses(runs[2]) == quiet
+    assert f"log: {runs['cuda']}/slurm/{jobs['cuda']}.log" in done.stdout
+    assert losses(runs["cpu"]) == quiet
     assert (sweep / "multirun.yaml").exists()
 
     # Again, one point at a time: the failing one does not keep the others from their turn, which are finished.
-    again = [*command[:-1], "training.train_batch_size=3,2,1", "hydra.sweeper.max_batch_size=1"]
+    again = [*command[:-1], "training.device=cuda,cpu,auto", "hydra.sweeper.max_batch_size=1"]
     done = subprocess.run(
         [sys.executable, *again], env=slurm.cluster.env, cwd=ROOT, text=True, capture_output=True, timeout=600
     )
-    slurm.jobs.append(job_of(runs[3]))
+    slurm.jobs.append(job_of(runs["cuda"]))
     assert done.returncode == 1
     assert "error: 1 of 1 runs did not finish" in done.stderr
-    assert {size: job_of(run) for size, run in runs.items() if size != 3} == {1: jobs[1], 2: jobs[2]}
+    assert {device: job_of(runs[device]) for device in ("cpu", "auto")} == {key: jobs[key] for key in ("cpu", "auto")}
     assert [line.split("  ")[0] for line in done.stdout.splitlines() if line.startswith("finished already")] == [
-        f"finished already: training.train_batch_size={size}" for size in (2, 1)
+        f"finished already: training.device={device}" for device in ("cpu", "auto")
     ]
 
 
-def test_the_submitter_is_killed(slurm: Slurm, quiet: Losses) -> None:
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused_before_it_is_queued(slurm: Slurm) -> None:
+    before = slurm.cluster.run("squeue", "--noheader", "--me")
+    where = [*TWO_NODES, *SWEPT, f"logging.save_dir={slurm.directory}", "logging.run_name=sweep"]
+    sizes = ["training.global_batch_size=4", "training.train_batch_size=2,3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "job", "slurm", "submit", *where, *sizes],
+        env=slurm.cluster.env,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
+    assert (
+        "on 2 nodes of 1: training.global_batch_size=4 is not a multiple of training.train_batch_size=3" in done.stderr
+    )
+    assert list(slurm.directory.rglob("submission.json")) == []
+    assert slurm.cluster.run("squeue", "--noheader", "--me") == before
+
+
+def test_a_node_that_loses_ranks_twice_is_excluded(slurm: Slurm, quiet: Losses) -> None:
+    """Both ranks are on the first node, until it has lost one twice."""
+    bad, good = slurm.cluster.names
+    run = slurm.directory / "run"
+    faulty = f"{sys.executable} {ROOT}/tests/slurm/faulty.py"
+    (submitted,) = submit(
+        slurm,
+        *SMALL,
+        "logging.run_name=run",
+        "hydra.launcher.nodes=1",
+        "hydra.launcher.tasks_per_node=2",
+        f"hydra.launcher.python='env FAULTY_NODE={bad} {faulty} node'",
+    )
+    slurm.jobs.append(submitted["job"])
+    assert slurm.ended(submitted["job"])[-1] == ("COMPLETED", "0:0")
+    lines = [json.loads(line) for line in (run / "slurm" / "events.jsonl").read_text().splitlines()]
+    assert [line["nodes"] for line in lines if line["event"] == "started"] == [bad, bad, good]
+    (status,) = json.loads(cyclevae(slurm, "slurm", "status", "--json", str(run)))
+    assert (status["lost_ranks"], status["excluded_nodes"]) == ({bad: 2}, [bad])
+    assert f"excluded nodes: {bad}\n" in cyclevae(slurm, "slurm", "status", str(run))
+    assert losses(run) == quiet
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_submitter_is_ended(how: signal.Signals, slurm: Slurm, quiet: Losses) -> None:
+    """As by Ctrl-C, which needs no traceback: the job goes on."""
     run = slurm.directory / "run"
     submitter = subprocess.Popen(
         [
@@ -115,13 +158,20 @@ def test_the_submitter_is_killed(slurm: Slurm, quiet: Losses) -> None:
         ],
         env=slurm.cluster.env,
         cwd=ROOT,
+        text=True,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert submitter.stdout is not None
-    assert b"job " in submitter.stdout.readline()
-    os.kill(submitter.pid, signal.SIGKILL)
-    submitter.wait()
+    assert "job " in submitter.stdout.readline()
     slurm.jobs.append(job_of(run))
+    slurm.reached("run", 1, job_of(run))
+    submitter.send_signal(how)
+    _, said = submitter.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert submitter.returncode == 128 + how
+        assert "the jobs go on without this program" in said
+    assert "Traceback" not in said
     assert slurm.ended(job_of(run)) == [("COMPLETED", "0:0")]
     assert losses(run) == quiet
 

@@ -162,12 +162,13 @@ def variables(settings: Settings) -> list[Object]:
 
 
 def resources(settings: Settings) -> Object:
-    """Memory and GPUs as limits; processors are only requested, since a limit would throttle the loader."""
+    """Memory, GPUs and other devices as limits; processors are only requested: a limit would throttle the loader."""
     limits = {}
     if settings.mem_gb:
         limits["memory"] = f"{settings.mem_gb}Gi"
     if settings.gpus_per_node:
         limits[settings.gpu_resource] = str(settings.gpus_per_node)
+    limits |= {name: str(number) for name, number in settings.resources.items()}
     processors = {"cpu": str(settings.cpus_per_task * settings.tasks)} if settings.cpus_per_task else {}
     return present({"requests": (processors | limits) or None, "limits": limits or None})
 

@@ -47,6 +47,7 @@ class Settings:
     cpus_per_task: int | None = None
     mem_gb: int | None = None  # of a node, shm_gb included
     shm_gb: int = 2
+    resources: dict[str, int] = field(default_factory=dict)  # others of a node, such as {rdma/ib: 1}
     container: ContainerSettings = field(default_factory=ContainerSettings)
     runs_claim: str = "runs"
     data_claim: str = "data"

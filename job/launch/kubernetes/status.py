@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -18,8 +19,10 @@ from job.launch.kubernetes.pods import present
 from job.launch.kubernetes.status_lines import for_people, last_progress
 from job.launch.run_status import RunStatus
 
+LAST_QUESTIONS = 3
 WORKLOAD_SECONDS = 60  # in which Kueue makes a Workload of a job, where it manages its kind
-WAITING = ("QuotaReserved", "Admitted")  # conditions of a Workload whose message says what it waits for
+# Conditions of a Workload whose message says what it waits for. Without quota it is not admitted, which says less.
+WAITING = ("QuotaReserved", "Admitted")
 STARTING = ("PodInitializing", "ContainerCreating")  # a container waits for these without anything being wrong
 SAMPLE = re.compile(r"^(cyclevae_\w+)\{([^}]*)\} (\S+)", re.MULTILINE)
 MEASURED = {
@@ -102,8 +105,17 @@ def _noted_in(job: Object) -> dict[str, Any]:
     return noted if isinstance(noted, dict) else {}
 
 
-def progress_to_note(row: RunStatus) -> str:
-    """What `cancel` notes in a job: its pods, and with them their logs, will be gone."""
+def last_progress_to_note(cluster: Cluster, job: Object) -> str:
+    """What `cancel` notes in a job: its pods, and with them their logs, will be gone.
+
+    A node that is busy may fail to answer once, and nobody can be asked later: a run that should be known is asked for
+    three times.
+    """
+    for _ in range(LAST_QUESTIONS):
+        row = run_status(cluster, job)
+        if row.steps is not None or row.state != "RUNNING":
+            break
+        time.sleep(1.0)
     return json.dumps(present({"step": row.step, "steps": row.steps, "loss": row.loss}))
 
 
@@ -139,8 +151,8 @@ def reason(cluster: Cluster, job: Object, pods: Sequence[Any]) -> str | None:
 def queue_reason(job: Object, workload: Object | None) -> str | None:
     """Why Kueue does not let a job run: its own words."""
     if workload is not None:
-        waiting = [one for one in conditions(workload) if one["status"] == "False" and one["type"] in WAITING]
-        return next((f"Kueue: {one['message']}" for one in waiting), None)
+        waiting = {one["type"]: one["message"] for one in conditions(workload) if one["status"] == "False"}
+        return next((f"Kueue: {waiting[kind]}" for kind in WAITING if kind in waiting), None)
     made = datetime.fromisoformat(job["metadata"]["creationTimestamp"])
     if (datetime.now(UTC) - made).total_seconds() < WORKLOAD_SECONDS:
         return None

@@ -15,7 +15,6 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from job.batch_sizes import batch_sizes
 from job.errors import JobError, UserError
 from job.launch.kubernetes.cluster import OURS, Cluster, Missing, Named
 from job.launch.kubernetes.kinds import KINDS, OVER, TRAIN_JOB, Kind, annotation, kind_called, state
@@ -24,7 +23,7 @@ from job.launch.kubernetes.names import DATA_MOUNT, DIGEST_ANNOTATION, METRICS_P
 from job.launch.kubernetes.pods import LaunchedRun
 from job.launch.kubernetes.settings import ContainerSettings, Settings
 from job.launch.kubernetes.status import first_failure, outcome
-from job.launch.points import Point, points_of, returns_of
+from job.launch.points import Point, points_of, refuse_batch_sizes, returns_of
 from job.launch.submission import SubmittedJob, submitted
 from job.launch.waiting import FINISHED, Outcome, leave_jobs_on_signals, show_changes, summarize
 
@@ -42,8 +41,7 @@ def launch(
     points = points_of(config, context, job_overrides, Path("/"))
     settings = settings_of(params)
     runs = [run_of(point, Path("/", config.hydra.sweep.dir)) for point in points]
-    for point in points:
-        refuse_batch_sizes(point, settings)
+    refuse_batch_sizes(points, range(settings.min_nodes or settings.nodes, settings.nodes + 1), settings.tasks)
     kind = chosen_kind(settings, params)
     jobs = [job_of(kind, run, settings) for run in runs]
     if params["dry_run"]:
@@ -91,15 +89,6 @@ def named_by(kind: Kind, settings: Settings) -> Named:
         queue=settings.queue,
         runtime=settings.runtime if kind is TRAIN_JOB else None,
     )
-
-
-def refuse_batch_sizes(point: Point, settings: Settings) -> None:
-    """UserError when a run's batch does not divide among its ranks, whatever number of nodes it may train on."""
-    for nodes in range(settings.min_nodes or settings.nodes, settings.nodes + 1):
-        try:
-            batch_sizes(point.config.training, nodes * settings.tasks)
-        except UserError as error:
-            raise UserError(f"on {nodes} nodes of {settings.tasks}: {error}") from error
 
 
 def settings_of(params: Mapping[str, Any]) -> Settings:

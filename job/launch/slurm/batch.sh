@@ -1,7 +1,7 @@
 # The batch step of a run under SLURM: starts the ranks, passes signals on to them, and requeues the job when its exit
-# code says so. Sourced by slurm/train.sbatch and written into the job scripts of hydra/launcher=slurm, where setup
-# commands and `supervise` follow. Only bash and SLURM's commands are needed, also when the ranks live in a container
-# that has neither.
+# code says so. Sourced by slurm/train.sbatch and written into the job scripts of hydra/launcher=slurm, where
+# bad_nodes.sh, setup commands and `supervise` follow. Only bash and SLURM's commands are needed, also when the ranks
+# live in a container that has neither.
 #
 # Variables of the whole script: job, signal_received, ranks, requeued and those below here; run_dir, notes,
 # max_restarts from `supervise`; signal_delay from the job script, where it is known.
@@ -52,6 +52,7 @@ supervise() {  # RUN_DIR TARGETS_DIR MAX_RESTARTS COMMAND...: run srun's COMMAND
     note started "$SLURM_JOB_NUM_NODES nodes, $SLURM_NTASKS tasks"
     export CYCLEVAE_FAILURES=$notes/failures.jsonl  # where ranks say why they failed; srun hands the variable on
     : >"$CYCLEVAE_FAILURES"                         # those of an earlier start explain nothing any more
+    note_places
     if [ -n "$signal_received" ]; then
         code=143
     elif no_time_to_train; then
@@ -180,6 +181,7 @@ after_interruption() {  # EXIT_CODE of 128 or more: stopped, lost a rank, or kil
     if [ -n "$signal_received" ]; then reason="told to stop by SIG$signal_received, exit code $1"; fi
     if [ "$1" = "$SLURM_EXIT_ERROR" ]; then reason="srun could not run the tasks"; fi
     [ -z "$requeued" ] || return  # already, at the time limit
+    note_losses
     state=$(field JobState)
     if [ -z "$state" ]; then
         note failed "$reason; not requeued: the controller has not answered for $patience s" "$1"
@@ -214,7 +216,7 @@ leaves no time to train; raise it, or have --signal come later" "$2"
     # Both are written first: on `scontrol requeue` SLURM ends this script.
     echo "$job $newest $((count + 1)) $at_once" >"$notes/restarts"
     note requeued "$1; restart $((count + 1)) of at most $max_restarts from checkpoint $newest" "$2"
-    ask_requeue || note failed "cannot be requeued: $error" "$2"
+    if ask_requeue; then avoid_bad_nodes; else note failed "cannot be requeued: $error" "$2"; fi
 }
 
 ask_requeue() {  # have SLURM requeue the job; 1 where it does not, with its words in `error`

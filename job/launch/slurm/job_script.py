@@ -16,11 +16,13 @@ from job.launch.points import Point
 from job.launch.slurm import container, scheduler
 
 BATCH = Path(__file__).with_name("batch.sh")
+BAD_NODES = Path(__file__).with_name("bad_nodes.sh")
 # Keys of hydra.launcher that are not options of sbatch, or that are handed over below in another form.
 NOT_FOR_SBATCH = {
     "submitit_folder",
     "max_num_timeout",
     "max_restarts",
+    "exclude_bad_nodes",
     "python",
     "container",
     "wait",
@@ -99,6 +101,10 @@ def _executor(entry: container.Entry, points: int, params: dict[str, Any]) -> Ex
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in entry.variables.items()]
     # A line that fails ends the job. Not by `set -e`, which many a module's own scripts do not survive.
     setup = [f"eval {shlex.quote(line)} || setup_failed $? {shlex.quote(line)}" for line in params["setup"] or []]
+    settings = [
+        f"signal_delay={signal_delay(params)}",
+        f"CYCLEVAE_EXCLUDE_BAD_NODES={int(params['exclude_bad_nodes'])}",
+    ]
     options = {"requeue": True, "signal": f"B:USR1@{params['signal_delay_s']}"} | params["additional_parameters"]
     if options["requeue"] is False:  # submitit writes --requeue=False, which sbatch does not know
         del options["requeue"]
@@ -106,8 +112,8 @@ def _executor(entry: container.Entry, points: int, params: dict[str, Any]) -> Ex
     asked = {name: value for name, value in params.items() if name not in NOT_FOR_SBATCH and value is not None}
     asked |= {
         "timeout_min": params["timeout_min"],  # also when None: submitit would make five minutes of a missing one
-        "tasks_per_node": params["tasks_per_node"] or params["gpus_per_node"] or 1,
-        "setup": [BATCH.read_text(), f"signal_delay={signal_delay(params)}", *setup, *exports],
+        "tasks_per_node": tasks_per_node(params),
+        "setup": [BATCH.read_text(), BAD_NODES.read_text(), *settings, *setup, *exports],
         "use_srun": False,
         "stderr_to_stdout": True,
         "wckey": None,
@@ -124,6 +130,11 @@ def _executor(entry: container.Entry, points: int, params: dict[str, Any]) -> Ex
     if points > 1:
         executor.parameters["map_count"] = points
     return executor
+
+
+def tasks_per_node(params: dict[str, Any]) -> int:
+    """Ranks of a node: one for each of its GPUs, unless another number is asked for."""
+    return int(params["tasks_per_node"] or params["gpus_per_node"] or 1)
 
 
 def signal_delay(params: dict[str, Any]) -> int:

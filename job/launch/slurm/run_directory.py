@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,12 +168,29 @@ class RunDirectory:
             log=str(self.log()),
             results=self._results(),
             node_hours=self._node_hours(),
+            lost_ranks=self._lost_ranks(),
+            excluded_nodes=self._excluded_nodes(),
         )
 
     def _results(self) -> dict[str, float] | None:
         """The last evaluation."""
         lines = _read(self.path / "evaluation.jsonl", json_lines)
         return {key: value for key, value in lines[-1].items() if key != "step"} if lines else None
+
+    @cached_property
+    def _nodes(self) -> list[dict[str, Any]]:
+        """What the batch step noted of nodes that lost ranks (bad_nodes.sh), oldest first."""
+        notes: list[dict[str, Any]] = _read(self.path / "slurm" / "nodes.jsonl", json_lines)
+        return notes
+
+    def _lost_ranks(self) -> dict[str, int] | None:
+        """In how many starts each node has lost ranks; None where none has."""
+        return dict(Counter(note["node"] for note in self._nodes if "node" in note)) or None
+
+    def _excluded_nodes(self) -> list[str] | None:
+        """The nodes on which the latest job will not start again, those that the user excluded among them."""
+        lists = [note["excluded"] for note in self._nodes if "excluded" in note and note["job"] == self.job]
+        return lists[-1] if lists else None
 
     def _node_hours(self) -> float | None:
         """Hours of nodes that the starts have taken, from each one's beginning to its end or, without, to now."""

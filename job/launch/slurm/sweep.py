@@ -21,9 +21,9 @@ from job import checkpoint_names
 from job.config import to_dict
 from job.errors import JobError, UserError
 from job.files import write_json
-from job.launch.points import Point, points_of, returns_of
+from job.launch.points import Point, points_of, refuse_batch_sizes, returns_of
 from job.launch.slurm import scheduler
-from job.launch.slurm.job_script import Executor, job_script
+from job.launch.slurm.job_script import Executor, job_script, tasks_per_node
 from job.launch.slurm.run_directory import RunDirectory
 from job.launch.submission import SubmittedJob, submitted
 from job.launch.waiting import FINISHED, Outcome, compare_runs, leave_jobs_on_signals, show_changes, summarize
@@ -40,6 +40,7 @@ def launch(
     submitted, before anything is.
     """
     points = points_of(config, context, job_overrides)
+    refuse_batch_sizes(points, [params["nodes"] or 1], tasks_per_node(params))
     at_once = scheduler.max_array_size() if scheduler.available() else len(points)
     if params["dry_run"]:
         for array in _split(points, at_once):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from schemas import ROOT, needs_crds, problems
 
 from generate_monitoring import PORTS, pod_monitor
 from job.errors import ExitCode, UserError
-from job.launch.kubernetes.kinds import TRAIN_JOB
-from job.launch.kubernetes.manifests import pytorch_job, training_runtime
+from job.launch.kubernetes.kinds import PYTORCH_JOB, TRAIN_JOB, Kind
+from job.launch.kubernetes.manifests import job_of, pytorch_job, training_runtime
 from job.launch.kubernetes.names import STOP_ANNOTATION
 from job.launch.kubernetes.pods import LaunchedRun
 from job.launch.kubernetes.settings import ContainerSettings, Settings
@@ -91,19 +92,36 @@ def test_an_overlay_renders_and_is_valid(name: str) -> None:
 
 
 @needs_crds
-def test_components_render_on_top(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlay", ["elastic", "trainjob"])
+def test_components_render_on_top(overlay: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
-    path = tmp_path / "k8s" / "overlays" / "elastic" / "kustomization.yaml"
+    path = tmp_path / "k8s" / "overlays" / overlay / "kustomization.yaml"
     path.write_text(path.read_text().replace("# components:", "components:").replace("# - ../", "- ../"))
     manifests = render(path.parent)
     assert {problem.split(":")[1] for manifest in manifests for problem in problems(manifest)} == {
         " no schema of monitoring.coreos.com/v1 PodMonitor",
         " no schema of monitoring.coreos.com/v1 PrometheusRule",
     }
-    (job,) = (manifest for manifest in manifests if manifest["kind"] == "PyTorchJob")
-    (container,) = pods_of(job)[0]["spec"]["containers"]
-    assert container["resources"]["limits"]["rdma/ib"] == "1"
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    described = by_kind["PyTorchJob" if overlay == "elastic" else "TrainingRuntime"]
+    (container,) = pods_of(described)[0]["spec"]["containers"]
     assert variables(container)["NCCL_IB_HCA"] == "mlx5"
+    resources = container["resources"] if overlay == "elastic" else resources_per_node(by_kind["TrainJob"])
+    for amounts in (resources["limits"], resources["requests"]):
+        assert amounts["rdma/ib"] == "1"
+
+
+def resources_per_node(job: dict[str, Any]) -> dict[str, Any]:
+    """What the nodes of a TrainJob are given, in the form of a container's resources."""
+    resources: dict[str, Any] = job["spec"]["trainer"]["resourcesPerNode"]
+    return resources
+
+
+@pytest.mark.parametrize("kind", [PYTORCH_JOB, TRAIN_JOB])
+def test_other_devices_of_a_node(kind: Kind) -> None:
+    job = job_of(kind, RUN, replace(SETTINGS, gpus_per_node=8, resources={"rdma/ib": 2}))
+    resources = resources_per_node(job) if kind is TRAIN_JOB else pods_of(job)[0]["spec"]["containers"][0]["resources"]
+    assert resources == {name: {"nvidia.com/gpu": "8", "rdma/ib": "2"} for name in ("requests", "limits")}
 
 
 @needs_crds

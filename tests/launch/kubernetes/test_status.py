@@ -237,7 +237,9 @@ def test_a_node_that_does_not_answer_is_named() -> None:
 def test_a_queued_job_has_the_words_of_kueue() -> None:
     waiting = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "insufficient quota for cpu"}
     queued = job("Created", suspended=True, queue=True)
-    assert queue_reason(queued, {"status": {"conditions": [waiting]}}) == "Kueue: insufficient quota for cpu"
+    evicted = {"type": "Admitted", "status": "False", "reason": "NoReservation", "message": "it has no reservation"}
+    for conditions in ([waiting], [evicted, waiting]):
+        assert queue_reason(queued, {"status": {"conditions": conditions}}) == "Kueue: insufficient quota for cpu"
     said = queue_reason(queued, None)
     assert said is not None
     assert "Kueue has made no Workload of it: it does not manage PyTorchJobs here" in said

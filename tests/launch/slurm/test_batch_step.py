@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from job.launch.slurm.job_script import BATCH
+from job.launch.slurm.job_script import BAD_NODES, BATCH
 
 SCONTROL = """
 scontrol() {
@@ -28,7 +28,7 @@ def run(directory: Path, body: str, **variables: str) -> tuple[int, list[str], b
     for job in ("7", "8"):
         (directory / "targets" / f"cyclevae-run@{job}.json").touch()
     done = subprocess.run(
-        ["bash", "-c", f"{SCONTROL} source {BATCH}\npoll=0.1 patience=2\n{body}"],
+        ["bash", "-c", f"{SCONTROL} source {BATCH}; source {BAD_NODES}\npoll=0.1 patience=2\n{body}"],
         cwd=directory,
         capture_output=True,
         timeout=120,

@@ -128,6 +128,11 @@ def test_apptainer(script: Script, tmp_path: Path) -> None:
         (["training.seed=1,1"], 1, "two points"),
         (["hydra/launcher=slurm_pyxis"], 1, "hydra.launcher.container.image"),
         (["hydra.launcher.container.image=x.sif"], 1, "add hydra/launcher=slurm_pyxis"),
+        (
+            ["hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=8", "training.global_batch_size=24"],
+            1,
+            "on 2 nodes of 8: training.global_batch_size=24 is not a multiple",
+        ),
         (["hydra.launcher.timeout_min=3"], 1, "signal_delay_s=180 is not below"),
         (["hydra.launcher.timeout_min=5", "+hydra.launcher.additional_parameters.signal=B:USR1@300"], 1, "300"),
         (["logging.run_name=a%j"], 1, "a%j/.submitit: sbatch takes %"),
@@ -141,6 +146,11 @@ def test_mistakes_are_told_before_anything_is_queued(
     told = script(*arguments, code=code)
     assert words in told
     assert "Traceback" not in told
+
+
+def test_bad_nodes_may_be_kept(script: Script) -> None:
+    assert "\nCYCLEVAE_EXCLUDE_BAD_NODES=1\n" in script()
+    assert "\nCYCLEVAE_EXCLUDE_BAD_NODES=0\n" in script("hydra.launcher.exclude_bad_nodes=false")
 
 
 def test_no_requeue(script: Script) -> None:
