@@ -12,8 +12,8 @@ train: .venv/runtime                  ## set up, prepare the embedded text, trai
 		--latent-dim 256 --lsa-features letters --out data/demo
 	$(BIN)/python -m job.train --config-name demo
 
-# `make test PROCESSES=2`: in two processes, each with its own shared runs and data.
-PROCESSES := 0
+# Processes of the test suite, each with its own shared runs and data; PROCESSES=0 runs it in this one.
+PROCESSES := 2
 test: .venv/dev                       ## the test suite
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
