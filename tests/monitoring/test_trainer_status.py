@@ -27,12 +27,13 @@ class Controller:
         self.token = directory / "token"
         self.taken: list[dict[str, Any]] = []
         self.refused = 0
-        self.go_on = threading.Event()
+        self.asked, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                owner.asked.set()
                 owner.go_on.wait(30)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 known = self.headers["Authorization"] == f"Bearer {owner.token.read_text().strip()}"
@@ -97,10 +98,12 @@ def test_the_loop_waits_for_no_controller(controller: Controller, monkeypatch: p
     controller.go_on.clear()
     status = TrainerStatus(controller.address)
     began = time.monotonic()
-    for step in range(1, 1000):
+    status.tell(1, 1000, 1.0, VALUES)
+    assert controller.asked.wait(10)
+    for step in range(2, 1000):
         status.tell(step, 1000, 1.0, VALUES)
     status.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20, "a controller that does not answer for 30 s is not waited for"
     controller.go_on.set()
     controller.has_taken(2)
     assert len(controller.taken) <= 3, "what came meanwhile was replaced by the newest"
