@@ -7,14 +7,12 @@ What it does is in job.launch.kubernetes.sweep.
 # sys.modules, and Hydra loads plugins without an entry there.
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
 
+# As a module: Hydra takes every launcher class that is a name in a plugin for one that the plugin offers.
+from job.launch import plugin
 from job.launch.kubernetes.settings import Settings
 
 
@@ -30,17 +28,8 @@ class KubernetesConf(Settings):
 ConfigStore.instance().store(group="hydra/launcher", name="kubernetes_schema", node=KubernetesConf, provider="cyclevae")
 
 
-class KubernetesLauncher(Launcher):
+class KubernetesLauncher(plugin.SweepLauncher):
     """Every point is a job of `python -m job.train ...`, which the operator starts again when exit codes ask for it."""
-
-    def __init__(self, **params: Any) -> None:
-        self.params = {
-            name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            for name, value in params.items()
-        }
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from job.launch.kubernetes.sweep import launch
