@@ -482,6 +482,7 @@ OF_THE_RUN = (
     ),
     counter("tokens_total", "tokens", "Text tokens trained on, over restarts."),
     counter("samples_total", "samples", "Samples trained on, over restarts."),
+    counter("unpaired_samples_total", "samples", "Those of them that are a text or a latent alone.", "kind"),
     counter(
         "nonfinite_steps_total",
         "steps",

@@ -285,7 +285,7 @@ def count_work(run: TrainingRun, step: int, batch: Batch) -> None:
     lengths = batch["global_lengths"].numpy()
     kinds = batch["global_kinds"].numpy() if "global_kinds" in batch else np.zeros_like(lengths)
     for kind in np.unique(kinds).tolist():
-        run.reporter.work.add(lengths[kinds == kind], run.learner.objective.plan.passes(step, kind))
+        run.reporter.work.add(lengths[kinds == kind], run.learner.objective.plan.passes(step, kind), kind)
 
 
 def compile_patience(run: TrainingRun, kind: str) -> float:

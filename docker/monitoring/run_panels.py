@@ -105,6 +105,19 @@ THROUGHPUT = Section(
         ),
         line("Model FLOPs utilization", "model_flops_utilization_ratio"),
         Panel(
+            "Samples that lack a half",
+            "percentunit",
+            [
+                (
+                    f"sum by (run, kind) (rate(cyclevae_unpaired_samples_total{{{OF_RUN}}}[$__rate_interval])) "
+                    f"/ on (run) group_left () "
+                    f"sum by (run) (rate(cyclevae_samples_total{{{OF_RUN}}}[$__rate_interval]))",
+                    "{{run}} {{kind}} alone",
+                )
+            ],
+            "Share of the samples that are a text without a latent, or a latent without a text.",
+        ),
+        Panel(
             "Step time",
             "s",
             [

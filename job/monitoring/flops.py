@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from job.config import ModelConfig
+from job.row_kinds import LATENT, PAIRED, TEXT
 
 BACKWARD = (
     2  # times the forward: every matrix product has one for the gradient of its input and one for that of its weight
@@ -58,6 +59,8 @@ class Done:
     tokens: int = 0
     samples: int = 0
     flops: float = 0.0
+    texts_alone: int = 0  # samples without a latent
+    latents_alone: int = 0  # samples without a text
 
 
 class Work:
@@ -67,13 +70,15 @@ class Work:
         self._model, self._vocab_size, self._latent_dim = model, vocab_size, latent_dim
         self._done = Done()
 
-    def add(self, lengths: np.ndarray, passes: Mapping[str, float]) -> None:
-        """One step over the rows of a global batch, with so many passes of each kind of `pass_flops`."""
+    def add(self, lengths: np.ndarray, passes: Mapping[str, float], kind: int = PAIRED) -> None:
+        """One step over the rows of a kind in a global batch, with so many passes of each kind of `pass_flops`."""
         flops = pass_flops(self._model, lengths, self._vocab_size, self._latent_dim)
         self._done = Done(
             tokens=self._done.tokens + int(lengths.sum()),
             samples=self._done.samples + len(lengths),
             flops=self._done.flops + sum(count * flops[name] for name, count in passes.items()),
+            texts_alone=self._done.texts_alone + len(lengths) * (kind == TEXT),
+            latents_alone=self._done.latents_alone + len(lengths) * (kind == LATENT),
         )
 
     def read(self) -> Done:

@@ -42,6 +42,8 @@ class Goodput:
     replayed_steps: int = 0
     tokens: int = 0
     samples: int = 0
+    texts_alone: int = 0  # of the samples, those without a latent
+    latents_alone: int = 0  # those without a text
     flops: float = 0.0
     counted_until: float = 0.0  # seconds since 1970; 0: nothing is missing, as before the first start
     longest_interval: float = 0.0  # seconds between two counts in the last start
@@ -92,6 +94,8 @@ class Goodput:
         self.replayed_steps += replayed
         self.tokens += work.tokens
         self.samples += work.samples
+        self.texts_alone += work.texts_alone
+        self.latents_alone += work.latents_alone
         self.flops += work.flops
 
         replayed_share = replayed / max(1, done - start)
@@ -108,6 +112,8 @@ class Goodput:
             ("cyclevae_replayed_steps_total", ()): self.replayed_steps,
             ("cyclevae_tokens_total", ()): self.tokens,
             ("cyclevae_samples_total", ()): self.samples,
+            ("cyclevae_unpaired_samples_total", ("text",)): self.texts_alone,
+            ("cyclevae_unpaired_samples_total", ("latent",)): self.latents_alone,
             ("cyclevae_model_flops_total", ()): self.flops,
             ("cyclevae_restarts_total", ()): max(0, self.starts - 1),
             **{("cyclevae_goodput_seconds_total", (phase,)): seconds for phase, seconds in self.seconds.items()},
