@@ -55,11 +55,12 @@ class Options:
         "stdlib (sentences from the documentation of Python's own standard library; the default), unicode (names of "
         "characters: short, and soon learned), files, directories "
         "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH; a file or glob may also "
-        "be of .text or .md (as .txt), .ndjson or .json (as .jsonl)",
+        "be of .text or .md (as .txt), .ndjson or .json (as .jsonl, or one array), .csv or .tsv; all but .parquet also "
+        "with .gz or .zst behind",
         group="texts",
         metavar="SOURCE",
     )
-    text_key: str = option("text", "key or column of the text", group="texts")
+    text_key: str = option("text", "key or column of the text; a.b is b within a", group="texts")
     hf_split: str = option("train", "split of the Hugging Face dataset", group="texts")
     split_sentences: bool = option(False, "every sentence of a text is a sample", group="texts")
     max_samples: int | None = option(None, "stop after this many different texts", group="texts", low=2)
