@@ -139,6 +139,20 @@ class Options:
         read_if=WITH_SENTENCE_TRANSFORMERS,
         from_like=True,
     )
+    latents: str | None = option(
+        None,
+        "latents that you have, .npy [texts, dimensions], a row for every text in reading order; no encoder runs",
+        group="latents",
+        metavar="FILE",
+        from_like=True,
+    )
+    latents_key: str | None = option(
+        None,
+        "or the key or column of the latent, a list of numbers, in the records of the sources",
+        group="latents",
+        metavar="KEY",
+        from_like=True,
+    )
     like: str | None = option(
         None,
         "prepared data, a run or an export whose tokenizer and encoder are taken, and whose longest row "

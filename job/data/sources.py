@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,9 @@ def read_samples(
             yield Sample(text, where, latent)
 
 
-def read_texts(sources: Sequence[str], *, text_key: str, hf_split: str, split_sentences: bool) -> Iterator[str]:
+def read_texts(
+    sources: Sequence[str], *, text_key: str, hf_split: str, split_sentences: bool
+) -> Generator[str, None, None]:
     """Texts of the sources in a fixed order, stripped, none empty.
 
     A text is a line of plain text or a record of the other kinds, or with `split_sentences` each of its sentences.

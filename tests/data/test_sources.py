@@ -146,7 +146,7 @@ def test_a_file_is_read_no_further_than_it_is_asked_for(tmp_path: Path) -> None:
     tracemalloc.start()
     texts = read_texts([str(tmp_path / "large.json.gz")], text_key="text", hf_split="train", split_sentences=False)
     assert [next(texts)[0] for _ in range(3)] == ["0", "1", "2"]
-    texts.close()  # type: ignore[attr-defined]
+    texts.close()
     assert sum(1 for _ in records(tmp_path / "large.json.gz", ["text"])) == 3000
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
