@@ -215,7 +215,7 @@ def _table(path: Path, kind: str, keys: Sequence[str]) -> Iterator[Record]:
                 if names.count(key) != 1:
                     raise UserError(
                         f"{path}: {names.count(key)} columns {key!r} in its first row, which has {', '.join(names)}; "
-                        "name the column with --text-key"
+                        f"name the column with {_option(keys, key)}"
                     )
             for row in reader:
                 if not row:
@@ -239,8 +239,8 @@ def _parquet(path: Path, keys: Sequence[str]) -> Iterator[Record]:
     row = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        columns = [_column(path, file.schema_arrow, key) for key in keys]
-        for batch in file.iter_batches(columns=columns, batch_size=READ_AT_ONCE // 16):
+        _refuse_missing_columns(path, file.schema_arrow, keys)
+        for batch in file.iter_batches(columns=list(keys), batch_size=READ_AT_ONCE // 16):
             for record in batch.to_pylist():
                 row += 1
                 found = {key: _nested_or_none(record, key) for key in keys}
@@ -259,18 +259,25 @@ def _nested_or_none(record: dict[str, Any], key: str) -> Any:
         return None
 
 
-def _column(path: Path, schema: Any, key: str) -> str:
-    """The path of a column, or of a field of a nested one. UserError for none."""
+def _option(keys: Sequence[str], key: str) -> str:
+    """The option that named a key."""
+    return "--text-key" if key == keys[0] else "--latents-key"
+
+
+def _refuse_missing_columns(path: Path, schema: Any, keys: Sequence[str]) -> None:
+    """UserError for a key that is neither a column nor a field of a nested one."""
 
     def tree(fields: Any) -> dict[str, Any]:
         return {field.name: tree(field.type) if _is_struct(field.type) else None for field in fields}
 
-    try:
-        nested(tree(schema), key)
-    except KeyError:
-        names = ", ".join(schema.names)
-        raise UserError(f"{path}: no column {key!r}, it has {names}; name the column with --text-key") from None
-    return key
+    columns = tree(schema)
+    for key in keys:
+        try:
+            nested(columns, key)
+        except KeyError:
+            there = ", ".join(schema.names)
+            option = _option(keys, key)
+            raise UserError(f"{path}: no column {key!r}, it has {there}; name the column with {option}") from None
 
 
 def _is_struct(kind: Any) -> bool:

@@ -156,6 +156,18 @@ def test_bad_latents_are_named_by_file_and_row(
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+@pytest.mark.parametrize("name", ["records.jsonl", "records.parquet", "texts.txt", "table.csv"])
+def test_a_missing_latent_is_asked_for_by_its_own_option(
+    directory: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "table.csv").write_text("text\nx\n")
+    assert run("--source", directory / name, "--latents-key", "of.other", "--dry-run") == 1
+    error = capsys.readouterr().err
+    assert name in error
+    assert "'of.other'" in error
+    assert "with --latents-key" in error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
