@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from job import prepare
+from job.data.description import describe_dataset, refuse_other_data
 from job.data.encoders import load_encoder
 from job.data.shards import SPLITS, ShardDataset, read_info
 from job.data.tokenizer import of_dataset
@@ -96,6 +98,17 @@ def test_a_changed_file_of_latents_is_refused(
     np.save(tmp_path / "latents.npy", LATENTS + 1)
     assert run(*source, tmp_path / "latents.npy") == 1
     assert "latents.npy has changed since" in capsys.readouterr().err
+
+
+def test_other_given_latents_fit_a_model_with_a_note(directory: Path) -> None:
+    train = ShardDataset(directory / "file", "train")
+    model = describe_dataset(train, standardize=True)
+    assert refuse_other_data(model, train.info, ("a", "b")) == []
+    other = dataclasses.replace(train.info, encoder={**train.info.encoder, "sha256": "0" * 64})
+    (note,) = refuse_other_data(model, other, ("the model", "the data"))
+    assert note.startswith("the latents of the data and of the model were given in different files")
+    with pytest.raises(UserError, match="another encoder"):
+        refuse_other_data(model, dataclasses.replace(other, encoder={"name": "lsa"}), ("a", "b"))
 
 
 def test_what_needs_an_encoder_says_that_there_is_none(
