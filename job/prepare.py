@@ -14,10 +14,11 @@ from job.arguments import Fraction, at_least
 from job.command import guarded
 from job.data import tokenizer as tokenizers
 from job.data.earlier import finished
-from job.data.encoders import SENTENCE_TRANSFORMERS
+from job.data.encoders import GIVEN, SENTENCE_TRANSFORMERS
 from job.data.like import Pattern, read_pattern
 from job.data.options import LocalOptions, Options, flag
 from job.data.preparation import prepare
+from job.data.preview import preview
 from job.data.shards import DatasetInfo, ShardDataset
 from job.data.work import Preparation
 from job.errors import UsageError, UserError
@@ -63,7 +64,12 @@ def parser() -> argparse.ArgumentParser:
         description="Turn texts into shards of tokens and latents. Interrupted, the same command goes on; "
         "under torchrun or srun the processes divide the shards.",
     )
-    p.add_argument("--out", type=Path, required=True, help="directory of the dataset")
+    p.add_argument("--out", type=Path, help="directory of the dataset")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="count texts, lengths, duplicates and what would be dropped, show examples, and write nothing",
+    )
     groups: dict[str | None, argparse._ActionsContainer] = {None: p}
     for option in DECLARED:
         title = option.metadata["group"]
@@ -76,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
 def resolve(arguments: argparse.Namespace, pattern: Pattern | None) -> None:
     """Fill in the defaults of options that depend on another. UsageError for one that nothing reads, or that lacks."""
     settled = pattern.options() if pattern else {}
+    if not pattern and (arguments.latents or arguments.latents_key):
+        settle_given(arguments)
     for option in DECLARED:
         name, declared = option.name, option.metadata
         given = getattr(arguments, name)
@@ -89,6 +97,8 @@ def resolve(arguments: argparse.Namespace, pattern: Pattern | None) -> None:
             if there == wanted and given is None:
                 setattr(arguments, name, declared["default"])
             elif there != wanted and given is not None:
+                if there == GIVEN:
+                    raise UsageError(f"{flag(name)} has no effect with latents that are given; leave it out")
                 raise UsageError(
                     f"{flag(name)} has no effect with {flag(other)} {there}; "
                     f"leave it out or give {flag(other)} {wanted}"
@@ -103,6 +113,18 @@ def resolve(arguments: argparse.Namespace, pattern: Pattern | None) -> None:
         raise UsageError("--encoder sentence_transformers needs --encoder-model NAME or DIRECTORY")
 
 
+def settle_given(arguments: argparse.Namespace) -> None:
+    """No encoder where the latents are there. UsageError for an option that does not go with that."""
+    if arguments.latents and arguments.latents_key:
+        raise UsageError("--latents and --latents-key: both say where the latents are; leave one out")
+    name = "--latents" if arguments.latents else "--latents-key"
+    if arguments.encoder is not None:
+        raise UsageError(f"--encoder has no effect with {name}, which gives the latents; leave it out")
+    if arguments.split_sentences:
+        raise UsageError(f"--split-sentences: {name} gives a latent for a whole text, not for each of its sentences")
+    arguments.encoder = GIVEN
+
+
 def taken(declaration: type[T], arguments: argparse.Namespace) -> T:
     """The options of one declaration."""
     names = [f.name for f in dataclasses.fields(declaration) if f.init]
@@ -114,7 +136,8 @@ def summary(out: Path, info: DatasetInfo) -> str:
     made, counts = info.options, info.counts
     dropped = f"{made['duplicates']} duplicates, {made['dropped']} longer than --max-length {made['max_length']}"
     if made.get("without_latent"):
-        dropped += f", {made['without_latent']} of which the encoder knows no word"
+        why = "whose latent is zero" if info.encoder["name"] == GIVEN else "of which the encoder knows no word"
+        dropped += f", {made['without_latent']} {why}"
     encoder = ", ".join(f"{key} {value}" for key, value in info.encoder.items() if key not in NOT_SHOWN)
     mean = sum(info.token_counts) / sum(info.rows_of_kinds("train")[:LATENT])
     paired, texts, latents = info.rows_of_kinds("train")
@@ -146,6 +169,12 @@ def run(arguments: argparse.Namespace) -> None:
     pattern = read_pattern(arguments.like) if arguments.like else None
     resolve(arguments, pattern)
     here = placement(os.environ, alone=True)
+    if arguments.dry_run:
+        if here.rank == 0:
+            print(preview(taken(Options, arguments), taken(LocalOptions, arguments), pattern))
+        return
+    if arguments.out is None:
+        raise UsageError("--out DIR is missing: where the dataset is to be written (--dry-run needs none)")
     preparation = Preparation(
         out=arguments.out,
         options=taken(Options, arguments),

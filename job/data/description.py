@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from job import checkpoint_names
-from job.data.encoders import ENCODER_FILE
+from job.data.encoders import ENCODER_FILE, GIVEN
 from job.data.lengths import LENGTH_SAMPLES, fit_lengths
 from job.data.shards import INFO_FILE, Dataset, DatasetInfo
 from job.data.tokenizer import TextTokenizer, saved
@@ -203,6 +203,13 @@ def refuse_other_data(model: ModelDescription, data: DatasetInfo, names: tuple[s
         )
     _refuse_other_tokenizer(model, data, names)
     if not same_encoder(model.encoder, data.encoder):
+        if model.encoder.get("name") == data.encoder.get("name") == GIVEN:
+            # Every file of given latents has another hash, whatever made them: only the user can know.
+            note = (
+                f"the latents of {of_data} and of {of_model} were given in different files; "
+                "see to it that one encoder made both"
+            )
+            return [note, *_other_statistics(model, data, names)]
         raise UserError(
             f"the latents of {of_data} are of another encoder ({encoder_words(data.encoder)}) than those of {of_model} "
             f"({encoder_words(model.encoder)}); prepare the texts with `python -m job.prepare --like`"

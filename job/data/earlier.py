@@ -56,13 +56,15 @@ def is_whole(plan: dict[str, Any]) -> bool:
 def refuse_other_options(preparation: Preparation, there: dict[str, Any]) -> None:
     """UserError naming the first option in which a directory differs from this command.
 
-    Sources, and what --like names, are compared by their content elsewhere.
+    Sources, and what --like and --latents name, are compared by their content elsewhere.
     """
     defaults = {option.name: option.metadata.get("default") for option in dataclasses.fields(preparation.options)}
     for name, value in dataclasses.asdict(preparation.options).items():
         if name not in there and value == defaults[name]:
             continue  # an option that there was none of yet
-        by_content = name == "source" or (name == "like" and value is not None and there.get(name) is not None)
+        by_content = name == "source" or (
+            name in ("like", "latents") and value is not None and there.get(name) is not None
+        )
         if not by_content and there.get(name) != value:
             _refuse(preparation, name, there)
 
@@ -77,7 +79,7 @@ def refuse_other_sources(
     """
     options = preparation.options
     try:
-        now = source_files.entries([*options.source, *options.unpaired], before or ())
+        now = source_files.of_options(options, before or ())
     except UserError as error:
         if there.get("source") != options.source:
             _refuse(preparation, "source", there)

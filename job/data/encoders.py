@@ -20,6 +20,7 @@ from job.files import write_whole
 ENCODER_FILE = "encoder.safetensors"
 LSA = "lsa"
 SENTENCE_TRANSFORMERS = "sentence_transformers"
+GIVEN = "given"  # no encoder: the latents came with the texts (given.py)
 MAX_FEATURES = 50_000  # words of the TF-IDF vocabulary, the most frequent ones
 # Fitting holds the features of all its texts in memory at once, so it takes a sample. The texts come in the order of
 # their hashes (splitting.py), so the first ones are a random sample, and the same one on every machine.
@@ -233,4 +234,10 @@ def load_encoder(directory: Path, description: dict[str, Any], resources: Resour
         return LsaEncoder.load(directory / ENCODER_FILE, description)
     if name == SENTENCE_TRANSFORMERS:
         return SentenceTransformersEncoder.load(description, resources or Resources())
+    if name == GIVEN:
+        where = description.get("file") or f"the key {description['key']!r}"
+        raise UserError(
+            f"{directory}: its latents were given with the texts ({where}), so there is no encoder for new texts; "
+            "encode them with the program that made those latents"
+        )
     raise UserError(f"{directory}: its latents were not made by prepare ({name}), so there is no encoder for new texts")

@@ -12,7 +12,7 @@ from job.data import tokenizer as tokenizers
 from job.data.console import say
 from job.data.encoders import (
     ENCODER_FILE,
-    LSA,
+    SENTENCE_TRANSFORMERS,
     WORDS,
     Encoder,
     LsaEncoder,
@@ -84,6 +84,7 @@ class Fitting:
         self.pattern = pattern
         self.tokenizer: tokenizers.TextTokenizer | None = None
         self.encoder: Encoder | None = None
+        self.given: dict[str, Any] | None = None  # description of latents that came with the texts
         if pattern:
             self.tokenizer = pattern.read_tokenizer()
             self.encoder = load_encoder(pattern.directory, pattern.encoder, resources)
@@ -95,7 +96,7 @@ class Fitting:
                 mask_token=options.mask_token,
                 pad_token=options.pad_token,
             )
-        if options.encoder != LSA:
+        if options.encoder == SENTENCE_TRANSFORMERS:
             self.encoder = SentenceTransformersEncoder(
                 str(options.encoder_model), options.truncate_dim, str(options.encoder_dtype), resources
             )
@@ -111,7 +112,7 @@ class Fitting:
         vocab_size = self.pattern.vocab_size if self.pattern else tokenizer.vocab_size
         say(f"tokenizer of {vocab_size} tokens")
         encoder = self.encoder
-        if encoder is None:
+        if encoder is None and not self.given:
             encoder = LsaEncoder.fit(texts, options.latent_dim or 0, options.seed, options.lsa_features or WORDS)
             say("encoder fitted")
         if isinstance(encoder, LsaEncoder):
@@ -122,8 +123,17 @@ class Fitting:
             "mask_token_id": tokenizer.mask_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             "vocab_size": vocab_size,
-            "encoder": self.pattern.encoder if self.pattern else encoder.description,
+            "encoder": self._description(encoder),
         }
+
+    def _description(self, encoder: Encoder | None) -> dict[str, Any]:
+        """What dataset.json says of the encoder."""
+        if self.pattern:
+            return self.pattern.encoder
+        if self.given:
+            return self.given
+        assert encoder
+        return encoder.description
 
     def _write_tokenizer(self, path: Path, tokenizer: tokenizers.TextTokenizer) -> None:
         if self.pattern is None:

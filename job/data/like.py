@@ -8,6 +8,7 @@ from typing import Any
 
 from job.data import tokenizer as tokenizers
 from job.data.description import ModelDescription, description_of, read_description
+from job.data.encoders import GIVEN
 from job.data.shards import INFO_FILE, DatasetInfo, read_info
 from job.errors import UserError
 from job.files import file_entry
@@ -71,6 +72,11 @@ def read_pattern(source: str) -> Pattern:
         max_length = known.max_length
     if known.tokenizer is None:
         raise UserError(f"--like {source}: this data came without a tokenizer, so new texts cannot become its tokens")
+    if known.encoder.get("name") == GIVEN:
+        raise UserError(
+            f"--like {source}: its latents were given with the texts, so there is no encoder for new texts; "
+            "give theirs with --latents or --latents-key, and its tokenizer with --tokenizer"
+        )
     return Pattern(
         source=source,
         directory=directory,

@@ -55,11 +55,12 @@ class Options:
         "stdlib (sentences from the documentation of Python's own standard library; the default), unicode (names of "
         "characters: short, and soon learned), files, directories "
         "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH; a file or glob may also "
-        "be of .text or .md (as .txt), .ndjson or .json (as .jsonl)",
+        "be of .text or .md (as .txt), .ndjson or .json (as .jsonl, or one array), .csv or .tsv; all but .parquet also "
+        "with .gz or .zst behind",
         group="texts",
         metavar="SOURCE",
     )
-    text_key: str = option("text", "key or column of the text", group="texts")
+    text_key: str = option("text", "key or column of the text; a.b is b within a", group="texts")
     hf_split: str = option("train", "split of the Hugging Face dataset", group="texts")
     split_sentences: bool = option(False, "every sentence of a text is a sample", group="texts")
     max_samples: int | None = option(None, "stop after this many different texts", group="texts", low=2)
@@ -136,6 +137,20 @@ class Options:
         group="latents",
         choices=("float32", "bfloat16", "float16"),
         read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
+    )
+    latents: str | None = option(
+        None,
+        "latents that you have, .npy [texts, dimensions], a row for every text in reading order; no encoder runs",
+        group="latents",
+        metavar="FILE",
+        from_like=True,
+    )
+    latents_key: str | None = option(
+        None,
+        "or the key or column of the latent, a list of numbers, in the records of the sources",
+        group="latents",
+        metavar="KEY",
         from_like=True,
     )
     like: str | None = option(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,11 @@ from job.data import lock, source_files
 from job.data import tokenizer as tokenizers
 from job.data.console import CountedWork, say
 from job.data.earlier import earlier_plan, finished, is_whole, refuse_other_options
-from job.data.encoders import ENCODER_FILE, LSA, Encoder, load_encoder
+from job.data.encoders import ENCODER_FILE, GIVEN, LSA, Encoder, load_encoder
 from job.data.fitting import Fitting, chunks, fits
-from job.data.options import Options
+from job.data.given import GivenEncoder, GivenLatents, description
+from job.data.reading import read_splits
 from job.data.shards import DatasetInfo
-from job.data.sources import read_texts
-from job.data.splitting import Splits, split_texts
 from job.data.unpaired import write_latents, write_texts
 from job.data.work import Preparation, TextShard, read_json
 from job.data.writer import ShardRecord, write_info, write_shard
@@ -90,8 +89,11 @@ def _plan(preparation: Preparation) -> dict[str, Any]:
     # Without a plan, what lies here is a first stage that was killed. It starts anew: nothing says with what options.
     shutil.rmtree(preparation.work, ignore_errors=True)
     fitting = Fitting(options, preparation.local, preparation.pattern, preparation.resources)
-    files = source_files.entries([*options.source, *options.unpaired])
-    splits = _read_splits(options)
+    files = source_files.of_options(options)
+    given = GivenLatents(options, preparation.work / "given.float32") if options.encoder == GIVEN else None
+    if given:
+        fitting.given = description(options, files)
+    splits = read_splits(options, given)
     source_files.refuse_touched(files)
     fitted = fitting.fit(preparation.out, splits.to_fit_on())
     of_split = {split: in_shards(texts, options.shard_size) for split, texts in splits.of_split.items()}
@@ -99,7 +101,10 @@ def _plan(preparation: Preparation) -> dict[str, Any]:
     of_split["train"] += in_shards(splits.unpaired, options.shard_size)
     for split, shards in of_split.items():
         for number, texts in enumerate(shards):
-            write_json(TextShard(preparation.work, split, number).texts_file, texts)
+            shard = TextShard(preparation.work, split, number)
+            write_json(shard.texts_file, texts)
+            if given and not (split == "train" and number >= encoded):
+                np.save(shard.latents_file, given.pick(texts))
     plan = {
         "options": dataclasses.asdict(options),
         "source_files": files,
@@ -115,45 +120,6 @@ def _plan(preparation: Preparation) -> dict[str, Any]:
 def in_shards(texts: list[str], size: int) -> list[list[str]]:
     """Texts in portions of `size`."""
     return [texts[start : start + size] for start in range(0, len(texts), size)]
-
-
-def _read_splits(options: Options) -> Splits:
-    """Texts of each split. UserError when a split is empty."""
-
-    def texts_of(sources: list[str]) -> Iterator[str]:
-        return read_texts(
-            sources,
-            text_key=options.text_key,
-            hf_split=options.hf_split,
-            split_sentences=options.split_sentences,
-        )
-
-    splits = split_texts(
-        texts_of(options.source),
-        options.max_samples,
-        options.validation_fraction,
-        options.encode_fraction,
-        texts_of(options.unpaired),
-    )
-    duplicates = splits.duplicates
-    source = f"--source {' '.join(options.source)}"
-    if splits.count == 1 and duplicates:
-        raise UserError(
-            f"{source}: all {duplicates + 1} texts are the same but for case and white space; give different ones"
-        )
-    for split, of_split in splits.of_split.items():
-        if not of_split:
-            remedy = "another --validation-fraction"
-            if options.encode_fraction < 1:
-                remedy = "a larger --encode-fraction"
-            raise UserError(
-                f"{source}: no text for the {split} split, of {splits.count} different ones ({duplicates} duplicates); "
-                f"give more texts or {remedy}"
-            )
-    say(f"{splits.count} texts, {duplicates} duplicates dropped")
-    if splits.unpaired:
-        say(f"{len(splits.unpaired)} of them get no latent")
-    return splits
 
 
 def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
@@ -176,6 +142,8 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         if _is_text_alone(shard, plan):
             write_json(shard.record_file, dataclasses.asdict(write_texts(preparation, shard, texts, tokenizer, plan)))
             continue
+        if plan["encoder"]["name"] == GIVEN:
+            encoder = GivenEncoder(texts, np.load(shard.latents_file))
         encoder = encoder or load_encoder(preparation.out, plan["encoder"], preparation.resources)
         with CountedWork(name, len(texts)) as work:
             encoded = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
@@ -243,6 +211,8 @@ def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     _wait(lambda: all(file.exists() for file in files))
     records = [ShardRecord(**read_json(file)) for file in files]
     if not any(record.rows for record in records if record.split == "train" and record.kind == PAIRED):
+        if all(record.without_latent for record in records if record.split == "train" and record.kind == PAIRED):
+            raise UserError("no training text that fits --max-length has a latent that is not zero")
         raise UserError(
             f"every text is longer than --max-length {preparation.options.max_length} tokens; "
             "raise it, or cut texts with --split-sentences"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from job.data.options import Options
 from job.data.sources import EMBEDDED, HUGGING_FACE, find_files, is_saved
 from job.errors import UserError
 
@@ -37,6 +38,17 @@ def entries(sources: Sequence[str], known: Sequence[Entry] = ()) -> list[Entry]:
             found += [_file_entry(path, of_path) for path in sorted(Path(name).rglob("*.arrow"))]
         else:
             found.append({"name": source})
+    return found
+
+
+def of_options(options: Options, known: Sequence[Entry] = ()) -> list[Entry]:
+    """The entries of all that a preparation reads: sources, unpaired texts, and the file of latents last."""
+    found = entries([*options.source, *options.unpaired], known)
+    if options.latents:
+        path = Path(options.latents)
+        if not path.is_file():
+            raise UserError(f"--latents {path}: no such file")
+        found.append(_file_entry(path, {entry["path"]: entry for entry in known if "path" in entry}))
     return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from job.data.optional import import_optional
+from job.data.records import BYTE_ORDER_MARK, PARQUET, Record, kind_of, nested, records
 from job.data.stdlib_text import sentences, stdlib_sentences
 from job.data.unicode_names import character_names
 from job.errors import UserError
@@ -17,13 +19,9 @@ STDLIB = "stdlib"
 UNICODE = "unicode"
 EMBEDDED = (STDLIB, UNICODE)  # made of the running Python; they come in samples
 HUGGING_FACE = "hf:"
-LINES = (".txt", ".text", ".md")
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-PARQUET = (".parquet",)
-SUFFIXES = LINES + JSON_LINES + PARQUET
-# Taken from a directory. It may also hold a README.md or a dataset_info.json, which are not meant.
+# Taken from a directory, compressed ones too. It may also hold a README.md, a dataset_info.json or a metadata.csv,
+# which are not meant.
 DIRECTORY_SUFFIXES = (".txt", ".jsonl", ".parquet")
-BYTE_ORDER_MARK = "\ufeff"
 DEFAULT_SPLIT = "train"
 SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` of Hugging Face's library writes
 
@@ -42,71 +40,26 @@ def _checked(text: str, where: str) -> str:
     return text
 
 
+def _value_of(record: object, key: str, where: str, option: str) -> Any:
+    """What stands in a record under a key, or UserError that says `where` it is missing."""
+    if isinstance(record, dict):
+        try:
+            return nested(record, key)
+        except KeyError:
+            found = f"it has {', '.join(map(str, record))}"
+    else:
+        found = f"it is a {type(record).__name__}"
+    what = "text" if option == "--text-key" else "latent"
+    raise UserError(f"{where}: no {what} under the key {key!r}, {found}; name the key with {option}")
+
+
 def _text_of(record: object, key: str, where: str) -> str:
     """The text in a record, or UserError that says `where` it is missing."""
-    if not isinstance(record, dict):
-        found = f"it is a {type(record).__name__}"
-    elif isinstance(record.get(key), str):
-        return _checked(record[key], where)
-    elif key in record:
-        shown = json.dumps(record[key], default=str)[:40]
-        raise UserError(f"{where}: the value of {key!r} is {shown}, not a text; name the key with --text-key")
-    else:
-        found = f"it has {', '.join(map(str, record))}"
-    raise UserError(f"{where}: no text under the key {key!r}, {found}; name the key with --text-key")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a file of text, read as they are asked for: --max-samples leaves the rest of a large file unread."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield line.removeprefix(BYTE_ORDER_MARK)  # on any line: files may have been joined
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _plain_text(path: Path) -> Iterator[str]:
-    """The lines of a file of text."""
-    for number, line in enumerate(_lines(path), 1):
-        yield _checked(line, f"{path}:{number}")
-
-
-def _json_lines(path: Path, key: str) -> Iterator[str]:
-    """Texts of a file of JSON objects, one a line."""
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        if line.lstrip().startswith("["):
-            raise UserError(
-                f"{path}:{number}: a JSON array; one object a line is expected "
-                f"(jq -c '.[]' {path.name} > lines.jsonl writes it so)"
-            )
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from error
-        yield _text_of(record, key, f"{path}:{number}")
-
-
-def _parquet(path: Path, key: str) -> Iterator[str]:
-    """Texts of a column of a Parquet file; rows without one are left out."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        if key not in columns:
-            raise UserError(f"{path}: no column {key!r}, it has {', '.join(columns)}; name the column with --text-key")
-        for batch in file.iter_batches(columns=[key]):
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    yield _text_of({key: text}, key, str(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
+    text = _value_of(record, key, where, "--text-key")
+    if isinstance(text, str):
+        return _checked(text, where)
+    shown = json.dumps(text, default=str)[:40]
+    raise UserError(f"{where}: the value of {key!r} is {shown}, not a text; name the key with --text-key")
 
 
 def _saved_split(rows: Any, split: str, name: str) -> Any:
@@ -123,7 +76,7 @@ def _saved_split(rows: Any, split: str, name: str) -> Any:
     return chosen
 
 
-def _hugging_face(name: str, key: str, split: str) -> Iterator[str]:
+def _hugging_face(name: str, split: str) -> Iterator[Record]:
     """A dataset of the hub (NAME or NAME:CONFIG) or a directory written by `save_to_disk`."""
     datasets = import_optional("datasets", "datasets")
     try:
@@ -137,7 +90,7 @@ def _hugging_face(name: str, key: str, split: str) -> Iterator[str]:
     except Exception as error:  # the library raises many kinds
         raise UserError(f"{HUGGING_FACE}{name}: cannot be loaded ({str(error).splitlines()[0]})") from error
     for number, row in enumerate(rows):
-        yield _text_of(row, key, f"{HUGGING_FACE}{name} row {number}")
+        yield row, f"{HUGGING_FACE}{name} row {number}"
 
 
 def is_saved(name: str) -> bool:
@@ -145,11 +98,17 @@ def is_saved(name: str) -> bool:
     return any((Path(name) / file).is_file() for file in SAVED_FILES)
 
 
+def _is_of_directory(file: Path) -> bool:
+    """Whether a directory is read for files of such a name."""
+    kind = kind_of(file)
+    return kind in DIRECTORY_SUFFIXES and (kind != PARQUET or file.suffix == PARQUET)
+
+
 def find_files(source: str) -> list[Path]:
     """Files of a path, directory or glob, sorted. UserError if there are none."""
     path = Path(source)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix in DIRECTORY_SUFFIXES and file.is_file()]
+        files = [file for file in path.rglob("*") if _is_of_directory(file) and file.is_file()]
     elif path.is_file():
         files = [path]
     else:
@@ -162,33 +121,46 @@ def find_files(source: str) -> list[Path]:
     return sorted(files)
 
 
-def _files(source: str, key: str) -> Iterator[str]:
-    """Texts of the files that a path, directory or glob means."""
-    for path in find_files(source):
-        if path.suffix in PARQUET:
-            yield from _parquet(path, key)
-        elif path.suffix in JSON_LINES:
-            yield from _json_lines(path, key)
-        elif path.suffix in LINES:
-            yield from _plain_text(path)
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A record's text and latent, or a text that a source is made of."""
+
+    text: str  # stripped; it may be empty
+    where: str
+    latent: Any = None  # as it stands in the record
+
+
+def read_samples(
+    sources: Sequence[str], *, text_key: str, hf_split: str, latents_key: str | None = None
+) -> Iterator[Sample]:
+    """Every line or record of the sources in a fixed order, with an empty text too. UserError for a bad one."""
+    keys = [text_key] if latents_key is None else [text_key, latents_key]
+    for source in sources:
+        if source in EMBEDDED:
+            if latents_key is not None:
+                raise UserError(f"--source {source}: has no latents under a key; leave --latents-key out")
+            texts = stdlib_sentences() if source == STDLIB else character_names()
+            yield from (Sample(text.strip(), source) for text in texts)
+            continue
+        if source.startswith(HUGGING_FACE):
+            found = _hugging_face(source.removeprefix(HUGGING_FACE), hf_split)
         else:
-            raise UserError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
+            found = (record for path in find_files(source) for record in records(path, keys))
+        for record, where in found:
+            text = _text_of(record, text_key, where).removeprefix(BYTE_ORDER_MARK).strip()
+            latent = None if latents_key is None else _value_of(record, latents_key, where, "--latents-key")
+            yield Sample(text, where, latent)
 
 
-def read_texts(sources: list[str], *, text_key: str, hf_split: str, split_sentences: bool) -> Iterator[str]:
+def read_texts(
+    sources: Sequence[str], *, text_key: str, hf_split: str, split_sentences: bool
+) -> Generator[str, None, None]:
     """Texts of the sources in a fixed order, stripped, none empty.
 
     A text is a line of plain text or a record of the other kinds, or with `split_sentences` each of its sentences.
     """
     for source in sources:
-        if source == STDLIB:
-            texts = stdlib_sentences()
-        elif source == UNICODE:
-            texts = character_names()
-        elif source.startswith(HUGGING_FACE):
-            texts = _hugging_face(source.removeprefix(HUGGING_FACE), text_key, hf_split)
-        else:
-            texts = _files(source, text_key)
+        texts: Iterator[str] = (sample.text for sample in read_samples([source], text_key=text_key, hf_split=hf_split))
         if split_sentences and source not in EMBEDDED:
             texts = (sentence for text in texts for sentence in sentences(text))
-        yield from filter(None, (text.removeprefix(BYTE_ORDER_MARK).strip() for text in texts))
+        yield from filter(None, (text.strip() for text in texts))

@@ -28,6 +28,11 @@ class TextShard:
         return self.work / f"{self.split}-{self.number:05d}.texts.json"
 
     @property
+    def latents_file(self) -> Path:
+        """The latents that were given with its texts, float32 [texts, D]."""
+        return self.work / f"{self.split}-{self.number:05d}.given.npy"
+
+    @property
     def record_file(self) -> Path:
         """Its ShardRecord, written when the shard is finished."""
         return self.work / f"{self.split}-{self.number:05d}.record.json"

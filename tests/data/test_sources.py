@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from job.data.records import records
 from job.data.sources import find_files, read_texts
 from job.errors import UserError
 
@@ -44,10 +52,21 @@ BAD = {
     "half.jsonl": ('{"text": "fine"}\n{"text": "a\\ud800b"}\n', r"half.jsonl:2: half of a surrogate pair (\ud800)"),
     "number.jsonl": ('{"text": 5}\n', "number.jsonl:1: the value of 'text' is 5, not a text"),
     "null.jsonl": ('{"text": null}\n', "null.jsonl:1: the value of 'text' is null, not a text"),
-    "array.jsonl": ('[{"text": "x"}]\n', "array.jsonl:1: a JSON array; one object a line is expected"),
-    "array.json": ('\n[\n {"text": "x"}\n]\n', "array.json:2: a JSON array"),
+    "item.json": ('[{"text": "x"}, {"txt": "y"}]', "item.json item 2: no text under the key 'text', it has txt"),
+    "cut.json": ('[{"text": "x"}, {"text": "y', "cut.json item 2: not JSON, or cut off"),
+    "open.json": ('[{"text": "x"}', "open.json item 1: followed by 'the end of the file', not by a comma or ]"),
+    "more.json": ('[{"text": "x"}]\n{}', "more.json: '{' behind the end of the array"),
+    "comma.json": ('[{"text": "x"},]', "comma.json item 2: not JSON"),
+    "later.jsonl": ('{"text": "x"}\n[{"text": "x"}]\n', "later.jsonl:2: no text under the key 'text', it is a list"),
+    "inner.jsonl": ('{"a": {"text": "x"}}\n', "inner.jsonl:1: no text under the key 'text', it has a"),
     "string.jsonl": ('"x"\n', "it is a str"),
-    "table.csv": ("a,b\n", "unknown kind of file"),
+    "table.xls": ("a,b\n", "unknown kind of file"),
+    "none.csv": ("a,b\n", "none.csv: 0 columns 'text' in its first row, which has a, b"),
+    "twice.csv": ("text,text\n", "twice.csv: 2 columns 'text'"),
+    "fields.csv": ("text,b\nx,1\ny\n", "fields.csv:3: 1 fields, but the first row names 2 columns"),
+    "quotes.tsv": ('text\tb\n"so" he said\t1\n', "quotes.tsv:2: not a tsv table"),
+    "plain.txt.gz": ("plain\n", "plain.txt.gz: cannot be decompressed"),
+    "plain.txt.zst": ("plain\n", "plain.txt.zst: cannot be decompressed"),
 }
 
 
@@ -59,6 +78,79 @@ def test_what_is_no_text_is_named_by_file_and_line(tmp_path: Path, name: str) ->
         read(tmp_path / name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+TEXTS = ["first, with a comma", 'a "quoted" one', "tab\tand é", "two\nlines"]
+RECORDS = [{"n": 1, "in": {"a.b": text}} for text in TEXTS]
+
+
+def table(delimiter: str) -> str:
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows(
+        [["n", "in.a.b"], *([str(n), text] for n, text in enumerate(TEXTS))]
+    )
+    return file.getvalue()
+
+
+def compressed(content: bytes, ending: str) -> bytes:
+    """In two parts, as files that were joined are."""
+    half = len(content) // 2
+    packs: dict[str, Callable[[bytes], bytes]] = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".zst": lambda part: pa.compress(part, "zstd", asbytes=True),
+    }
+    return packs[ending](content[:half]) + packs[ending](content[half:])
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_every_kind_of_file_gives_the_same_texts(tmp_path: Path, ending: str) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    files = {
+        "a.jsonl": lines,
+        "array.json": "\ufeff\n" + json.dumps(RECORDS, indent=1) + "\n",
+        "short.jsonl": json.dumps(RECORDS),
+        "a.csv": "\ufeff" + table(","),
+        "a.tsv": table("\t"),
+    }
+    for name, content in files.items():
+        path = tmp_path / (name + ending)
+        path.write_bytes(compressed(content.encode(), ending))
+        assert read(path, text_key="in.a.b") == TEXTS, path
+    pq.write_table(pa.Table.from_pylist([*RECORDS, {"n": 2, "in": None}]), tmp_path / "nested.parquet")
+    assert read(tmp_path / "nested.parquet", text_key="in.a.b") == TEXTS
+    pq.write_table(pa.table({"in.a.b": TEXTS, "in": [{"a.b": "other"}] * 4}), tmp_path / "flat.parquet")
+    assert read(tmp_path / "flat.parquet", text_key="in.a.b") == TEXTS
+    (tmp_path / f"empty.json{ending}").write_bytes(compressed(b" [ ] ", ending))
+    assert read(tmp_path / f"empty.json{ending}") == []
+
+
+def test_a_directory_gives_its_compressed_files(tmp_path: Path) -> None:
+    for name in ("a.txt.gz", "b.jsonl.zst", "c.parquet.gz", "d.csv.gz", "e.gz"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_files(str(tmp_path))] == ["a.txt.gz", "b.jsonl.zst"]
+
+
+def test_a_file_that_was_cut_off_is_no_shorter_file(tmp_path: Path) -> None:
+    for ending in (".gz", ".zst"):
+        path = tmp_path / f"cut.txt{ending}"
+        path.write_bytes(compressed(b"a text\n" * 1000, ending)[:-4])
+        with pytest.raises(UserError, match=f"cut.txt{ending}: cannot be decompressed, damaged or cut off"):
+            read(path)
+
+
+def test_a_file_is_read_no_further_than_it_is_asked_for(tmp_path: Path) -> None:
+    """The array has 30 MB, of which the first items are read in a few hundred kilobytes."""
+    content = json.dumps([{"text": f"{n} " * 2000} for n in range(3000)]).encode()
+    (tmp_path / "large.json.gz").write_bytes(gzip.compress(content, 1))
+    tracemalloc.start()
+    texts = read_texts([str(tmp_path / "large.json.gz")], text_key="text", hf_split="train", split_sentences=False)
+    assert [next(texts)[0] for _ in range(3)] == ["0", "1", "2"]
+    texts.close()
+    assert sum(1 for _ in records(tmp_path / "large.json.gz", ["text"])) == 3000
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2e6
 
 
 @pytest.mark.parametrize("several", [True, False])
