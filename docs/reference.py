@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from job.__main__ import COMMANDS
 from job.config import default_of, keys
@@ -37,7 +38,7 @@ def _key(name: str) -> str:
     return f"{head}\n: {_sentence(_plain(field.metadata['help']))}{more}"
 
 
-def _limits(metadata: dict) -> Iterator[str]:  # type: ignore[type-arg]
+def _limits(metadata: Mapping[Any, Any]) -> Iterator[str]:
     """What a key may be, and the key that decides whether it is read."""
     for bound, words in (("low", "at least"), ("above", "more than"), ("high", "at most")):
         if metadata[bound] is not None:
