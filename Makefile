@@ -51,7 +51,7 @@ generate: .venv/dev                   ## write dashboards, rules, runbook and ma
 
 .PHONY: docs
 docs: .venv/dev                       ## the documentation, as pages to read offline: docs/_build/html/index.html
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
+	$(BIN)/python -m sphinx --fresh-env --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
 
 lint: .venv/dev                       ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)

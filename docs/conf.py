@@ -40,6 +40,8 @@ default_role = "code"  # of docstrings: `name` is code, as in Markdown
 # browsers draw by themselves (Sphinx's MathJax is loaded from a host on the network).
 html_theme = "furo"
 html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 pygments_style = "tango"
@@ -53,10 +55,6 @@ class FromCode(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """The nodes of the part."""
-        for module in list(sys.modules.values()):
-            file = getattr(module, "__file__", None)
-            if getattr(module, "__name__", "").startswith("job") and file:
-                self.env.note_dependency(file)
         return self.parse_text_to_nodes(reference.PAGES[self.arguments[0]](), allow_section_headings=True)
 
 
