@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := job tests hydra_plugins docker k8s examples
+SOURCES := job tests hydra_plugins docker k8s examples docs
 
 .PHONY: help train test generate lint lock clean monitoring-tools test-monitoring
 
@@ -48,6 +48,10 @@ test-trackers: .venv-trackers/ready   ## runs that report to Weights & Biases an
 generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code
 	$(BIN)/python docker/monitoring/generate_monitoring.py
 	$(BIN)/python k8s/generate.py
+
+.PHONY: docs
+docs: .venv/dev                       ## the documentation, as pages to read offline: docs/_build/html/index.html
+	$(BIN)/python -m sphinx --fresh-env --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
 
 lint: .venv/dev                       ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 
 
 class ExitCode(enum.IntEnum):
@@ -12,10 +13,19 @@ class ExitCode(enum.IntEnum):
     """
 
     FINISHED = 0
-    FAILED = 1  # a retry would fail again: bad configuration, bad data, non-finite loss
-    USAGE = 2  # bad command line
-    RETRY = 134  # worth a retry: lost rank, hung collective, dead loader process
-    STOPPED = 143  # stopped by a signal or a time budget; the checkpoint is saved
+    FAILED = 1
+    USAGE = 2
+    RETRY = 134
+    STOPPED = 143
+
+
+EXIT_CODE_MEANINGS: Mapping[ExitCode, str] = {
+    ExitCode.FINISHED: "finished",
+    ExitCode.FAILED: "a retry would fail again: bad configuration, bad data, non-finite loss",
+    ExitCode.USAGE: "bad command line",
+    ExitCode.RETRY: "worth a retry: lost rank, hung collective, dead loader process",
+    ExitCode.STOPPED: "stopped by a signal or a time budget; the checkpoint is saved",
+}
 
 
 class JobError(Exception):
