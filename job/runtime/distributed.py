@@ -38,6 +38,7 @@ from job.runtime.launcher_variables import (
     started_by_torchrun,
 )
 from job.runtime.meeting_point import find_meeting_point
+from job.runtime.store_watch import ended_with
 
 # Ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is.
 START_SECONDS = 300.0
@@ -129,19 +130,20 @@ def _connect(process: Process, here: Placement, timeout_seconds: float) -> Conne
         find_meeting_point(here, process.node)
     on_cpu = process.device.type == "cpu"
     waiting = timedelta(seconds=max(START_SECONDS, timeout_seconds))
-    store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
-    store = dist.PrefixStore(f"job/{here.run_id}", store)
+    meeting, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
+    store = dist.PrefixStore(f"job/{here.run_id}", meeting)
     # NCCL has a watchdog of its own, which aborts the process without saying which rank is missing. Ours names the
     # rank, so NCCL's is given twice the time: it acts only where ours could not, such as in a stuck driver call.
     patience = timeout_seconds if on_cpu else 2 * timeout_seconds
-    dist.init_process_group(
-        "gloo" if on_cpu else "nccl",
-        store=store,
-        rank=here.rank,
-        world_size=here.world_size,
-        timeout=timedelta(seconds=patience),
-        device_id=None if on_cpu else process.device,
-    )
+    with ended_with(meeting):
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            store=store,
+            rank=here.rank,
+            world_size=here.world_size,
+            timeout=timedelta(seconds=patience),
+            device_id=None if on_cpu else process.device,
+        )
     return Connections(
         control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)),
         saves=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds))),

@@ -86,7 +86,7 @@ class Claims:
         # A run that is told to stop logs a last step before it ends: that is no sign of its return.
         while self.changed(described) == before:
             furthest = max(furthest, self.last_step(run))
-            assert time.monotonic() < began + 300, f"{run} has not begun again"
+            assert time.monotonic() < began + 600, f"{run} has not begun again"
             time.sleep(0.2)
         self.reached(run, furthest + 1)
         recovered.append((how, time.monotonic() - began))
