@@ -74,7 +74,9 @@ class Options:
         group="texts",
         fraction=True,
     )
-    unpaired: list[str] = option([], "more training texts, without latents", group="texts", metavar="SOURCE")  # noqa: RUF009
+    unpaired: list[str] = option(  # noqa: RUF009
+        [], "more training texts, without latents", group="texts", metavar="SOURCE"
+    )
     unpaired_latents: str | None = option(
         None, "training latents without texts, .npy [rows, dimensions]", group="texts", metavar="FILE"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ def probe(weights: Mapping[str, Tensor], settings: Mapping[str, object]) -> tupl
     """
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     known = {name: value for name, value in settings.items() if name in names}
-    config = dataclasses.replace(ModelConfig(), **known, time_scale=1.0, implementation="plain")  # type: ignore[arg-type]
+    of_lgdlm: dict[str, Any] = {**known, "time_scale": 1.0, "implementation": "plain"}
+    config = dataclasses.replace(ModelConfig(), **of_lgdlm)
     vocab_size, latent_dim = int(str(settings["vocab_size"])), int(str(settings["latent_dim"]))
     model = build_model(config, vocab_size, latent_dim, seed=0).eval()
     model.load_state_dict(dict(weights))
