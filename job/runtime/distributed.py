@@ -135,7 +135,7 @@ def _connect(process: Process, here: Placement, timeout_seconds: float) -> Conne
     # NCCL has a watchdog of its own, which aborts the process without saying which rank is missing. Ours names the
     # rank, so NCCL's is given twice the time: it acts only where ours could not, such as in a stuck driver call.
     patience = timeout_seconds if on_cpu else 2 * timeout_seconds
-    with ended_with(meeting):
+    with ended_with(meeting, within=waiting.total_seconds()):
         dist.init_process_group(
             "gloo" if on_cpu else "nccl",
             store=store,
@@ -144,11 +144,11 @@ def _connect(process: Process, here: Placement, timeout_seconds: float) -> Conne
             timeout=timedelta(seconds=patience),
             device_id=None if on_cpu else process.device,
         )
-    return Connections(
-        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)),
-        saves=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds))),
-        heartbeats=Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node),
-    )
+        return Connections(
+            control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)),
+            saves=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds))),
+            heartbeats=Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node),
+        )
 
 
 def _device(device: str, local_rank: int) -> torch.device:

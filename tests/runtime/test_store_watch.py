@@ -1,9 +1,12 @@
-"""A rank that waits at a meeting place which has ended."""
+"""A rank that waits for others who cannot come."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from subprocess import PIPE
 
 from job.errors import ExitCode
 
@@ -18,26 +21,44 @@ import sys, time, torch.distributed as dist
 from job.runtime import store_watch
 store_watch.LOOK_SECONDS = 0.1
 store = dist.PrefixStore("torchelastic", dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False))
-with store_watch.ended_with(store):
+with store_watch.ended_with(store, within=60):
     time.sleep(0.5)
 print("joined", flush=True)
-with store_watch.ended_with(store):
+with store_watch.ended_with(store, within=float(sys.argv[2])):
     print("waiting", flush=True)
     time.sleep(60)
 """
 
 
-def test_it_ends_to_be_started_again() -> None:
-    host = subprocess.Popen([sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert host.stdout is not None
-    port = host.stdout.readline().strip()
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", WAITING, port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "joined\n", "as long as the host is there, nothing happens"
-    assert waiting.stdout.readline() == "waiting\n"
-    host.kill()
-    _, said = waiting.communicate(timeout=30)
-    assert waiting.returncode == ExitCode.RETRY
+@contextmanager
+def waiting(within: float) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """The host of a store, and a rank that waits there."""
+    python = [sys.executable, "-c"]
+    with (
+        subprocess.Popen([*python, HOST], stdin=PIPE, stdout=PIPE, text=True) as host,
+        subprocess.Popen([*python, WAITING, _line(host), str(within)], stdout=PIPE, stderr=PIPE, text=True) as rank,
+    ):
+        assert _line(rank) == "joined", "as long as the host is there, nothing happens"
+        assert _line(rank) == "waiting"
+        yield host, rank
+        host.kill()
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_it_ends_with_the_meeting_place_to_be_started_again() -> None:
+    with waiting(within=60) as (host, rank):
+        host.kill()
+        _, said = rank.communicate(timeout=30)
+    assert rank.returncode == ExitCode.RETRY
     assert "error: the ranks' meeting place has ended" in said
+
+
+def test_it_ends_where_the_others_do_not_come_to_be_started_again() -> None:
+    with waiting(within=1) as (_, rank):
+        _, said = rank.communicate(timeout=30)
+    assert rank.returncode == ExitCode.RETRY
+    assert "error: the other ranks have not joined the run within 1 s" in said

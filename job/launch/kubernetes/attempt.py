@@ -186,9 +186,24 @@ def train(attempt: Attempt) -> None:
         ) from error
     if code:
         sys.exit(code)
+    choose_store_host()
     # Not in a child: the signals that Kubernetes sends to this process are torchrun's to pass on to the ranks.
     sys.argv = ["torchrun", *attempt.torchrun]
     runpy.run_module("job.runtime.torchrun", run_name="__main__")
+
+
+def choose_store_host() -> None:
+    """Let pod 0 alone host the store of torchrun's c10d rendezvous.
+
+    torchrun guesses by addresses, which several pods on their node's network (hostNetwork) share. A store that another
+    pod hosts outlives pod 0: it says for ever that the rendezvous is closed, and no pod 0 joins the run again.
+    """
+    if os.environ.get("PET_RDZV_BACKEND") != "c10d" or POD_INDEX_VARIABLE not in os.environ:
+        return
+    given = [part for part in os.environ.get("PET_RDZV_CONF", "").split(",") if part]
+    is_host = os.environ[POD_INDEX_VARIABLE] == "0"
+    if not any(part.startswith("is_host=") for part in given):
+        os.environ["PET_RDZV_CONF"] = ",".join([*given, f"is_host={str(is_host).lower()}"])
 
 
 def leave_message(failure: Failure | None) -> None:

@@ -243,3 +243,26 @@ def test_a_pod_without_arguments_trains_the_run_that_is_called_like_its_job(monk
     monkeypatch.delenv("CYCLEVAE_JOB")
     with pytest.raises(UserError, match="neither arguments nor CYCLEVAE_JOB"):
         pod.attempt_of([])
+
+
+@pytest.mark.parametrize(
+    ("index", "given", "found"),
+    [
+        ("0", "join_timeout=600", "join_timeout=600,is_host=true"),
+        ("1", "join_timeout=600", "join_timeout=600,is_host=false"),
+        ("1", "", "is_host=false"),
+        ("1", "is_host=1", "is_host=1"),
+        (None, "join_timeout=600", "join_timeout=600"),
+    ],
+)
+def test_the_first_pod_hosts_the_store(
+    index: str | None, given: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network that pods share, torchrun would take whichever comes first; a pod that is not ours is left alone."""
+    monkeypatch.setenv("PET_RDZV_BACKEND", "c10d")
+    monkeypatch.setenv("PET_RDZV_CONF", given)
+    monkeypatch.delenv("CYCLEVAE_POD_INDEX", raising=False)
+    if index is not None:
+        monkeypatch.setenv("CYCLEVAE_POD_INDEX", index)
+    pod.choose_store_host()
+    assert os.environ["PET_RDZV_CONF"] == found
