@@ -59,3 +59,9 @@ def test_what_a_run_is_asked(prepared: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("job.api.load", None)
     main()
     assert results.read_text() == written, "what is known is not asked again"
+
+
+def test_the_page_tells_the_committed_figures() -> None:
+    page = (ROOT / "docs" / "study.md").read_text()
+    names = runpy.run_path(str(STUDY / "tables.py"))
+    assert names["with_tables"](page) == page, "python studies/cycle/tables.py writes the tables anew"
