@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from job.data.optional import import_optional
+from job.data.truncated_svd import truncated_svd
 from job.errors import UserError
 from job.files import write_whole
 
@@ -22,8 +24,9 @@ LSA = "lsa"
 SENTENCE_TRANSFORMERS = "sentence_transformers"
 GIVEN = "given"  # no encoder: the latents came with the texts (given.py)
 MAX_FEATURES = 50_000  # words of the TF-IDF vocabulary, the most frequent ones
-# Fitting holds the features of all its texts in memory at once, so it takes a sample. The texts come in the order of
-# their hashes (splitting.py), so the first ones are a random sample, and the same one on every machine.
+# Fitting holds the features of all its texts in memory at once, and that of a tokenizer all different words, so both
+# take a sample. The texts come in the order of their hashes (splitting.py), so the first ones are a random sample, and
+# the same one on every machine.
 FIT_SAMPLES = 1_000_000
 # How TF-IDF makes features of a text. A saved encoder relies on it: change it only under another name. Letters are
 # counted in runs of two and three within a word, its ends included, so that a word never seen has a spelling all the
@@ -89,28 +92,25 @@ class LsaEncoder:
             self.description["features"] = features
 
     @classmethod
-    def fit(cls, texts: Sequence[str], latent_dim: int, seed: int, features: str = WORDS) -> LsaEncoder:
-        """Fit on the training texts. UserError if they have fewer different words than dimensions."""
-        from sklearn.decomposition import TruncatedSVD
+    def fit(cls, texts: Iterable[str], latent_dim: int, seed: int, features: str = WORDS) -> LsaEncoder:
+        """Fit on the first FIT_SAMPLES training texts. UserError if they have fewer different words than dimensions."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         tfidf = TfidfVectorizer(max_features=MAX_FEATURES, **TFIDF[features])
-        svd = TruncatedSVD(latent_dim, random_state=seed)
         # One thread: with more, the order of sums, and with it the last bits, depends on the machine's cores and on
         # torchrun, and a dataset prepared again would have another fingerprint.
         with threadpool_limits(1):
             try:
-                counts = tfidf.fit_transform(texts[:FIT_SAMPLES])
+                counts = tfidf.fit_transform(islice(texts, FIT_SAMPLES))
                 if min(counts.shape) <= latent_dim:
                     raise UserError(
                         f"--latent-dim {latent_dim}: the training split has only {counts.shape[0]} texts with "
                         f"{counts.shape[1]} different {features}; give more texts or fewer dimensions"
                     )
-                svd.fit(counts)
+                projection, variance = truncated_svd(counts, latent_dim, seed)
             except ValueError as error:
                 raise UserError(f"--encoder lsa: the texts cannot be used ({error})") from error
-        variance = round(float(svd.explained_variance_ratio_.sum()), 4)
-        return cls(tfidf.get_feature_names_out().tolist(), tfidf.idf_, svd.components_.T, variance, features)
+        return cls(tfidf.get_feature_names_out().tolist(), tfidf.idf_, projection, round(variance, 4), features)
 
     def to_bytes(self) -> bytes:
         """Content for encoder.safetensors; the words are UTF-8, a line each (none has a line end in it)."""

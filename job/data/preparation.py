@@ -29,8 +29,11 @@ from job.data.earlier import earlier_plan, finished, is_whole, refuse_other_opti
 from job.data.encoders import ENCODER_FILE, GIVEN, LSA, Encoder, load_encoder
 from job.data.fitting import Fitting, chunks, fits
 from job.data.given import GivenEncoder, GivenLatents, description
-from job.data.reading import read_splits
+from job.data.reading import read_into, refuse_empty
 from job.data.shards import DatasetInfo
+from job.data.splitting import Division
+from job.data.text_shards import TextShards
+from job.data.text_store import TextStore
 from job.data.unpaired import write_latents, write_texts
 from job.data.work import Preparation, TextShard, read_json
 from job.data.writer import ShardRecord, write_info, write_shard
@@ -85,41 +88,41 @@ def _is_planned(preparation: Preparation) -> bool:
 
 def _plan(preparation: Preparation) -> dict[str, Any]:
     """Rank 0's first stage: everything that needs all the texts."""
-    options = preparation.options
     # Without a plan, what lies here is a first stage that was killed. It starts anew: nothing says with what options.
     shutil.rmtree(preparation.work, ignore_errors=True)
+    try:
+        return _read_and_fit(preparation)
+    except BaseException:
+        shutil.rmtree(preparation.work, ignore_errors=True)
+        raise
+
+
+def _read_and_fit(preparation: Preparation) -> dict[str, Any]:
+    options = preparation.options
     fitting = Fitting(options, preparation.local, preparation.pattern, preparation.resources)
     files = source_files.of_options(options)
     given = GivenLatents(options, preparation.work / "given.float32") if options.encoder == GIVEN else None
     if given:
         fitting.given = description(options, files)
-    splits = read_splits(options, given)
-    source_files.refuse_touched(files)
-    fitted = fitting.fit(preparation.out, splits.to_fit_on())
-    of_split = {split: in_shards(texts, options.shard_size) for split, texts in splits.of_split.items()}
-    encoded = len(of_split["train"])
-    of_split["train"] += in_shards(splits.unpaired, options.shard_size)
-    for split, shards in of_split.items():
-        for number, texts in enumerate(shards):
-            shard = TextShard(preparation.work, split, number)
-            write_json(shard.texts_file, texts)
-            if given and not (split == "train" and number >= encoded):
-                np.save(shard.latents_file, given.pick(texts))
+    directory = preparation.work / "sorting"
+    with TextStore(directory) as store:
+        read_into(store, options, given)
+        source_files.refuse_touched(files)
+        division = Division(options.validation_fraction, options.encode_fraction)
+        shards = TextShards(store, division, preparation.work, options.shard_size, given)
+    shutil.rmtree(directory)
+    refuse_empty(options, shards.counts, store.duplicates)
+    fitted = fitting.fit(preparation.out, shards.to_fit_on())
     plan = {
         "options": dataclasses.asdict(options),
         "source_files": files,
-        "duplicates": splits.duplicates,
-        "shards": {split: len(shards) for split, shards in of_split.items()},
-        "encoded_shards": encoded,  # of the training split; the shards after them are texts alone
+        "duplicates": store.duplicates,
+        "shards": shards.number(),
+        "encoded_shards": shards.encoded,  # of the training split; the shards after them are texts alone
         **fitted,
     }
     write_json(preparation.plan_file, plan)
     return plan
-
-
-def in_shards(texts: list[str], size: int) -> list[list[str]]:
-    """Texts in portions of `size`."""
-    return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
 def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
