@@ -178,6 +178,13 @@ class LocalOptions:
         read_if=WITH_SENTENCE_TRANSFORMERS,
     )
     local_files_only: bool = option(False, "take tokenizer and model from the local cache")
+    array_tasks: int | None = option(
+        None,
+        "this process is one of so many tasks of a SLURM array, or pods of an indexed Kubernetes Job, which divide the "
+        "shards; at least two of them must run at a time",
+        low=1,
+        metavar="N",
+    )
 
 
 def flag(name: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from job.data import lock, source_files
+from job.data import failed, lock, source_files
 from job.data import tokenizer as tokenizers
 from job.data.console import CountedWork, say
 from job.data.earlier import earlier_plan, finished, is_whole, refuse_other_options
@@ -48,10 +48,20 @@ LATE_SECONDS = 60
 
 def prepare(preparation: Preparation) -> DatasetInfo | None:
     """Do this process's part. Returns the finished dataset's description on rank 0, None on the others."""
+    try:
+        return _prepare(preparation)
+    except (UserError, OSError) as error:
+        if preparation.local.array_tasks:
+            failed.write(preparation.out, preparation.run, preparation.rank, str(error))
+        raise
+
+
+def _prepare(preparation: Preparation) -> DatasetInfo | None:
     if preparation.rank:
         _help(preparation)
         return None
     with lock.held(preparation.out, preparation.run):
+        failed.forget(preparation.out)
         if info := finished(preparation):  # by a preparation that held the lock until now
             return info
         plan = earlier_plan(preparation) or _plan(preparation)
@@ -65,14 +75,14 @@ def _help(preparation: Preparation) -> None:
     Where every shard was done in an earlier call, rank 0 needs nobody: it may write dataset.json and remove DIR/work
     at any moment, also between two files that are read here. Then this rank is done too.
     """
-    _wait(lambda: preparation.info_file.is_file() or _is_planned(preparation))
+    _wait(preparation, lambda: preparation.info_file.is_file() or _is_planned(preparation), "the first one's plan")
     try:
         if not preparation.info_file.is_file():
             plan = read_json(preparation.plan_file)
             refuse_other_options(preparation, plan["options"])
             _write_shards(preparation, plan)
     except FileNotFoundError:
-        if not _wait(preparation.info_file.is_file, LATE_SECONDS):
+        if not _wait(preparation, preparation.info_file.is_file, "dataset.json", LATE_SECONDS):
             raise
 
 
@@ -211,7 +221,7 @@ def _encode(
 def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     """Rank 0's last stage: wait for the other ranks' records, and make the directory a dataset."""
     files = [shard.record_file for shard in preparation.shards(plan)]
-    _wait(lambda: all(file.exists() for file in files))
+    _wait(preparation, lambda: all(file.exists() for file in files), "the other ones' shards")
     records = [ShardRecord(**read_json(file)) for file in files]
     if not any(record.rows for record in records if record.split == "train" and record.kind == PAIRED):
         if all(record.without_latent for record in records if record.split == "train" and record.kind == PAIRED):
@@ -249,14 +259,21 @@ def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     return info
 
 
-def _wait(ready: Callable[[], bool], seconds: float = float("inf")) -> bool:
-    """Wait for other processes. Returns whether they were `ready` in time.
+def _wait(preparation: Preparation, ready: Callable[[], bool], what: str, seconds: float = float("inf")) -> bool:
+    """Wait for other processes. Returns whether they were `ready` in time. UserError where one says that it failed.
 
     Polling a shared directory is all that works on every cluster's file system.
     """
-    end = time.monotonic() + seconds
+    began = time.monotonic()
+    is_told = False
     while not ready():
-        if time.monotonic() > end:
+        if preparation.local.array_tasks:
+            failed.refuse(preparation.out, preparation.run)
+        waited = time.monotonic() - began
+        if waited > seconds:
             return False
+        if waited > LATE_SECONDS and not is_told:
+            is_told = True
+            say(f"process {preparation.rank} of {preparation.world_size} waits for {what}, in {preparation.out}")
         time.sleep(POLL_SECONDS)
     return True
