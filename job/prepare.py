@@ -45,8 +45,8 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
         text = f"{text} ({default})"
     if settled_late(option):
         default = None  # whether it was given must be seen; `resolve` fills the default in
-    if isinstance(default, bool):
-        group.add_argument(name, action="store_true", help=text)
+    if isinstance(declared["default"], bool):
+        group.add_argument(name, action="store_true", default=default, help=text)
     elif isinstance(default, list):
         group.add_argument(name, nargs="+", default=default, metavar=declared["metavar"], help=text)
     elif low is not None:

@@ -148,7 +148,17 @@ class LsaEncoder:
 class SentenceTransformersEncoder:
     """Any model of the sentence-transformers library, by name or directory."""
 
-    def __init__(self, model: str, truncate_dim: int | None, dtype: str, resources: Resources) -> None:
+    def __init__(
+        self,
+        model: str,
+        truncate_dim: int | None,
+        dtype: str,
+        resources: Resources,
+        *,
+        prompt: str | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """`prompt` is put before every text; None leaves it to the model, which may have one of its own."""
         library = import_optional("sentence_transformers", "sentence-transformers")
         import torch  # only here: the other encoder works without loading it
 
@@ -166,7 +176,7 @@ class SentenceTransformersEncoder:
         except Exception as error:  # each backend of the library raises its own
             problem = str(error).splitlines()[0]
             raise UserError(f"--encoder-model {model}: cannot be loaded ({problem})") from error
-        self.batch_size = resources.batch_size
+        self.batch_size, self.prompt, self.normalize = resources.batch_size, prompt, normalize
         # The library keeps quiet about more dimensions than there are, and so would dataset.json.
         width = self.encode(["width"]).shape[1]
         if truncate_dim and truncate_dim > width:
@@ -180,6 +190,10 @@ class SentenceTransformersEncoder:
             "dtype": dtype,
             "sha256": self._hash(truncate_dim),
         }
+        if prompt is not None:
+            self.description["prompt"] = prompt
+        if normalize:
+            self.description["normalize"] = True
         if Path(model).is_dir():
             self.description["directory"] = str(Path(model).resolve())  # `model` may be relative to where that was
 
@@ -188,15 +202,24 @@ class SentenceTransformersEncoder:
         """The encoder that a description names. UserError if there is another one under its name now."""
         directory = description.get("directory")
         model = directory if directory and Path(directory).is_dir() else description["model"]
-        encoder = cls(model, description["truncate_dim"], description["dtype"], resources)
+        encoder = cls(
+            model,
+            description["truncate_dim"],
+            description["dtype"],
+            resources,
+            prompt=description.get("prompt"),
+            normalize=description.get("normalize", False),
+        )
         _refuse_other(encoder, description, model)
         return encoder
 
     def _hash(self, truncate_dim: int | None) -> str:
-        """SHA-256 of the weights, by name, and of what is kept of the output."""
+        """SHA-256 of the weights, by name, of what is put before a text, and of what is kept of the output."""
         import torch
 
         digest = hashlib.sha256(repr(truncate_dim).encode())
+        if self.prompt is not None or self.normalize:  # encoders from before there were these have the hash they had
+            digest.update(repr((self.prompt, self.normalize)).encode())
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -207,6 +230,8 @@ class SentenceTransformersEncoder:
         latents = self.model.encode(
             list(texts),
             batch_size=self.batch_size,
+            prompt=self.prompt,
+            normalize_embeddings=self.normalize,
             show_progress_bar=False,
             convert_to_numpy=False,
             convert_to_tensor=True,

@@ -118,7 +118,12 @@ class Fitting:
             )
         if options.encoder == SENTENCE_TRANSFORMERS:
             self.encoder = SentenceTransformersEncoder(
-                str(options.encoder_model), options.truncate_dim, str(options.encoder_dtype), resources
+                str(options.encoder_model),
+                options.truncate_dim,
+                str(options.encoder_dtype),
+                resources,
+                prompt=options.encoder_prompt,
+                normalize=bool(options.normalize),
             )
 
     def fit(self, out: Path, splits: Mapping[str, Iterable[str]]) -> dict[str, Any]:

@@ -141,6 +141,21 @@ class Options:
         read_if=WITH_SENTENCE_TRANSFORMERS,
         from_like=True,
     )
+    encoder_prompt: str | None = option(
+        None,
+        "sentence_transformers: what is put before every text, as the model's card says ('query: ')",
+        group="latents",
+        metavar="TEXT",
+        read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
+    )
+    normalize: bool | None = option(
+        False,
+        "sentence_transformers: latents of length 1",
+        group="latents",
+        read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
+    )
     latents: str | None = option(
         None,
         "latents that you have, .npy [texts, dimensions], a row for every text in reading order; no encoder runs",

@@ -16,18 +16,17 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from job.data import failed, lock, source_files
-from job.data import tokenizer as tokenizers
 from job.data.console import CountedWork, say
 from job.data.earlier import earlier_plan, finished, is_whole, refuse_other_options
-from job.data.encoders import ENCODER_FILE, GIVEN, LSA, Encoder, load_encoder
-from job.data.fitting import Fitting, chunks, fits
+from job.data.encoders import ENCODER_FILE, GIVEN, LSA, SENTENCE_TRANSFORMERS, Encoder, load_encoder
+from job.data.encoding import KeptLatents, encode_shard
+from job.data.fitting import Fitting
 from job.data.given import GivenEncoder, GivenLatents, description
 from job.data.reading import read_into, refuse_empty
 from job.data.shards import DatasetInfo
@@ -158,8 +157,10 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         if plan["encoder"]["name"] == GIVEN:
             encoder = GivenEncoder(texts, np.load(shard.latents_file))
         encoder = encoder or load_encoder(preparation.out, plan["encoder"], preparation.resources)
+        # An encoder that is fitted or given is as fast as the files that would keep its latents.
+        kept = KeptLatents(shard) if plan["encoder"]["name"] == SENTENCE_TRANSFORMERS else None
         with CountedWork(name, len(texts)) as work:
-            encoded = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
+            encoded = encode_shard(texts, tokenizer, encoder, preparation.options.max_length, work, kept)
         # Half precision overflows in some models. Written down, such a latent would show only in training, as a loss
         # that is not finite at whatever step draws it.
         if not np.isfinite(encoded.latents).all():
@@ -170,52 +171,14 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         record.without_latent = encoded.without_latent
         record.dropped = len(texts) - len(encoded.rows) - encoded.without_latent
         write_json(shard.record_file, dataclasses.asdict(record))
+        if kept:
+            kept.remove()
         say(f"{name}: {record.rows} rows")
 
 
 def _is_text_alone(shard: TextShard, plan: dict[str, Any]) -> bool:
     """Whether a shard's texts get no latents; plans of before there were such have no number of encoded shards."""
     return shard.split == "train" and shard.number >= plan.get("encoded_shards", plan["shards"]["train"])
-
-
-@dataclass
-class Encoded:
-    """Token rows, int64 [L] each, and latents, float32 [rows, D], of a shard's texts."""
-
-    rows: list[np.ndarray]
-    latents: np.ndarray
-    without_latent: int  # texts left out since their latent is zero
-
-
-def _encode(
-    texts: Sequence[str],
-    tokenizer: tokenizers.TextTokenizer,
-    encoder: Encoder,
-    max_length: int,
-    work: CountedWork,
-) -> Encoded:
-    """The texts that fit into `max_length` tokens and have a latent.
-
-    Longer texts are dropped. Cut instead, a text would have the latent of words that are not there, and two texts
-    that differ behind the cut could become one row in both splits. A text of which the encoder knows nothing is
-    dropped too: its latent, zero, would be paired with any such text.
-    """
-    rows: list[np.ndarray] = []
-    latents: list[np.ndarray] = []
-    without_latent = 0
-    for chunk in chunks(texts):
-        tokens = tokenizer.encode(chunk)
-        fitting = [index for index, row in enumerate(tokens) if fits(row, max_length)]
-        if fitting:
-            found = encoder.encode([chunk[index] for index in fitting])
-            known = (found != 0).any(axis=1)
-            rows += [tokens[index] for index, is_known in zip(fitting, known, strict=True) if is_known]
-            latents.append(found[known])
-            without_latent += int((~known).sum())
-        work.add(len(chunk))
-    if not latents:  # a shard of long texts alone still has latents of the right dimension
-        latents.append(encoder.encode(texts[:1])[:0].astype(np.float32))
-    return Encoded(rows, np.concatenate(latents), without_latent)
 
 
 def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
