@@ -1,6 +1,7 @@
 """Texts in the order of their hashes, rid of duplicates, however many there are: memory holds a few of them at a time.
 
-They lie in a database (DuckDB) that sorts more than memory holds, in files beside its own.
+They lie in a database (DuckDB) that puts into files what its memory does not hold, and sorts it there. It has no file
+of its own, which it would lock: file systems of clusters may not know locks.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from job.data.console import CountedWork
 from job.data.splitting import text_hash
 from job.errors import UserError
 
-FILE = "texts.duckdb"
-SPILLED = "spilled"  # directory of what the sort does not hold in memory
+IN_MEMORY = ":memory:"
 MEMORY = "500MB"  # of the database; it takes some 100 MB more than it is told
 THREADS = 2  # each takes its share of the memory; sorting is a small part of a preparation
 AT_ONCE = 2**15  # rows given to the database, and taken from it, together
@@ -56,9 +56,9 @@ class TextStore:
         settings: dict[str, Any] = {
             "memory_limit": MEMORY,
             "threads": THREADS,
-            "temp_directory": str(directory / SPILLED),
+            "temp_directory": str(directory),
         }
-        self._database = duckdb.connect(directory / FILE, config=settings)
+        self._database = duckdb.connect(IN_MEMORY, config=settings)
         self._database.execute(f"CREATE TABLE texts ({', '.join(_declared(field) for field in COLUMNS)})")
 
     def __enter__(self) -> TextStore:
