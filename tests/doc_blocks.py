@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(
-    r"^ *<!-- (?P<mark>run|prints)(?:: (?P<options>.*?))? -->\n\n"
-    r"(?:```(?P<language>\w+)\n(?P<fenced>.*?)^```$|(?P<indented>(?:(?: {4}.*)?\n)+))",
+    r"^ *<!-- (?P<mark>run|prints)(?:: (?P<options>[^\n]*?))? -->\n\n"
+    r"(?:```(?P<language>\w+)\n(?P<fenced>.*?)^```$|(?P<indented>(?:(?: {4}[^\n]*)?\n)+))",
     re.MULTILINE | re.DOTALL,
 )
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
