@@ -57,6 +57,10 @@ docs: .venv/dev                       ## the documentation, as pages to read off
 test-docs: .venv/dev                  ## the commands of the documentation that are marked to run, also the long ones
 	$(BIN)/python -m pytest -m docs tests/test_docs.py
 
+.PHONY: release
+release: lint test image              ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
+	$(BIN)/python docker/release.py
+
 lint: .venv/dev                       ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
