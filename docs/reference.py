@@ -99,9 +99,9 @@ def alerts() -> str:
 
 def _alert(alert: rules.Alert, hold: str) -> str:
     """A chapter. The condition is a block: it is long, and has signs that Markdown reads."""
-    held = f", when for {hold}" if alert.hold else ", as soon as"
+    held = f"when this holds for {hold}" if alert.hold else "as soon as this holds"
     condition = f"```text\n{alert.signal} {alert.condition}\n```"
-    return f"## `{alert.name}`\n\n{_plain(alert.runbook)}\n\nFires ({alert.severity}){held}\n\n{condition}"
+    return f"## `{alert.name}`\n\n{alert.runbook}\n\nFires ({alert.severity}) {held}:\n\n{condition}"
 
 
 def configurations() -> str:

@@ -22,6 +22,7 @@ from doc_blocks import PAGES, ROOT, Block, blocks_of, missing, run
 from hydra import compose, initialize_config_dir
 from tiny_run import tiny_run
 
+import rules
 from job.batch_sizes import batch_sizes
 from job.config import TrainingConfig, config_dir, keys
 from job.errors import ExitCode, UserError
@@ -93,6 +94,9 @@ def test_the_reference_names_everything(site: Path) -> None:
     assert not [term.key for term in LOSS_TERMS if f">{term.key}<" not in metrics]
     codes = (site / "reference" / "exit-codes.html").read_text()
     assert not [code for code in ExitCode if f">{int(code)}<" not in codes]
+    alerts = (site / "reference" / "alerts.html").read_text()
+    assert not [alert.name for alert in rules.alerts(rules.Durations(1)) if f">{alert.name}<" not in alerts]
+    assert "\\" not in re.sub(r"<script.*?</script>|<pre.*?</pre>", "", alerts, flags=re.DOTALL)
     python = Links(site / "reference" / "python.html").places
     assert {"job.api.load", "job.api.Model.encode", "job.api.Model.decode", "job.api.Model.round_trip"} <= python
 
