@@ -55,7 +55,7 @@ docs: .venv/dev                       ## the documentation, as pages to read off
 
 .PHONY: test-docs
 test-docs: .venv/dev                  ## the commands of the documentation that are marked to run, also the long ones
-	$(BIN)/python -m pytest -m docs tests/test_docs.py
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) -m docs tests/test_docs.py
 
 .PHONY: release
 release: lint test image              ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
