@@ -131,7 +131,10 @@ def test_a_command_of_the_pages_is_taken(name: str, arguments: str) -> None:
         return
     configuration = words[words.index("--config-name") + 1] if "--config-name" in words else "mmdit_cycle_vae"
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        compose(configuration, [word for word in words if "=" in word and not word.startswith("hydra")])
+        overrides = [word for word in words if "=" in word and not word.startswith("hydra")]
+        if "--multirun" in words:  # the first point of the sweep
+            overrides = [re.sub(r"=([^\[,]*),.*", r"=\1", override) for override in overrides]
+        compose(configuration, overrides)
 
 
 @pytest.mark.parametrize(("name", "arguments"), LAUNCHERS)
