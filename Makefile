@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := job tests hydra_plugins docker k8s examples docs
+SOURCES := job tests hydra_plugins docker k8s examples docs studies
 
 .PHONY: help train test generate lint lock clean monitoring-tools test-monitoring
 

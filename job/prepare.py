@@ -23,7 +23,7 @@ from job.data.shards import DatasetInfo, ShardDataset
 from job.data.work import Preparation
 from job.errors import UsageError, UserError
 from job.row_kinds import LATENT
-from job.runtime.launcher_variables import placement
+from job.runtime.launcher_variables import array_placement, placement
 
 DECLARED = [f for declaration in (Options, LocalOptions) for f in dataclasses.fields(declaration) if f.init]
 EXAMPLES = 3  # texts shown of a finished dataset
@@ -45,8 +45,8 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
         text = f"{text} ({default})"
     if settled_late(option):
         default = None  # whether it was given must be seen; `resolve` fills the default in
-    if isinstance(default, bool):
-        group.add_argument(name, action="store_true", help=text)
+    if isinstance(declared["default"], bool):
+        group.add_argument(name, action="store_true", default=default, help=text)
     elif isinstance(default, list):
         group.add_argument(name, nargs="+", default=default, metavar=declared["metavar"], help=text)
     elif low is not None:
@@ -168,7 +168,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prepare what the command line says, or go on with it."""
     pattern = read_pattern(arguments.like) if arguments.like else None
     resolve(arguments, pattern)
-    here = placement(os.environ, alone=True)
+    here = array_placement(os.environ, arguments.array_tasks) if arguments.array_tasks else None
+    here = here or placement(os.environ, alone=True)
     if arguments.dry_run:
         if here.rank == 0:
             print(preview(taken(Options, arguments), taken(LocalOptions, arguments), pattern))

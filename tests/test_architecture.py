@@ -79,6 +79,7 @@ OWNERS = {
     "mmdit": {"model"},
     "sklearn": {"data"},
     "tokenizers": {"data"},
+    "duckdb": {"data"},
     "jinja2": {"pages"},
     "plotly": {"pages"},
 }

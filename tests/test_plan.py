@@ -17,7 +17,7 @@ from job.command import composed, guarded
 from job.plan import main
 from job.planning import batches
 from job.planning import plan as plan_module
-from job.planning.batches import largest_fitting, tried
+from job.planning.batches import LARGEST, largest_fitting, tried
 from job.planning.counts import peak_on_paper
 from job.planning.data import planned_data
 from job.planning.plan import duration, flop
@@ -78,6 +78,7 @@ def test_the_largest_batch_is_found_in_a_few_trials() -> None:
         rows, _ = largest_fitting(peak, limit)
         assert expected * 0.95 <= rows <= expected
         assert len(asked) <= 12
+    assert largest_fitting(lambda rows: 1.0 + rows, 1e9)[0] == LARGEST, "where memory is no limit"
 
 
 @pytest.mark.usefixtures("quick")

@@ -123,6 +123,21 @@ def compare(
     return Comparison(runs, different, by, step, settings, first, lines, notes_on(runs, settings, step))
 
 
+def only_where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
+    """The runs of which every `KEY=VALUE` is true. UsageError for a key that is none, or a value that no run has."""
+    found = list(runs)
+    for condition in conditions:
+        key, separator, value = condition.partition("=")
+        if not separator or key not in keys():
+            why = unknown_key(key) if separator else "give KEY=VALUE"
+            raise UsageError(f"--where {condition}: {why}")
+        before = sorted({shown(run.settings.get(key)) for run in found})
+        found = [run for run in found if shown(run.settings.get(key)) == value]
+        if not found:
+            raise UsageError(f"--where {condition}: no run has it; they have {key}={', '.join(before)}")
+    return found
+
+
 def refuse_key(by: str | None, different: Sequence[str]) -> None:
     """UsageError where the runs cannot be ordered by a key."""
     if by is None or by in different:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from job.data.optional import import_optional
+from job.data.truncated_svd import truncated_svd
 from job.errors import UserError
 from job.files import write_whole
 
@@ -22,8 +24,9 @@ LSA = "lsa"
 SENTENCE_TRANSFORMERS = "sentence_transformers"
 GIVEN = "given"  # no encoder: the latents came with the texts (given.py)
 MAX_FEATURES = 50_000  # words of the TF-IDF vocabulary, the most frequent ones
-# Fitting holds the features of all its texts in memory at once, so it takes a sample. The texts come in the order of
-# their hashes (splitting.py), so the first ones are a random sample, and the same one on every machine.
+# Fitting holds the features of all its texts in memory at once, and that of a tokenizer all different words, so both
+# take a sample. The texts come in the order of their hashes (splitting.py), so the first ones are a random sample, and
+# the same one on every machine.
 FIT_SAMPLES = 1_000_000
 # How TF-IDF makes features of a text. A saved encoder relies on it: change it only under another name. Letters are
 # counted in runs of two and three within a word, its ends included, so that a word never seen has a spelling all the
@@ -89,28 +92,25 @@ class LsaEncoder:
             self.description["features"] = features
 
     @classmethod
-    def fit(cls, texts: Sequence[str], latent_dim: int, seed: int, features: str = WORDS) -> LsaEncoder:
-        """Fit on the training texts. UserError if they have fewer different words than dimensions."""
-        from sklearn.decomposition import TruncatedSVD
+    def fit(cls, texts: Iterable[str], latent_dim: int, seed: int, features: str = WORDS) -> LsaEncoder:
+        """Fit on the first FIT_SAMPLES training texts. UserError if they have fewer different words than dimensions."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         tfidf = TfidfVectorizer(max_features=MAX_FEATURES, **TFIDF[features])
-        svd = TruncatedSVD(latent_dim, random_state=seed)
         # One thread: with more, the order of sums, and with it the last bits, depends on the machine's cores and on
         # torchrun, and a dataset prepared again would have another fingerprint.
         with threadpool_limits(1):
             try:
-                counts = tfidf.fit_transform(texts[:FIT_SAMPLES])
+                counts = tfidf.fit_transform(islice(texts, FIT_SAMPLES))
                 if min(counts.shape) <= latent_dim:
                     raise UserError(
                         f"--latent-dim {latent_dim}: the training split has only {counts.shape[0]} texts with "
                         f"{counts.shape[1]} different {features}; give more texts or fewer dimensions"
                     )
-                svd.fit(counts)
+                projection, variance = truncated_svd(counts, latent_dim, seed)
             except ValueError as error:
                 raise UserError(f"--encoder lsa: the texts cannot be used ({error})") from error
-        variance = round(float(svd.explained_variance_ratio_.sum()), 4)
-        return cls(tfidf.get_feature_names_out().tolist(), tfidf.idf_, svd.components_.T, variance, features)
+        return cls(tfidf.get_feature_names_out().tolist(), tfidf.idf_, projection, round(variance, 4), features)
 
     def to_bytes(self) -> bytes:
         """Content for encoder.safetensors; the words are UTF-8, a line each (none has a line end in it)."""
@@ -148,7 +148,17 @@ class LsaEncoder:
 class SentenceTransformersEncoder:
     """Any model of the sentence-transformers library, by name or directory."""
 
-    def __init__(self, model: str, truncate_dim: int | None, dtype: str, resources: Resources) -> None:
+    def __init__(
+        self,
+        model: str,
+        truncate_dim: int | None,
+        dtype: str,
+        resources: Resources,
+        *,
+        prompt: str | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """`prompt` is put before every text; None leaves it to the model, which may have one of its own."""
         library = import_optional("sentence_transformers", "sentence-transformers")
         import torch  # only here: the other encoder works without loading it
 
@@ -166,7 +176,7 @@ class SentenceTransformersEncoder:
         except Exception as error:  # each backend of the library raises its own
             problem = str(error).splitlines()[0]
             raise UserError(f"--encoder-model {model}: cannot be loaded ({problem})") from error
-        self.batch_size = resources.batch_size
+        self.batch_size, self.prompt, self.normalize = resources.batch_size, prompt, normalize
         # The library keeps quiet about more dimensions than there are, and so would dataset.json.
         width = self.encode(["width"]).shape[1]
         if truncate_dim and truncate_dim > width:
@@ -180,6 +190,10 @@ class SentenceTransformersEncoder:
             "dtype": dtype,
             "sha256": self._hash(truncate_dim),
         }
+        if prompt is not None:
+            self.description["prompt"] = prompt
+        if normalize:
+            self.description["normalize"] = True
         if Path(model).is_dir():
             self.description["directory"] = str(Path(model).resolve())  # `model` may be relative to where that was
 
@@ -188,15 +202,24 @@ class SentenceTransformersEncoder:
         """The encoder that a description names. UserError if there is another one under its name now."""
         directory = description.get("directory")
         model = directory if directory and Path(directory).is_dir() else description["model"]
-        encoder = cls(model, description["truncate_dim"], description["dtype"], resources)
+        encoder = cls(
+            model,
+            description["truncate_dim"],
+            description["dtype"],
+            resources,
+            prompt=description.get("prompt"),
+            normalize=description.get("normalize", False),
+        )
         _refuse_other(encoder, description, model)
         return encoder
 
     def _hash(self, truncate_dim: int | None) -> str:
-        """SHA-256 of the weights, by name, and of what is kept of the output."""
+        """SHA-256 of the weights, by name, of what is put before a text, and of what is kept of the output."""
         import torch
 
         digest = hashlib.sha256(repr(truncate_dim).encode())
+        if self.prompt is not None or self.normalize:  # encoders from before there were these have the hash they had
+            digest.update(repr((self.prompt, self.normalize)).encode())
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -207,6 +230,8 @@ class SentenceTransformersEncoder:
         latents = self.model.encode(
             list(texts),
             batch_size=self.batch_size,
+            prompt=self.prompt,
+            normalize_embeddings=self.normalize,
             show_progress_bar=False,
             convert_to_numpy=False,
             convert_to_tensor=True,

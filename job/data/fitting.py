@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from job.data import tokenizer as tokenizers
 from job.data.console import say
 from job.data.encoders import (
     ENCODER_FILE,
+    FIT_SAMPLES,
     SENTENCE_TRANSFORMERS,
     WORDS,
     Encoder,
@@ -22,6 +24,7 @@ from job.data.encoders import (
 )
 from job.data.like import Pattern
 from job.data.options import LocalOptions, Options
+from job.data.splitting import TRAIN
 from job.errors import UserError
 from job.files import write_text, write_whole
 
@@ -31,10 +34,11 @@ CHUNK = 4096  # texts encoded at once
 LARGEST_SHARE_WITHOUT_LATENT = 0.1
 
 
-def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     """CHUNK texts after another."""
-    for start in range(0, len(texts), CHUNK):
-        yield texts[start : start + CHUNK]
+    left = iter(texts)
+    while chunk := list(islice(left, CHUNK)):
+        yield chunk
 
 
 def fits(tokens: np.ndarray, max_length: int) -> bool:
@@ -42,35 +46,51 @@ def fits(tokens: np.ndarray, max_length: int) -> bool:
     return 0 < len(tokens) <= max_length
 
 
-def fitting_texts(tokenizer: tokenizers.TextTokenizer, texts: Sequence[str], max_length: int) -> list[str]:
-    """The texts that fit into a row. UserError if there are none."""
-    found: list[str] = []
+class Chosen:
+    """Some of the texts: those for which there is a 1. Every loop over them reads the texts anew."""
+
+    def __init__(self, texts: Iterable[str], is_chosen: bytes) -> None:
+        self.texts, self.is_chosen = texts, is_chosen
+
+    def __len__(self) -> int:
+        return sum(self.is_chosen)
+
+    def __iter__(self) -> Iterator[str]:
+        return compress(self.texts, self.is_chosen)
+
+
+def fitting_texts(tokenizer: tokenizers.TextTokenizer, texts: Iterable[str], max_length: int) -> Chosen:
+    """The texts that fit into a row, the first FIT_SAMPLES of them. UserError if there are none."""
+    is_fitting = bytearray()
+    found = 0
     for chunk in chunks(texts):
-        rows = tokenizer.encode(chunk)
-        found += [text for text, tokens in zip(chunk, rows, strict=True) if fits(tokens, max_length)]
+        of_chunk = bytes(fits(tokens, max_length) for tokens in tokenizer.encode(chunk))
+        is_fitting += of_chunk
+        found += sum(of_chunk)
+        if found >= FIT_SAMPLES:
+            break
     if not found:
         raise UserError(
             f"every text is longer than --max-length {max_length} tokens; raise it, or cut texts with --split-sentences"
         )
-    return found
+    return Chosen(texts, bytes(is_fitting))
 
 
-def train_tokenizer(
-    texts: Sequence[str], vocab_size: int, max_length: int
-) -> tuple[tokenizers.TextTokenizer, Sequence[str]]:
-    """A tokenizer trained on texts that fit into its rows, and these texts.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> tuple[tokenizers.TextTokenizer, Chosen]:
+    """A tokenizer trained on texts that fit into its rows, of the first FIT_SAMPLES; and these texts.
 
     How long a text is, only a trained tokenizer tells. So the ones that are too long for it are taken away and another
     one is trained, until it drops none of its own texts: few are left to be dropped after the first time, and it ends
     since the texts only become fewer. Otherwise a file's one line of a megabyte, of which no row is made, would fill
     the vocabulary.
     """
+    chosen = Chosen(texts, b"\1" * FIT_SAMPLES)
     while True:
-        tokenizer = tokenizers.train(texts, vocab_size)
-        fitting = fitting_texts(tokenizer, texts, max_length)
-        if len(fitting) == len(texts):
-            return tokenizer, texts
-        texts = fitting
+        tokenizer = tokenizers.train(chosen, vocab_size)
+        fitting = fitting_texts(tokenizer, chosen, max_length)
+        if all(fitting.is_chosen):
+            return tokenizer, fitting
+        chosen = fitting
 
 
 class Fitting:
@@ -98,12 +118,17 @@ class Fitting:
             )
         if options.encoder == SENTENCE_TRANSFORMERS:
             self.encoder = SentenceTransformersEncoder(
-                str(options.encoder_model), options.truncate_dim, str(options.encoder_dtype), resources
+                str(options.encoder_model),
+                options.truncate_dim,
+                str(options.encoder_dtype),
+                resources,
+                prompt=options.encoder_prompt,
+                normalize=bool(options.normalize),
             )
 
-    def fit(self, out: Path, splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    def fit(self, out: Path, splits: Mapping[str, Iterable[str]]) -> dict[str, Any]:
         """Write tokenizer and encoder into the dataset's directory; returns what the plan says of them."""
-        options, texts = self.options, splits["train"]
+        options, texts = self.options, splits[TRAIN]
         tokenizer = self.tokenizer
         if tokenizer is None:
             tokenizer, texts = train_tokenizer(texts, options.vocab_size or 0, options.max_length)
@@ -143,7 +168,7 @@ class Fitting:
             write_whole(path, lambda file: file.write(content))
 
     def _refuse_unknown_texts(
-        self, tokenizer: tokenizers.TextTokenizer, encoder: Encoder, splits: Mapping[str, Sequence[str]]
+        self, tokenizer: tokenizers.TextTokenizer, encoder: Encoder, splits: Mapping[str, Iterable[str]]
     ) -> None:
         """UserError when the encoder leaves many latents at zero. Looked for here, before an hour of encoding."""
         for split, texts in splits.items():

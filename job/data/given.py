@@ -49,15 +49,14 @@ class GivenLatents:
         self.empty = 0
         self.width = 0  # dimensions
         self._spill = spill
-        self._row_of: dict[str, int] = {}
-        self._zero: set[str] = set()  # texts whose record has a latent of zeros
+        self._zero: set[int] = set()  # numbers of the texts whose record has a latent of zeros
         self._rows: np.ndarray | None = None
         if options.latents:
             self._rows = _read_file(options.latents)
             self.width = self._rows.shape[1]
 
-    def texts(self) -> Generator[str, None, None]:
-        """The texts of the sources, none empty. To its end, or closed, before `pick`.
+    def texts(self) -> Generator[tuple[int, str], None, None]:
+        """The texts of the sources with their numbers, none empty. To its end, or closed, before `pick`.
 
         UserError for a latent that is none, and where there is not one for every text.
         """
@@ -68,7 +67,7 @@ class GivenLatents:
         with self._spill.open("wb") as file:
             yield from self._read(file)
 
-    def _read(self, spill: BinaryIO | None) -> Generator[str, None, None]:
+    def _read(self, spill: BinaryIO | None) -> Generator[tuple[int, str], None, None]:
         options = self.options
         for sample in read_samples(
             options.source, text_key=options.text_key, hf_split=options.hf_split, latents_key=options.latents_key
@@ -77,8 +76,8 @@ class GivenLatents:
             self.count += 1
             if self._rows is None:
                 latent = self._latent_of(sample)
-                if not latent.any() and sample.text not in self._row_of:
-                    self._zero.add(sample.text)
+                if not latent.any():
+                    self._zero.add(row)
                 if spill:
                     spill.write(latent.tobytes())
             elif row >= len(self._rows):
@@ -87,8 +86,7 @@ class GivenLatents:
                     "give a row for every text, in reading order"
                 )
             if sample.text:
-                self._row_of.setdefault(sample.text, row)
-                yield sample.text
+                yield row, sample.text
             else:
                 self.empty += 1
         if self._rows is not None and len(self._rows) != self.count:
@@ -115,20 +113,18 @@ class GivenLatents:
             raise UserError(f"{problem} not finite; every number must be, in 32 bits")
         return latent
 
-    def zero_count(self, texts: Sequence[str]) -> int:
-        """How many of these texts, which were read, have the latent zero."""
+    def zero_count(self, numbers: Sequence[int]) -> int:
+        """How many of the texts with these numbers have the latent zero."""
         if self._rows is None:
-            return sum(text in self._zero for text in texts)
-        starts = range(0, len(texts), CHECKED_ROWS)
-        return sum(int((~self.pick(texts[start : start + CHECKED_ROWS]).any(1)).sum()) for start in starts)
+            return sum(number in self._zero for number in numbers)
+        return int((~self.pick(numbers).any(1)).sum())
 
-    def pick(self, texts: Sequence[str]) -> np.ndarray:
-        """The latents float32 [len(texts), D] of texts that were read."""
+    def pick(self, numbers: Sequence[int]) -> np.ndarray:
+        """The latents float32 [len(numbers), D] of the texts with these numbers."""
         if self._rows is None:
             assert self._spill
             self._rows = np.memmap(self._spill, np.float32, "r").reshape(-1, self.width)
-        rows = np.array([self._row_of[text] for text in texts], np.int64)
-        return np.asarray(self._rows[rows], np.float32)
+        return np.asarray(self._rows[np.array(numbers, np.int64)], np.float32)
 
 
 def _as_float32(numbers: np.ndarray) -> np.ndarray:

@@ -44,6 +44,8 @@ class Pattern:
             "encoder_model": encoder.get("model"),
             "truncate_dim": encoder.get("truncate_dim"),
             "encoder_dtype": encoder.get("dtype"),
+            "encoder_prompt": encoder.get("prompt"),
+            "normalize": encoder.get("normalize"),
         }
 
     def refuse_other(self, out: Path, tokenizer_sha256: str, encoder: dict[str, Any]) -> None:

@@ -141,6 +141,21 @@ class Options:
         read_if=WITH_SENTENCE_TRANSFORMERS,
         from_like=True,
     )
+    encoder_prompt: str | None = option(
+        None,
+        "sentence_transformers: what is put before every text, as the model's card says ('query: ')",
+        group="latents",
+        metavar="TEXT",
+        read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
+    )
+    normalize: bool | None = option(
+        False,
+        "sentence_transformers: latents of length 1",
+        group="latents",
+        read_if=WITH_SENTENCE_TRANSFORMERS,
+        from_like=True,
+    )
     latents: str | None = option(
         None,
         "latents that you have, .npy [texts, dimensions], a row for every text in reading order; no encoder runs",
@@ -178,6 +193,13 @@ class LocalOptions:
         read_if=WITH_SENTENCE_TRANSFORMERS,
     )
     local_files_only: bool = option(False, "take tokenizer and model from the local cache")
+    array_tasks: int | None = option(
+        None,
+        "this process is one of so many tasks of a SLURM array, or pods of an indexed Kubernetes Job, which divide the "
+        "shards; at least two of them must run at a time",
+        low=1,
+        metavar="N",
+    )
 
 
 def flag(name: str) -> str:

@@ -16,21 +16,23 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from job.data import lock, source_files
-from job.data import tokenizer as tokenizers
+from job.data import failed, lock, source_files
 from job.data.console import CountedWork, say
 from job.data.earlier import earlier_plan, finished, is_whole, refuse_other_options
-from job.data.encoders import ENCODER_FILE, GIVEN, LSA, Encoder, load_encoder
-from job.data.fitting import Fitting, chunks, fits
+from job.data.encoders import ENCODER_FILE, GIVEN, LSA, SENTENCE_TRANSFORMERS, Encoder, load_encoder
+from job.data.encoding import KeptLatents, encode_shard
+from job.data.fitting import Fitting
 from job.data.given import GivenEncoder, GivenLatents, description
-from job.data.reading import read_splits
+from job.data.reading import read_into, refuse_empty
 from job.data.shards import DatasetInfo
+from job.data.splitting import Division
+from job.data.text_shards import TextShards
+from job.data.text_store import TextStore
 from job.data.unpaired import write_latents, write_texts
 from job.data.work import Preparation, TextShard, read_json
 from job.data.writer import ShardRecord, write_info, write_shard
@@ -45,10 +47,20 @@ LATE_SECONDS = 60
 
 def prepare(preparation: Preparation) -> DatasetInfo | None:
     """Do this process's part. Returns the finished dataset's description on rank 0, None on the others."""
+    try:
+        return _prepare(preparation)
+    except (UserError, OSError) as error:
+        if preparation.local.array_tasks:
+            failed.write(preparation.out, preparation.run, preparation.rank, str(error))
+        raise
+
+
+def _prepare(preparation: Preparation) -> DatasetInfo | None:
     if preparation.rank:
         _help(preparation)
         return None
     with lock.held(preparation.out, preparation.run):
+        failed.forget(preparation.out)
         if info := finished(preparation):  # by a preparation that held the lock until now
             return info
         plan = earlier_plan(preparation) or _plan(preparation)
@@ -62,14 +74,14 @@ def _help(preparation: Preparation) -> None:
     Where every shard was done in an earlier call, rank 0 needs nobody: it may write dataset.json and remove DIR/work
     at any moment, also between two files that are read here. Then this rank is done too.
     """
-    _wait(lambda: preparation.info_file.is_file() or _is_planned(preparation))
+    _wait(preparation, lambda: preparation.info_file.is_file() or _is_planned(preparation), "the first one's plan")
     try:
         if not preparation.info_file.is_file():
             plan = read_json(preparation.plan_file)
             refuse_other_options(preparation, plan["options"])
             _write_shards(preparation, plan)
     except FileNotFoundError:
-        if not _wait(preparation.info_file.is_file, LATE_SECONDS):
+        if not _wait(preparation, preparation.info_file.is_file, "dataset.json", LATE_SECONDS):
             raise
 
 
@@ -85,41 +97,41 @@ def _is_planned(preparation: Preparation) -> bool:
 
 def _plan(preparation: Preparation) -> dict[str, Any]:
     """Rank 0's first stage: everything that needs all the texts."""
-    options = preparation.options
     # Without a plan, what lies here is a first stage that was killed. It starts anew: nothing says with what options.
     shutil.rmtree(preparation.work, ignore_errors=True)
+    try:
+        return _read_and_fit(preparation)
+    except BaseException:
+        shutil.rmtree(preparation.work, ignore_errors=True)
+        raise
+
+
+def _read_and_fit(preparation: Preparation) -> dict[str, Any]:
+    options = preparation.options
     fitting = Fitting(options, preparation.local, preparation.pattern, preparation.resources)
     files = source_files.of_options(options)
     given = GivenLatents(options, preparation.work / "given.float32") if options.encoder == GIVEN else None
     if given:
         fitting.given = description(options, files)
-    splits = read_splits(options, given)
-    source_files.refuse_touched(files)
-    fitted = fitting.fit(preparation.out, splits.to_fit_on())
-    of_split = {split: in_shards(texts, options.shard_size) for split, texts in splits.of_split.items()}
-    encoded = len(of_split["train"])
-    of_split["train"] += in_shards(splits.unpaired, options.shard_size)
-    for split, shards in of_split.items():
-        for number, texts in enumerate(shards):
-            shard = TextShard(preparation.work, split, number)
-            write_json(shard.texts_file, texts)
-            if given and not (split == "train" and number >= encoded):
-                np.save(shard.latents_file, given.pick(texts))
+    directory = preparation.work / "sorting"
+    with TextStore(directory) as store:
+        read_into(store, options, given)
+        source_files.refuse_touched(files)
+        division = Division(options.validation_fraction, options.encode_fraction)
+        shards = TextShards(store, division, preparation.work, options.shard_size, given)
+    shutil.rmtree(directory)
+    refuse_empty(options, shards.counts, store.duplicates)
+    fitted = fitting.fit(preparation.out, shards.to_fit_on())
     plan = {
         "options": dataclasses.asdict(options),
         "source_files": files,
-        "duplicates": splits.duplicates,
-        "shards": {split: len(shards) for split, shards in of_split.items()},
-        "encoded_shards": encoded,  # of the training split; the shards after them are texts alone
+        "duplicates": store.duplicates,
+        "shards": shards.number(),
+        "encoded_shards": shards.encoded,  # of the training split; the shards after them are texts alone
         **fitted,
     }
     write_json(preparation.plan_file, plan)
     return plan
-
-
-def in_shards(texts: list[str], size: int) -> list[list[str]]:
-    """Texts in portions of `size`."""
-    return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
 def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
@@ -145,8 +157,10 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         if plan["encoder"]["name"] == GIVEN:
             encoder = GivenEncoder(texts, np.load(shard.latents_file))
         encoder = encoder or load_encoder(preparation.out, plan["encoder"], preparation.resources)
+        # An encoder that is fitted or given is as fast as the files that would keep its latents.
+        kept = KeptLatents(shard) if plan["encoder"]["name"] == SENTENCE_TRANSFORMERS else None
         with CountedWork(name, len(texts)) as work:
-            encoded = _encode(texts, tokenizer, encoder, preparation.options.max_length, work)
+            encoded = encode_shard(texts, tokenizer, encoder, preparation.options.max_length, work, kept)
         # Half precision overflows in some models. Written down, such a latent would show only in training, as a loss
         # that is not finite at whatever step draws it.
         if not np.isfinite(encoded.latents).all():
@@ -157,6 +171,8 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         record.without_latent = encoded.without_latent
         record.dropped = len(texts) - len(encoded.rows) - encoded.without_latent
         write_json(shard.record_file, dataclasses.asdict(record))
+        if kept:
+            kept.remove()
         say(f"{name}: {record.rows} rows")
 
 
@@ -165,50 +181,10 @@ def _is_text_alone(shard: TextShard, plan: dict[str, Any]) -> bool:
     return shard.split == "train" and shard.number >= plan.get("encoded_shards", plan["shards"]["train"])
 
 
-@dataclass
-class Encoded:
-    """Token rows, int64 [L] each, and latents, float32 [rows, D], of a shard's texts."""
-
-    rows: list[np.ndarray]
-    latents: np.ndarray
-    without_latent: int  # texts left out since their latent is zero
-
-
-def _encode(
-    texts: Sequence[str],
-    tokenizer: tokenizers.TextTokenizer,
-    encoder: Encoder,
-    max_length: int,
-    work: CountedWork,
-) -> Encoded:
-    """The texts that fit into `max_length` tokens and have a latent.
-
-    Longer texts are dropped. Cut instead, a text would have the latent of words that are not there, and two texts
-    that differ behind the cut could become one row in both splits. A text of which the encoder knows nothing is
-    dropped too: its latent, zero, would be paired with any such text.
-    """
-    rows: list[np.ndarray] = []
-    latents: list[np.ndarray] = []
-    without_latent = 0
-    for chunk in chunks(texts):
-        tokens = tokenizer.encode(chunk)
-        fitting = [index for index, row in enumerate(tokens) if fits(row, max_length)]
-        if fitting:
-            found = encoder.encode([chunk[index] for index in fitting])
-            known = (found != 0).any(axis=1)
-            rows += [tokens[index] for index, is_known in zip(fitting, known, strict=True) if is_known]
-            latents.append(found[known])
-            without_latent += int((~known).sum())
-        work.add(len(chunk))
-    if not latents:  # a shard of long texts alone still has latents of the right dimension
-        latents.append(encoder.encode(texts[:1])[:0].astype(np.float32))
-    return Encoded(rows, np.concatenate(latents), without_latent)
-
-
 def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     """Rank 0's last stage: wait for the other ranks' records, and make the directory a dataset."""
     files = [shard.record_file for shard in preparation.shards(plan)]
-    _wait(lambda: all(file.exists() for file in files))
+    _wait(preparation, lambda: all(file.exists() for file in files), "the other ones' shards")
     records = [ShardRecord(**read_json(file)) for file in files]
     if not any(record.rows for record in records if record.split == "train" and record.kind == PAIRED):
         if all(record.without_latent for record in records if record.split == "train" and record.kind == PAIRED):
@@ -246,14 +222,21 @@ def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     return info
 
 
-def _wait(ready: Callable[[], bool], seconds: float = float("inf")) -> bool:
-    """Wait for other processes. Returns whether they were `ready` in time.
+def _wait(preparation: Preparation, ready: Callable[[], bool], what: str, seconds: float = float("inf")) -> bool:
+    """Wait for other processes. Returns whether they were `ready` in time. UserError where one says that it failed.
 
     Polling a shared directory is all that works on every cluster's file system.
     """
-    end = time.monotonic() + seconds
+    began = time.monotonic()
+    is_told = False
     while not ready():
-        if time.monotonic() > end:
+        if preparation.local.array_tasks:
+            failed.refuse(preparation.out, preparation.run)
+        waited = time.monotonic() - began
+        if waited > seconds:
             return False
+        if waited > LATE_SECONDS and not is_told:
+            is_told = True
+            say(f"process {preparation.rank} of {preparation.world_size} waits for {what}, in {preparation.out}")
         time.sleep(POLL_SECONDS)
     return True

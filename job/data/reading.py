@@ -1,19 +1,24 @@
-"""The texts of a preparation: read, rid of duplicates, divided into splits."""
+"""The texts of a preparation: read into a store that orders them and drops duplicates."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 
 from job.data.console import say
 from job.data.given import GivenLatents
 from job.data.options import Options
 from job.data.sources import read_texts
-from job.data.splitting import Splits, split_texts
+from job.data.splitting import TRAIN, UNPAIRED, VALIDATION, Division
+from job.data.text_store import KeptText, Numbered, TextStore
 from job.errors import UserError
 
+# The number of the first text of --unpaired: behind all others, so that of equal texts the one with a latent is kept.
+# One of the validation split must not be trained on.
+FIRST_UNPAIRED = 2**62
 
-def read_splits(options: Options, given: GivenLatents | None = None) -> Splits:
-    """Texts of each split, through `given` where the latents came with them. UserError when a split is empty."""
+
+def read_into(store: TextStore, options: Options, given: GivenLatents | None = None) -> None:
+    """Read the texts of the sources, through `given` where the latents came with them."""
 
     def texts_of(sources: list[str]) -> Generator[str, None, None]:
         return read_texts(
@@ -23,40 +28,43 @@ def read_splits(options: Options, given: GivenLatents | None = None) -> Splits:
             split_sentences=options.split_sentences,
         )
 
-    of_source = given.texts() if given else texts_of(options.source)
-    splits = split_texts(
-        of_source,
-        options.max_samples,
-        options.validation_fraction,
-        options.encode_fraction,
-        texts_of(options.unpaired),
-    )
+    of_source = given.texts() if given else _numbered(texts_of(options.source), 0)
+    store.add(of_source, options.max_samples)
     if options.latents:
         # After --max-samples texts the rest is only counted. A file of latents that has a row more or less than there
         # are texts may be moved by one from its beginning.
         for _ in of_source:
             pass
     of_source.close()  # after --max-samples texts; a file of latents that is being written ends here
-    _refuse_empty(options, splits)
-    return splits
+    store.add(_numbered(texts_of(options.unpaired), FIRST_UNPAIRED))
 
 
-def _refuse_empty(options: Options, splits: Splits) -> None:
-    duplicates = splits.duplicates
+def _numbered(texts: Iterable[str], first: int) -> Generator[Numbered, None, None]:
+    yield from enumerate(texts, first)
+
+
+def part_of(text: KeptText, division: Division) -> str:
+    """The part of the dataset that a text belongs to; those of --unpaired never get a latent."""
+    return UNPAIRED if text.number >= FIRST_UNPAIRED else division.part(text.digest)
+
+
+def refuse_empty(options: Options, counts: Mapping[str, int], duplicates: int) -> None:
+    """UserError when a split is empty, by the number of texts of each part."""
     source = f"--source {' '.join(options.source)}"
-    if splits.count == 1 and duplicates:
+    count = sum(counts.values())
+    if count == 1 and duplicates:
         raise UserError(
             f"{source}: all {duplicates + 1} texts are the same but for case and white space; give different ones"
         )
-    for split, of_split in splits.of_split.items():
-        if not of_split:
+    for split in (TRAIN, VALIDATION):
+        if not counts[split]:
             remedy = "another --validation-fraction"
             if options.encode_fraction < 1:
                 remedy = "a larger --encode-fraction"
             raise UserError(
-                f"{source}: no text for the {split} split, of {splits.count} different ones ({duplicates} duplicates); "
+                f"{source}: no text for the {split} split, of {count} different ones ({duplicates} duplicates); "
                 f"give more texts or {remedy}"
             )
-    say(f"{splits.count} texts, {duplicates} duplicates dropped")
-    if splits.unpaired:
-        say(f"{len(splits.unpaired)} of them get no latent")
+    say(f"{count} texts, {duplicates} duplicates dropped")
+    if counts[UNPAIRED]:
+        say(f"{counts[UNPAIRED]} of them get no latent")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -30,6 +31,11 @@ OLDER_VERSIONS = (1,)  # without unpaired rows
 INFO_FILE = "dataset.json"
 PARTS = ("tokens", "offsets", "latents")
 PARTS_OF_KIND = {PAIRED: PARTS, TEXT: ("tokens", "offsets"), LATENT: ("offsets", "latents")}
+
+# Every rank needs the lengths of the whole global batch, rows from all over the data: thousands of single pages of a
+# shared file system a step. So the lengths of a split of no more rows than this are kept in memory, in 1 or 2 bytes
+# each, and come from whole files. Of a larger split the first batch would wait for gigabytes.
+INDEXED_ROWS = 2**26
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -139,6 +145,7 @@ class ShardDataset:
         self._starts = np.concatenate([[0], np.cumsum(self.info.shards[split], dtype=np.int64)])
         self._kind_ends = np.cumsum(self.info.rows_of_kinds(split))
         self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._indexed: dict[int, np.ndarray] = {}  # lengths of the rows of a shard
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -150,28 +157,44 @@ class ShardDataset:
     def _shard(self, number: int) -> dict[str, np.ndarray]:
         """The arrays of a shard, by name."""
         if number not in self._open:
-            arrays = {}
-            for part in PARTS_OF_KIND[self._kind(int(self._starts[number]))]:
-                path = self.directory / shard_file(self.split, number, part)
-                try:
-                    arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-                except (OSError, ValueError) as error:
-                    raise UserError(
-                        f"{path}: cannot be read ({error}); copy the dataset again or prepare it again"
-                    ) from error
-            self._open[number] = arrays
+            parts = PARTS_OF_KIND[self._kind(int(self._starts[number]))]
+            self._open[number] = {part: self._read(number, part, mapped=True) for part in parts}
         return self._open[number]
+
+    def _read(self, number: int, part: str, mapped: bool) -> np.ndarray:
+        """One of the arrays of a shard: mapped into memory, or read."""
+        path = self.directory / shard_file(self.split, number, part)
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+            if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+                # Rows come from all over the file. Left to itself, the system reads megabytes around each of them.
+                array.base.madvise(mmap.MADV_RANDOM)
+            return array.view(np.ndarray)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); copy the dataset again or prepare it again") from error
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Token counts of these samples, int64, read from the offsets alone."""
         lengths = np.empty(len(indices), np.int64)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shards):
-            offsets = self._shard(int(number))["offsets"]
             chosen = shards == number
             rows = np.asarray(indices)[chosen] - self._starts[number]
-            lengths[chosen] = offsets[rows + 1] - offsets[rows]
+            lengths[chosen] = self._lengths_of(int(number), rows)
         return lengths
+
+    def _lengths_of(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Token counts of rows of a shard."""
+        if len(self) > INDEXED_ROWS:
+            offsets = self._shard(number)["offsets"]
+            return np.asarray(offsets[rows + 1] - offsets[rows])
+        if number not in self._indexed:
+            lengths = np.diff(self._read(number, "offsets", mapped=False))
+            # A damaged file may have a negative one, for whoever reads the row to find.
+            self._indexed[number] = lengths.astype(
+                np.result_type(*map(np.min_scalar_type, (lengths.min(), lengths.max())))
+            )
+        return self._indexed[number][rows]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 [L] and the raw latent float32 [D] of a sample.

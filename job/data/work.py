@@ -32,6 +32,10 @@ class TextShard:
         """The latents that were given with its texts, float32 [texts, D]."""
         return self.work / f"{self.split}-{self.number:05d}.given.npy"
 
+    def chunk_file(self, number: int | str) -> Path:
+        """The latents of a chunk of its texts, while the shard is not finished; `*` for all chunks."""
+        return self.work / f"{self.split}-{self.number:05d}.chunk-{number}.npy"
+
     @property
     def record_file(self) -> Path:
         """Its ShardRecord, written when the shard is finished."""

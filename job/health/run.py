@@ -169,7 +169,9 @@ def length_checks(last: Mapping[str, float], early: bool) -> list[Check]:
     """Whether predicted latents have the length and the directions of the true ones."""
     checks = []
     ratio = last.get("t2l/x0_norm_ratio", 1.0)
-    if not LENGTHS[0] <= ratio <= LENGTHS[1] and not early:
+    # The best guess in mean square is shorter than the truth by as much as it is unsure, by the cosine between them.
+    shortest = LENGTHS[0] * min(1.0, max(0.0, last.get("t2l/x0_cos", 1.0)))
+    if not shortest <= ratio <= LENGTHS[1] and not early:
         words = f"predicted latents are {ratio:.3g} times as long as the true ones: the decoder never saw such"
         checks.append(
             trouble(

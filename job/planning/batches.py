@@ -39,7 +39,7 @@ def largest_fitting(peak: Callable[[int], float | None], limit: float) -> tuple[
             fails = rows
         if fits == 0:
             break
-        guess = min(_guess(peaks, limit), fits * GROWTH)
+        guess = min(_guess(peaks, limit), fits * GROWTH, LARGEST)
         if guess >= fails:  # memory ran out below where the line meets the limit
             guess = (fits + fails) // 2
         rows = max(fits + 1, guess)

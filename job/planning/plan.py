@@ -7,6 +7,7 @@ from typing import Any
 
 from job.batch_sizes import batch_sizes
 from job.config import Config
+from job.planning.batches import LARGEST
 from job.planning.counts import Sizes, StepWork, peak_on_paper, sizes, step_work
 from job.planning.data import PlannedData
 
@@ -106,7 +107,8 @@ def as_text(plan: Plan) -> str:
     lines = [model_line(plan), data_line(plan), step_line(plan), run_line(plan)]
     lines += memory_lines(plan)
     if plan.largest:
-        lines.append(("largest batch", f"{plan.largest['rows']} rows a pass in {plan.largest['where']}"))
+        more = " or more" if plan.largest["rows"] == LARGEST else ""
+        lines.append(("largest batch", f"{plan.largest['rows']} rows a pass{more} in {plan.largest['where']}"))
     if plan.measured:
         found = [f"{rows} rows: {measured_peak(peak)}" for rows, peak in sorted(plan.measured.items())]
         lines.append(("", f"measured: {', '.join(found)}"))

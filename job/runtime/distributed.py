@@ -277,6 +277,14 @@ def give_up(failure: str, exit_code: int) -> None:
     thread.join(GIVE_UP_SECONDS)
 
 
+def another_gave_up() -> bool:
+    """Whether another rank has left word of why it ends."""
+    if _connections is None:
+        return False
+    failure = _connections.heartbeats.failure
+    return failure is not None and failure.rank != _connections.heartbeats.sign.rank
+
+
 def missing(or_slowest: bool = False) -> Loss | None:
     """The ranks that gave up, died or froze; None when every rank still gives signs of life. Takes about two seconds.
 

@@ -1,6 +1,7 @@
 """The environment variables that launchers and users set, read here and nowhere else. It needs no torch.
 
 torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*. srun: SLURM_*.
+Arrays of tasks that know nothing of each other: SLURM_ARRAY_*; Kubernetes: JOB_COMPLETION_INDEX.
 Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
 Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END,
 CYCLEVAE_THREADS.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,48 @@ def placement(environ: Mapping[str, str], alone: bool = False) -> Placement:
         address_given=bool(environ.get("MASTER_ADDR")),
         port_given=bool(environ.get("MASTER_PORT")),
     )
+
+
+def array_placement(environ: Mapping[str, str], tasks: int, host: str | None = None) -> Placement:
+    """This process's placement among so many tasks of a SLURM array, or pods of an indexed Kubernetes Job.
+
+    They have no address where they meet, and no launcher that starts or ends them together. `host` is the machine's
+    name (None: it is looked up). Raises UserError where the variables do not say which task this is.
+    """
+    if int(environ.get("WORLD_SIZE", 1)) > 1 or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("--array-tasks: torchrun or srun started several processes; start one in every task")
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        number = _number_in_slurm_array(environ, tasks)
+        run = f"SLURM array {environ.get('SLURM_ARRAY_JOB_ID', '')}"
+    elif "JOB_COMPLETION_INDEX" in environ:
+        number = int(environ["JOB_COMPLETION_INDEX"])
+        # A pod of such a Job has its name and number for a host name, unless it is on the network of its node.
+        run = f"Kubernetes Job {(host or socket.gethostname()).removesuffix(f'-{number}')}"
+    else:
+        raise UserError(
+            f"--array-tasks {tasks}: neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is set; "
+            "start this in a SLURM array (sbatch --array) or in a Kubernetes Job with completionMode: Indexed"
+        )
+    if number >= tasks:
+        raise UserError(
+            f"--array-tasks {tasks}: JOB_COMPLETION_INDEX is {number}, so there are more; give the Job's completions"
+        )
+    return Placement(rank=number, local_rank=0, world_size=tasks, run_id=run)
+
+
+def _number_in_slurm_array(environ: Mapping[str, str], tasks: int) -> int:
+    """The place of this task in its array, from 0 on; the ids need not begin there (`--array=1-15:2`)."""
+    task, first, last, step, count = (
+        int(environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "STEP", "COUNT")
+    )
+    if count != tasks:
+        raise UserError(f"--array-tasks {tasks}: the SLURM array has {count} tasks; give their number")
+    if first + (count - 1) * step != last or (task - first) % step:
+        raise UserError(
+            f"--array-tasks {tasks}: the SLURM array is no plain range ({count} tasks from {first} to {last}, step "
+            f"{step}), so a task cannot tell its place; submit it as --array=0-{tasks - 1}"
+        )
+    return (task - first) // step
 
 
 def scheduler_job_id(environ: Mapping[str, str]) -> str:

@@ -15,13 +15,19 @@ from job.errors import ExitCode
 from job.runtime import distributed
 from job.runtime.failures import record_failure
 
+# How long the main loop may take to find by itself that another rank gave up. A collective only fails for the
+# neighbours of the rank that left, and then for theirs: of 32 ranks the last one noticed after 70 s.
+NOTICE_SECONDS = 5.0
+
 
 class Watchdog:
     """Watches within a `with` block, fed by `beat`.
 
     Without a beat for timeout_seconds: every thread's stack, one line on the rank that is to blame, exit with
-    ExitCode.RETRY (or the code of the rank that gave up). It must not outlive the run it watches: in a sweep the same
-    process goes on with the next run, whose beats go to that run's own watchdog.
+    ExitCode.RETRY (or the code of the rank that gave up). Where another rank gave up it waits no longer.
+
+    It must not outlive the run it watches: in a sweep the same process goes on with the next run, whose beats go to
+    that run's own watchdog.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -59,9 +65,20 @@ class Watchdog:
         return time.monotonic() - self.last_beat
 
     def _run(self) -> None:
+        told_at: float | None = None
         while not self._end.wait(min(1.0, self.timeout_seconds / 10)):
-            if self.seconds_since_beat > self._patience:
+            if told_at is None and distributed.another_gave_up():
+                told_at = time.monotonic()
+            if told_at is not None and time.monotonic() > told_at + NOTICE_SECONDS:
+                self._end_with_the_others()
+            elif self.seconds_since_beat > self._patience:
                 self._end_process()
+
+    def _end_with_the_others(self) -> None:
+        """Say which rank gave up, and end."""
+        loss = distributed.missing()
+        if loss is not None and not self._end.is_set():
+            self._leave(f"lost another rank: {loss.reason}", loss)
 
     def _end_process(self) -> None:
         """Say why and end; return when the main loop went on while the other ranks were asked for."""
@@ -76,6 +93,9 @@ class Watchdog:
         message = f"no progress for {silence:.0f} s in step {self.step}, {self.phase} ({limit})"
         if loss is not None:
             message += f"; {loss.reason}"
+        self._leave(message, loss)
+
+    def _leave(self, message: str, loss: distributed.Loss | None) -> None:
         print(message, file=sys.stderr, flush=True)
         code = ExitCode.RETRY if loss is None else loss.exit_code
         record_failure(message, code, consequence=loss is not None and not loss.is_here)

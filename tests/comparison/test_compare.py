@@ -14,6 +14,7 @@ from job.command import guarded
 from job.compare import main
 from job.comparison.runs import find_runs
 from job.comparison.sweep import show_sweep
+from job.errors import UserError
 from job.files import write_json
 
 SEEDS = range(1, 8)
@@ -113,9 +114,31 @@ def test_a_damaged_run_is_named_and_left_out(swept: Path, tmp_path: Path, capsys
     assert len(find_runs([swept, broken])[0]) == len(FIGURES)
 
 
+def test_runs_are_kept_in_a_file_and_compared_without_their_directories(
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept.jsonl"
+    before = compared(capsys, str(swept), "--keep", str(kept))
+    for here, there in zip(compared(capsys, str(kept))["metrics"][METRIC], before["metrics"][METRIC], strict=True):
+        assert here["by_seed"] == pytest.approx(there["by_seed"], rel=1e-5)
+        assert here["setting"] == there["setting"]
+    assert compared(capsys, str(kept), str(swept)) == before, "no run counts twice"
+    kept.write_text('{"run": "x"}\n')
+    with pytest.raises(UserError, match="not written by --keep"):
+        main([str(kept)])
+
+
+def test_a_part_of_the_runs_is_compared(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = compared(capsys, str(swept), "--where", "loss.cycle_text_weight=0.2")
+    assert [len(figures["by_seed"]) for figures in found["metrics"][METRIC]] == [3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--where", "loss.cycle_text_weight"], "give KEY=VALUE"),
+        (["--where", "loss.cycle_weight=1"], "did you mean"),
+        (["--where", "loss.cycle_text_weight=3"], "no run has it; they have loss.cycle_text_weight=0.05, 0.1, 0.2"),
         (["--by", "optimizer.lr"], "--by optimizer.lr: it is the same in all runs"),
         (["--by", "training.seed"], "runs that differ in their seed are taken together"),
         (["--by", "optimizer.rl"], "did you mean optimizer.lr"),

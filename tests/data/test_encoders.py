@@ -13,6 +13,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from job.data.description import encoder_words
 from job.data.encoders import (
     ENCODER_FILE,
     LETTERS,
@@ -88,9 +89,12 @@ class Model(torch.nn.Linear):
         torch.nn.init.constant_(self.weight, self.scale)
         self.truncate_dim = truncate_dim
 
-    def encode(self, texts: list[str], **options: Any) -> torch.Tensor:
-        lengths = torch.tensor([[float(len(text))] for text in texts])
-        return self(lengths).detach()[:, : self.truncate_dim]
+    def encode(
+        self, texts: list[str], *, prompt: str | None, normalize_embeddings: bool, **options: Any
+    ) -> torch.Tensor:
+        lengths = torch.tensor([[float(len((prompt or "") + text))] for text in texts])
+        latents = self(lengths).detach()[:, : self.truncate_dim]
+        return torch.nn.functional.normalize(latents) if normalize_embeddings else latents
 
 
 def test_a_model_is_known_by_its_weights_and_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +109,22 @@ def test_a_model_is_known_by_its_weights_and_its_width(monkeypatch: pytest.Monke
     monkeypatch.setattr(Model, "scale", 2.0)
     with pytest.raises(UserError, match="name: not the encoder that made the latents"):
         load_encoder(Path("nowhere"), three)
+
+
+def test_a_prompt_and_a_length_belong_to_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Model))
+    plain = SentenceTransformersEncoder("name", 4, "float32", Resources())
+    prompted = SentenceTransformersEncoder("name", 4, "float32", Resources(), prompt="query: ")
+    unit = SentenceTransformersEncoder("name", 4, "float32", Resources(), normalize=True)
+    assert prompted.encode(["four"]).tolist() == [[11.0] * 4]
+    assert unit.encode(["four"]).tolist() == [[0.5] * 4]
+    hashes = {encoder.description["sha256"] for encoder in (plain, prompted, unit)}
+    assert len(hashes) == 3
+    assert not {"prompt", "normalize"} & plain.description.keys()  # as in data from before there were these
+    for encoder in (prompted, unit):
+        again = load_encoder(Path("nowhere"), encoder.description)
+        assert again.encode(["four"]).tolist() == encoder.encode(["four"]).tolist()
+    assert "prompt query: , normalize True" in encoder_words({"prompt": "query: ", "normalize": True})
 
 
 def test_letters_know_the_spelling_of_a_word_that_was_never_seen(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config import Config
+from job.data import shards
 from job.data.loader import Batch, BatchFormat, BatchSplit, LatentScale, Loader, evaluation_batches, open_datasets
 from job.data.sampler import Sampler
 from job.data.shards import INFO_FILE, SPLITS, ShardDataset
@@ -182,6 +183,21 @@ def test_datasets_come_from_the_configuration(prepared: Path) -> None:
         open_datasets(shard_config(prepared, longest - 1))
     with pytest.raises(UserError, match=r"dataset\.json is missing"):
         open_datasets(shard_config(prepared.parent, 48))
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_batches_do_not_depend_on_where_lengths_are(
+    prepared: Path, bucketed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for rows in (shards.INDEXED_ROWS, 0):
+        monkeypatch.setattr(shards, "INDEXED_ROWS", rows)
+        train = ShardDataset(prepared, "train")
+        sampler = Sampler(train, len(train), 16, seed=3, length_bucketing=bucketed)
+        of_rank = Loader(train, sampler, BatchFormat(48), BatchSplit(1, 2, 4, 2))
+        found.append([batch for step in of_rank.steps(0, 5) for batch in step])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_too_few_samples_to_evaluate_on_are_said_before_training(tmp_path: Path) -> None:

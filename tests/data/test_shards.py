@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from job.data import shards
 from job.data.shards import FORMAT_VERSION, DatasetInfo, ShardDataset, read_info
 from job.data.writer import write_info, write_shard
 from job.errors import UserError
@@ -27,10 +28,10 @@ def write(
     directory: Path, sizes: tuple[int, ...] = (5, 0, 7), vocab_size: int = VOCAB
 ) -> tuple[DatasetInfo, list[np.ndarray], np.ndarray]:
     """Three training shards, one of them empty, and a validation shard."""
-    shards = [rows(size, seed) for seed, size in enumerate(sizes)]
-    shards = [([row % vocab_size for row in tokens], latents) for tokens, latents in shards]
-    records = [write_shard(directory, "train", number, *shard, vocab_size) for number, shard in enumerate(shards)]
-    records.append(write_shard(directory, "validation", 0, *shards[0], vocab_size))
+    made = [rows(size, seed) for seed, size in enumerate(sizes)]
+    made = [([row % vocab_size for row in tokens], latents) for tokens, latents in made]
+    records = [write_shard(directory, "train", number, *shard, vocab_size) for number, shard in enumerate(made)]
+    records.append(write_shard(directory, "validation", 0, *made[0], vocab_size))
     info = write_info(
         directory,
         records,
@@ -42,7 +43,7 @@ def write(
         options={},
         generated_by="test",
     )
-    return info, [row for tokens, _ in shards for row in tokens], np.concatenate([latents for _, latents in shards])
+    return info, [row for tokens, _ in made for row in tokens], np.concatenate([latents for _, latents in made])
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -164,3 +165,36 @@ def test_opening_reads_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not opened
     dataset.lengths(np.array([6]))
     assert {path.name[:11] for path in opened} == {"train-00002"}
+
+
+def test_lengths_in_memory_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    indices = np.array([11, 0, 5, 5, 3])
+    found = {}
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(shards, "INDEXED_ROWS", 11)
+        dataset = ShardDataset(tmp_path, "train")
+        before = dataset.lengths(indices)
+        found[kept] = before.tolist()
+        assert before.dtype == np.int64
+        # Written over while it is open: what is mapped changes, what is in memory does not.
+        for path in tmp_path.glob("train-*.offsets.npy"):
+            offsets = np.load(path, mmap_mode="r+")
+            saved = offsets.copy()
+            offsets[:] = 0
+            assert (dataset.lengths(indices).tolist() == found[kept]) is (kept or len(offsets) == 1)
+            offsets[:] = saved
+    assert found[True] == found[False]
+
+
+def test_a_damaged_length_is_left_for_the_row_to_tell(tmp_path: Path) -> None:
+    write(tmp_path)
+    offsets = np.load(tmp_path / "train-00000.offsets.npy", mmap_mode="r+")
+    offsets[2] = 10**9
+    dataset = ShardDataset(tmp_path, "train")
+    lengths = dataset.lengths(np.arange(5))
+    assert lengths[1] > 9 * 10**8
+    assert lengths[2] < -9 * 10**8
+    with pytest.raises(UserError, match="row 1 is corrupt"):
+        dataset[1]

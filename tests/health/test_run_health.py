@@ -117,6 +117,14 @@ def test_what_evaluations_tell(last: dict[str, float], name: str, state: str, wo
     assert check.remedy
 
 
+def test_latents_are_as_short_as_they_are_unsure(tmp_path: Path) -> None:
+    """The mean of what a latent may be is shorter than each: that is no fault of the objective."""
+    unsure = GOOD | {"t2l/x0_norm_ratio": 0.6, "t2l/x0_cos": 0.6}
+    assert "latent length" not in verdicts(fake(tmp_path / "unsure", evaluations={100: unsure}))
+    sure = verdicts(fake(tmp_path / "sure", evaluations={100: unsure | {"t2l/x0_cos": 0.95}}))
+    assert sure["latent length"].state == "trouble"
+
+
 def test_a_direction_that_has_not_begun_to_learn(tmp_path: Path) -> None:
     blind = GOOD | {"l2t/latent_gain": 0.0}
     early = verdicts(fake(tmp_path / "early", evaluations={5: blind}, finished=False))["collapsed latent gain"]

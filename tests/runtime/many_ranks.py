@@ -8,6 +8,7 @@ Steps are pauses, so that many ranks find room on a few cores; figures of more r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from ranks import Rank, start_ranks
 
 from job.errors import LostRankError
 from job.runtime import distributed
+from job.runtime.watchdog import Watchdog
 
 REPEATS = 20
 STEP_SECONDS = 0.3
@@ -39,18 +42,20 @@ def rank_of_a_run(timeout: float) -> None:
         f"seconds added to a pause of {STEP_SECONDS} s by one that travels",
         median(step) - STEP_SECONDS,
     )
-    rows = [0.5] * EVALUATION_FLOATS
+    rows = {"latents": torch.zeros(EVALUATION_FLOATS)}
     began = time.monotonic()
     distributed.gather(rows)
     say(process, "seconds to gather an evaluation", time.monotonic() - began)
     distributed.barrier()
     print("ready", flush=True)
-    try:
-        while True:
-            step()
-    except LostRankError as error:
-        print(json.dumps({"lost": time.time(), "said": str(error)}), flush=True)
-        raise
+    with Watchdog(timeout) as watchdog:
+        for number in itertools.count():
+            watchdog.beat(number, "training")
+            try:
+                step()
+            except LostRankError as error:  # as the program does (job.command)
+                distributed.give_up(str(error), error.exit_code)
+                raise
 
 
 def step() -> None:
@@ -73,15 +78,13 @@ def say(process: distributed.Process, what: str, seconds: float) -> None:
         print(json.dumps({what: round(seconds, 4)}), flush=True)
 
 
-def lose_one(ranks: list[Rank]) -> tuple[list[float], int]:
-    """Kill the last rank; seconds until each of the others knew it, and how many named it."""
-    killed = time.time()
+def lose_one(ranks: list[Rank]) -> tuple[float, int]:
+    """Kill the last rank; seconds until all others had ended, and how many of them named it."""
+    killed = time.monotonic()
     ranks[-1].send(signal.SIGKILL)
     for rank in ranks[:-1]:
         rank.process.join(300)
-    lines = [json.loads(line) for rank in ranks[:-1] for line in rank.said.splitlines() if '"lost"' in line]
-    named = sum(f"rank {len(ranks) - 1} (" in line["said"] for line in lines)
-    return [line["lost"] - killed for line in lines], named
+    return time.monotonic() - killed, sum(f"rank {len(ranks) - 1} (" in rank.said for rank in ranks[:-1])
 
 
 def main() -> None:
@@ -96,7 +99,7 @@ def main() -> None:
             rank.wait_for("ready", options.timeout)
         print("\n".join(line for line in ranks[0].said.splitlines() if line.startswith("{")), flush=True)
         seconds, named = lose_one(ranks)
-        print(f"a killed rank: {named} of {len(ranks) - 1} others named it, after {max(seconds):.1f} s at the latest")
+        print(f"a killed rank: {named} of {len(ranks) - 1} others named it, all had ended after {seconds:.1f} s")
 
 
 if __name__ == "__main__":

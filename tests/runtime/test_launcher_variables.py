@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from job.errors import UserError
-from job.runtime.launcher_variables import Placement, failures_file, first_host, placement, status_lines
+from job.runtime.launcher_variables import (
+    Placement,
+    array_placement,
+    failures_file,
+    first_host,
+    placement,
+    status_lines,
+)
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -50,6 +57,40 @@ def test_placement_from_srun() -> None:
     assert placement(SLURM) == Placement(5, 1, 8, "gpu07", port, "41234567.0", by_srun=True)
     given = placement(SLURM | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
     assert (given.address, given.port, given.address_given, given.port_given) == ("head", 1234, True, True)
+
+
+SLURM_ARRAY = {
+    "SLURM_ARRAY_JOB_ID": "77",
+    "SLURM_ARRAY_TASK_ID": "5",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_MAX": "7",
+    "SLURM_ARRAY_TASK_STEP": "2",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+}
+
+
+def test_placement_in_an_array() -> None:
+    in_batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "80"}
+    assert array_placement(SLURM_ARRAY | in_batch_script, 4) == Placement(2, 0, 4, run_id="SLURM array 77")
+    pods = [array_placement({"JOB_COMPLETION_INDEX": str(n)}, 12, f"embed-1-{n}") for n in (1, 11)]
+    assert pods == [Placement(n, 0, 12, run_id="Kubernetes Job embed-1") for n in (1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is set"),
+        ({"JOB_COMPLETION_INDEX": "4"}, "JOB_COMPLETION_INDEX is 4"),
+        (SLURM_ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, "the SLURM array has 3 tasks"),
+        (SLURM_ARRAY | {"SLURM_ARRAY_TASK_MAX": "9"}, "submit it as --array=0-3"),
+        (SLURM_ARRAY | {"SLURM_ARRAY_TASK_ID": "2"}, "submit it as --array=0-3"),
+        (SLURM_ARRAY | {"RANK": "0", "WORLD_SIZE": "2"}, "started several processes"),
+        (SLURM_ARRAY | {"SLURM_STEP_NUM_TASKS": "2"}, "started several processes"),
+    ],
+)
+def test_an_array_whose_tasks_cannot_tell_their_places_is_refused(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        array_placement(variables, 4)
 
 
 def test_jobs_and_steps_that_share_a_node_have_different_ports() -> None:

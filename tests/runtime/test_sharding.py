@@ -96,6 +96,9 @@ def like_ddp(process: distributed.Process, dtype: str, shard_size: int | None) -
     for name, gradient in found.items():
         rtol, atol = (1e-5, 1e-6) if dtype == "fp32" else (0.02, 2e-3)
         torch.testing.assert_close(gradient, expected[name], rtol=rtol, atol=atol, msg=f"{dtype}: {name}")
+    each = of_shards.shards.norms(*of_shards.shards.take_gradients())
+    of_whole = torch.stack([gradient.norm() for gradient in found.values()])
+    torch.testing.assert_close(each, of_whole, rtol=1e-5, atol=0, msg="of each gradient, also of what is not sharded")
     norms = [o.step(0) for o in (optimizer, of_shards)]
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-5 if dtype == "fp32" else 1e-3, atol=0)
     copy = whole(sharded, lambda: build_objective(config, DataShape(61, 8, 3, 0)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ranks import start_ranks
 
-from job.errors import UserError
+from job.errors import ExitCode, UserError
 from job.files import json_lines
 from job.runtime import distributed
 from job.runtime.watchdog import Watchdog
@@ -40,6 +40,24 @@ def test_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
     assert {rank: failure["consequence"] for rank, failure in noted.items()} == {0: True, 1: False}
     assert noted[1]["message"].startswith("no progress for ")
     assert noted[1]["exit_code"] == 134
+
+
+def gives_up_on_rank_1() -> None:
+    process = distributed.start("cpu", 60.0)
+    with Watchdog(60.0):
+        if process.rank == 1:
+            distributed.give_up("no room on the disk", ExitCode.FAILED)
+            os._exit(ExitCode.FAILED)
+        the_loader_is_stuck()
+
+
+def test_a_rank_that_gave_up_is_not_waited_for(tmp_path: Path) -> None:
+    """Its word is in the store: nobody has to come to a collective that fails."""
+    ranks = start_ranks(3, tmp_path, gives_up_on_rank_1)
+    assert [rank.exit_code(30) for rank in ranks] == [ExitCode.FAILED] * 3
+    for rank in (ranks[0], ranks[2]):
+        assert "lost another rank: rank 1 (" in rank.said
+        assert "gave up: no room on the disk" in rank.said
 
 
 def alone_and_stuck() -> None:
