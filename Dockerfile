@@ -1,4 +1,4 @@
-# The training image; docker/build (make image) builds it, docker/README.md tells how to run it.
+# The training image; docker/build (make image) builds it, docs/how-to/run-the-image.md tells how to run it.
 #
 # Three layers, each changing more often than the one before: PyTorch and CUDA (gigabytes), the other dependencies, the
 # package. Each is made in a stage of its own and copied: a new version of the package moves only its own small layer.

@@ -53,6 +53,14 @@ generate: .venv/dev                   ## write dashboards, rules, runbook and ma
 docs: .venv/dev                       ## the documentation, as pages to read offline: docs/_build/html/index.html
 	$(BIN)/python -m sphinx --fresh-env --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
 
+.PHONY: test-docs
+test-docs: .venv/dev                  ## the commands of the documentation that are marked to run, also the long ones
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) -m docs tests/test_docs.py
+
+.PHONY: release
+release: lint test image              ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
+	$(BIN)/python docker/release.py
+
 lint: .venv/dev                       ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)

@@ -15,7 +15,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # the code of this checkout, whatever is installed
+# The code of this checkout, whatever is installed; rules.py, which has the alerts, is a tool outside the package.
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "docker" / "monitoring")]
 
 import reference  # noqa: E402
 

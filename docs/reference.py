@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import rules
 from job.__main__ import COMMANDS
 from job.config import default_of, keys
+from job.data import description, shards
 from job.errors import EXIT_CODE_MEANINGS
-from job.key_help import as_written, names_of, overview, section_meanings
+from job.key_help import (
+    DEFAULT_CONFIGURATION,
+    as_written,
+    first_comment,
+    names_of,
+    overview,
+    primary_configurations,
+    section_meanings,
+)
 from job.metric_names import EVALUATION, EVALUATION_SIZE, LOSS_TERMS, OF_EACH_RANK, OF_THE_RUN, Metric
 
 COLUMNS = "100"  # of the help that argparse prints
@@ -80,10 +91,63 @@ def _metric_table(shown: Iterable[Metric]) -> str:
     return _table(["key in the logs", "in Prometheus", "what it is", "unit", "kind", "labels"], rows)
 
 
+def alerts() -> str:
+    """Every alert with its condition, how long it must hold, and its runbook."""
+    durations = rules.Durations(1)
+    return "\n\n".join(_alert(alert, durations(alert.hold)) for alert in rules.alerts(durations))
+
+
+def _alert(alert: rules.Alert, hold: str) -> str:
+    """A chapter. The condition is a block: it is long, and has signs that Markdown reads."""
+    held = f"when this holds for {hold}" if alert.hold else "as soon as this holds"
+    condition = f"```text\n{alert.signal} {alert.condition}\n```"
+    return f"## `{alert.name}`\n\n{alert.runbook}\n\nFires ({alert.severity}) {held}:\n\n{condition}"
+
+
+def configurations() -> str:
+    """What --config-name may name, by the first line of each file."""
+    rows = []
+    for path in primary_configurations():
+        default = " (the default)" if path.stem == DEFAULT_CONFIGURATION else ""
+        rows.append([f"`{path.stem}`{default}", _plain(first_comment(path))])
+    return _table(["configuration", "what it is"], rows)
+
+
+# The modules that own a format, whose docstrings describe it.
+FORMATS = {
+    "Prepared data": "job.data.shards",
+    "A checkpoint": "job.runtime.checkpoint",
+    "What a model knows of its data": "job.data.description",
+    "An exported model": "job.trained",
+}
+
+
+def files() -> str:
+    """The formats of files, as the modules that read and write them describe them."""
+    chapters = []
+    for title, module in FORMATS.items():
+        described = inspect.getdoc(importlib.import_module(module)) or ""
+        chapters.append(f"## {title}\n\n{_block(described)}")
+    return "\n\n".join(chapters)
+
+
+def format_versions() -> str:
+    """The versions that this release writes, and those that it reads besides."""
+    older = ", ".join(map(str, shards.OLDER_VERSIONS))
+    rows = [
+        ["`dataset.json`", str(shards.FORMAT_VERSION), older],
+        ["`model.json`", str(description.FORMAT_VERSION), ""],
+    ]
+    return _table(["file", "`format_version`", "also read"], rows)
+
+
 def exit_codes() -> str:
-    """Every exit code with its meaning."""
-    rows = [[f"`{int(code)}`", code.name, _plain(meaning)] for code, meaning in EXIT_CODE_MEANINGS.items()]
-    return _table(["code", "name", "meaning"], rows)
+    """Every exit code with its meaning, and whether launchers try again."""
+    rows = [
+        [f"`{int(code)}`", code.name, _plain(meaning), "yes" if code >= 128 else "no"]
+        for code, meaning in EXIT_CODE_MEANINGS.items()
+    ]
+    return _table(["code", "name", "meaning", "started again"], rows)
 
 
 def command_lines() -> str:
@@ -110,7 +174,11 @@ def _subcommands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
 
 PAGES: dict[str, Callable[[], str]] = {
     "configuration": configuration,
+    "configurations": configurations,
     "metrics": metrics,
+    "alerts": alerts,
+    "files": files,
+    "format-versions": format_versions,
     "exit-codes": exit_codes,
     "command-lines": command_lines,
 }

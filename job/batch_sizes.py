@@ -14,6 +14,7 @@ def batch_sizes(training: TrainingConfig, world_size: int) -> tuple[int, int]:
     if training.global_batch_size % per_pass:
         raise UserError(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of training.train_batch_size="
-            f"{training.train_batch_size} x {world_size} processes; change one of them"
+            f"{training.train_batch_size} x {world_size} processes; change one of them; "
+            "see docs: how-to/go-on-with-other-ranks"
         )
     return training.global_batch_size, training.global_batch_size // per_pass

@@ -38,7 +38,8 @@ NO_CYCLE = "loss.cycle_text_weight=0,loss.cycle_latent_weight=0"
 # LGDLM decodes the predicted latent whatever the cycle's weight is. A weight too small to show in the loss makes the
 # baseline do so too.
 NO_CYCLE_LGDLM = "loss.cycle_text_weight=1e-30,loss.cycle_latent_weight=0"
-# What the README tells of: mean row length as a part of --seq-len, and the keys of the plain and of the fast path.
+# What docs/explanation/speed.md tells of: mean row length as a part of --seq-len, and the keys of the plain and of the
+# fast path.
 TARGETS = {
     "all four terms, full rows": (1.0, "", ""),
     "all four terms, rows of 60%": (0.6, "", ""),
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peak-tflops", type=float, help="the device's peak for the model FLOPs utilization")
     p.add_argument("--out", type=Path, help="write the figures as JSON here, and the plot of --grow beside it")
     instead = p.add_argument_group("instead of the speed of settings")
-    told = "the speed-ups that the README tells, over the plain and the stock model, in float32 and in bf16"
+    told = "the speed-ups of docs/explanation/speed.md, over the plain and the stock model, in float32 and in bf16"
     instead.add_argument("--targets", action="store_true", help=told)
     on_paper = "count kernels, operations, bytes and memory of a step, for sizes that do not fit here"
     instead.add_argument("--paper", action="store_true", help=on_paper)

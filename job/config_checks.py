@@ -218,7 +218,8 @@ def untrained_passes(config: Config, decoding: DecodingConfig) -> list[str]:
     if over_a_text and not (trains_on_noise or partly_masked):
         warnings.append(
             f"{' and '.join(over_a_text)}: this model decodes partly masked texts then, but trained on fully masked "
-            "ones alone, so the texts may well be worse; loss.text_t_mode=random trains it for that"
+            "ones alone, so the texts may well be worse; loss.text_t_mode=random trains it for that; "
+            "see docs: tutorials/decoding-well"
         )
     if decoding.latent_steps > 1 and not (trains_on_noise or loss.latent_t_mode == "random"):
         warnings.append(
@@ -250,7 +251,9 @@ def degenerate_epsilon(config: Config) -> list[str]:
         f"or loss.latent_t_mode=random with loss.cycle_latent_t_max at most {LARGEST_EPSILON_T}"
     )
     if not config.loss.allow_degenerate_epsilon:
-        raise UserError(f"{problem} (loss.allow_degenerate_epsilon=true runs it all the same)")
+        raise UserError(
+            f"{problem} (loss.allow_degenerate_epsilon=true runs it all the same); see docs: explanation/objective"
+        )
     return [problem]
 
 
@@ -276,17 +279,17 @@ def refuse_idle_rows(config: Config, rows: Counts) -> None:
     if (texts or latents) and loss.loss_type != "cycle_vae":
         raise UserError(
             f"the data has {texts} texts without latents and {latents} latents without texts, which only "
-            f"loss.loss_type=cycle_vae trains on; set it, {leave_out}"
+            f"loss.loss_type=cycle_vae trains on; set it, {leave_out}; see docs: tutorials/scarce-pairs"
         )
     if texts and (loss.cycle_text_weight == 0 or loss.cycle_text_on == "paired"):
         raise UserError(
             f"the data has {texts} texts without latents, which only cycle_text trains on: set loss.cycle_text_weight "
-            f"above 0 and loss.cycle_text_on=all or unpaired, {leave_out}"
+            f"above 0 and loss.cycle_text_on=all or unpaired, {leave_out}; see docs: tutorials/scarce-pairs"
         )
     if latents and loss.cycle_latent_weight == 0:
         raise UserError(
             f"the data has {latents} latents without texts, which only cycle_latent trains on: set "
-            f"loss.cycle_latent_weight above 0, {leave_out}"
+            f"loss.cycle_latent_weight above 0, {leave_out}; see docs: tutorials/scarce-pairs"
         )
     if (texts or latents) and loss.ce_over_padding:
         raise UserError(f"loss.ce_over_padding=true knows paired rows only; leave it out, {leave_out}")

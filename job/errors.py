@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of every command; launchers decide on a retry by them (README, "Stopping, failing, going on").
+    """Exit codes of every command; launchers decide on a retry by them (docs/explanation/how-a-run-survives.md).
 
     Kubernetes' restartPolicy ExitCode retries codes of 128 and more, so only failures worth a retry have such codes.
     """
@@ -20,8 +20,9 @@ class ExitCode(enum.IntEnum):
 
 
 EXIT_CODE_MEANINGS: Mapping[ExitCode, str] = {
-    ExitCode.FINISHED: "finished",
-    ExitCode.FAILED: "a retry would fail again: bad configuration, bad data, non-finite loss",
+    ExitCode.FINISHED: "finished; also when a finished run is started again",
+    ExitCode.FAILED: "a retry would fail again: bad configuration, bad data, non-finite loss, "
+    "no room for the last checkpoint",
     ExitCode.USAGE: "bad command line",
     ExitCode.RETRY: "worth a retry: lost rank, hung collective, dead loader process",
     ExitCode.STOPPED: "stopped by a signal or a time budget; the checkpoint is saved",

@@ -190,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     parents = [common]
     top = argparse.ArgumentParser(prog="cyclevae k8s", description=__doc__)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    add_submit(verbs, submit, "k8s", "[--namespace NAME] [--context NAME] ", parents)
+    add_submit(verbs, submit, "k8s", "reference/kubernetes", "[--namespace NAME] [--context NAME] ", parents)
     add_verb(verbs, "list", list_runs, parents)
     several = [add_verb(verbs, "status", status, parents)]
 

@@ -35,7 +35,7 @@ Trains a model. The same command again goes on from the run's last checkpoint.
 MORE = """\
 More: --help loss, --help loss.loss_type   all about a section or a key: choices, limits
       --cfg job                            the configuration that a command line makes
-      --multirun KEY=A,B                   several runs; clusters: slurm/README.md, k8s/README.md
+      --multirun KEY=A,B                   several runs; clusters: docs/tutorials/sweep-on-slurm.md
       --hydra-help                         Hydra's own options"""
 
 

@@ -126,7 +126,7 @@ def resumable(path: Path, queued: dict[str, str]) -> list[RunDirectory]:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cyclevae slurm", description=__doc__)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    add_submit(verbs, submit, "slurm")
+    add_submit(verbs, submit, "slurm", "reference/slurm")
 
     listing = add_verb(verbs, "list", list_runs)
     listing.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")

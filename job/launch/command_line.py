@@ -12,9 +12,10 @@ Parents = Sequence[argparse.ArgumentParser]
 
 
 def add_submit(
-    verbs: Any, function: Callable[..., None], launcher: str, where: str = "", parents: Parents = ()
+    verbs: Any, function: Callable[..., None], launcher: str, page: str, where: str = "", parents: Parents = ()
 ) -> None:
-    """The verb `submit`. `launcher` is the word after cyclevae, `where` its further options as the usage shows them.
+    """The verb `submit`. `launcher` is the word after cyclevae, `page` is of the documentation and has all keys of
+    hydra.launcher, `where` the launcher's further options as the usage shows them.
 
     What the parser does not know goes to job.train, so its arguments are described and not declared.
     """
@@ -27,7 +28,7 @@ def add_submit(
         usage=f"cyclevae {launcher} submit [--dry-run] [--json] {where}[--config-name NAME] OVERRIDES...",
         description="The overrides of `python -m job.train`; a list of values is a sweep: "
         "loss.cycle_text_weight=0.05,0.1. hydra.launcher.KEY=VALUE sets what the cluster is asked for "
-        f"({launcher}/README.md).",
+        f"(see docs: {page}).",
     )
 
 

@@ -111,7 +111,7 @@ def check_generation(path: Path, weights: Mapping[str, Any]) -> None:
             f"{path}: weights of mmdit 0.2, whose hyper-connections (dynamic_alpha_scale, static_beta [streams]) "
             "compute something else than the manifold-constrained ones of mmdit 0.3 "
             "(h_post_scale, static_beta [streams, 1, 1]), so they cannot be loaded; "
-            "only weights with one residual stream are common to both"
+            "only weights with one residual stream are common to both; see docs: how-to/come-from-lgdlm"
         )
 
 

@@ -46,7 +46,7 @@ def refuse_another_run(
         changes = ", ".join(f"{key}: {change}" for key, change in refused.items())
         raise UserError(
             f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
-            f"or allow the change with training.allow_changed=[{','.join(refused)}]"
+            f"or allow the change with training.allow_changed=[{','.join(refused)}]; see docs: explanation/exactness"
         )
     before = saved["config"].get("training", {}).get("num_train_steps", 0)
     return [_longer(saved["step"], before, config)] if config.training.num_train_steps > before else []
@@ -86,7 +86,8 @@ def find_checkpoint(config: Config, checkpointer: Checkpointer) -> Checkpoint | 
         # A run that began at step 0 here would remove them one by one as it came by their steps.
         raise UserError(
             f"{checkpointer.directory}: none of the {len(checkpointer.damaged)} checkpoints is valid; restore one, or "
-            "begin anew: with training.resume=never (they are kept under other names) or another logging.run_name"
+            "begin anew: with training.resume=never (they are kept under other names) or another logging.run_name; "
+            "see docs: explanation/how-a-run-survives"
         )
     if own is None and config.training.resume not in ("auto", "never"):
         return open_checkpoint(Path(config.training.resume))

@@ -65,7 +65,7 @@ def _mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
     if ranks % shard_size != 0:
         raise UserError(
             f"training.shard_size={shard_size} does not divide the run's {ranks} processes; "
-            "give the number of GPUs of a node"
+            "give the number of GPUs of a node; see docs: how-to/train-a-large-model"
         )
     return init_device_mesh(device.type, (ranks // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
 

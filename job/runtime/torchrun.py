@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.max_restarts:
         print(
             f"--max-restarts={options.max_restarts}: torchrun would restart a run that was told to stop; leave it at "
-            '0, restarts belong to the scheduler (README, "Stopping, failing, going on")',
+            "0, restarts belong to the scheduler; see docs: explanation/how-a-run-survives",
             file=sys.stderr,
         )
         return ExitCode.USAGE

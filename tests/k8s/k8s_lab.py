@@ -60,7 +60,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The figures of k8s/README.md."""
+    """The figures of docs/reference/kubernetes.md."""
     for how, seconds in recovered:
         terminalreporter.write_line(f"{seconds:6.1f} s to the first new step: {how}")
 

@@ -120,7 +120,7 @@ def test_mask_and_padding_are_two_tokens(directories: tuple[Path, Path], tmp_pat
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="shared/golden is not here")
 def test_the_golden_pair_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The research code's data and checkpoint, by the commands of the README, with the line that one of them prints."""
+    """The research code's data and checkpoint, by the commands of the how-to, with the line that one of them prints."""
     said = convert_checkpoint(GOLDEN / "lgdlm_checkpoint", tmp_path / "weights.safetensors")
     shape = said.partition("use it with: ")[2].split()
     options = DataOptions(

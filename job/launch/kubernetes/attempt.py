@@ -93,7 +93,8 @@ def _attempt_of_variables() -> Attempt:
     name = os.environ.get(JOB_NAME_VARIABLE)
     if not name:
         raise UserError(
-            f"neither arguments nor {JOB_NAME_VARIABLE}: this is the first process of a pod (k8s/README.md)"
+            f"neither arguments nor {JOB_NAME_VARIABLE}: this is the first process of a pod; "
+            "see docs: how-to/fit-a-kubernetes-cluster"
         )
     try:
         given = {key: shlex.split(os.environ.get(key, "")) for key in (ARGUMENTS_VARIABLE, PREPARE_VARIABLE)}
@@ -182,7 +183,7 @@ def train(attempt: Attempt) -> None:
     except OSError as error:
         raise JobError(
             f"{error.filename or attempt.run_dir}: {error.strerror or error}; the claims must be writable for the "
-            "pod's user, or for its hydra.launcher.fs_group"
+            "pod's user, or for its hydra.launcher.fs_group; see docs: reference/kubernetes"
         ) from error
     if code:
         sys.exit(code)

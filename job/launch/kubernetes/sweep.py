@@ -50,7 +50,8 @@ def launch(
     cluster = Cluster(params["namespace"], params["context"])
     if kind not in cluster.kinds:
         raise UserError(
-            f"the cluster does not know {kind.name}s: install {kind.needs}, or set hydra.launcher.kind=auto"
+            f"the cluster does not know {kind.name}s: install {kind.needs}, or set hydra.launcher.kind=auto; "
+            "see docs: tutorials/sweep-on-kubernetes"
         )
     there = refuse(cluster, runs, jobs)
     cluster.refuse_missing(named_by(kind, settings))

@@ -31,7 +31,7 @@ def entry(container: dict[str, Any], directories: Sequence[str]) -> Entry:
         if container["image"]:
             raise UserError(
                 "hydra.launcher.container.image is set, but not how to run it: add hydra/launcher=slurm_pyxis or "
-                "hydra/launcher=slurm_apptainer (container.runtime)"
+                "hydra/launcher=slurm_apptainer (container.runtime); see docs: how-to/fit-a-slurm-cluster"
             )
         return Entry()
     if runtime not in RUNTIMES:

@@ -45,7 +45,10 @@ def output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     except FileNotFoundError as error:
-        raise UserError(f"{command[0]} is not installed here: submit from a login node of the SLURM cluster") from error
+        raise UserError(
+            f"{command[0]} is not installed here: submit from a login node of the SLURM cluster; "
+            "see docs: tutorials/sweep-on-slurm"
+        ) from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
         raise JobError(f"{command[0]}: {lines[-1].removeprefix(f'{command[0]}: ')}") from error
