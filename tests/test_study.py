@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -65,3 +66,17 @@ def test_the_page_tells_the_committed_figures() -> None:
     page = (ROOT / "docs" / "study.md").read_text()
     names = runpy.run_path(str(STUDY / "tables.py"))
     assert names["with_tables"](page) == page, "python studies/cycle/tables.py writes the tables anew"
+
+
+def test_the_readme_tells_the_same_as_the_page() -> None:
+    """Its table has the page's means and changes, without their intervals."""
+    page, readme = ((ROOT / name).read_text() for name in ("docs/study.md", "README.md"))
+    told = readme.split("## Does the cycle help?")[1].split("##")[0]
+    figures = re.findall(r"[+-]?[0-9]\.[0-9]{3}", told)
+    assert len(figures) == 16
+    tables = page.split("<!-- table scarce -->")[1].split("<!-- end -->")[0]
+    columns = [row.split("|") for row in tables.strip().splitlines()[2:]]
+    expected = [
+        column for off, on in zip(columns[::2], columns[1::2], strict=True) for column in (off[4], on[4], off[7], on[7])
+    ]
+    assert figures == [re.findall(r"[+-]?[0-9]\.[0-9]{3}", cell)[0] for cell in expected]

@@ -30,6 +30,7 @@ CHEAT = {
     "probe/t2l2t_acc@1": "noise of 1",
     "probe/stranger_acc": "another decoder",
     "probe/t2l2t/re_encoded_cos": "source encoder, cosine",
+    "t2l/x0_mse": "T2L squared error",
 }
 PAIRED = {key: SCARCE[key] for key in SCARCE if key != "l2t/token_acc"}
 PARAMETERIZATIONS = {"full": ("v_param", "x0"), "random": ("v_param", "x0", "epsilon")}
