@@ -46,11 +46,11 @@ def at_least(low: float) -> type[BoundedNumber]:
 
 
 class Fraction(BoundedNumber):
-    """Action of an option that takes a share of something: more than none of it, less than all."""
+    """Action of an option that takes a share of something: more than none of it, and less than all or the default."""
 
     def problem(self, value: float) -> str | None:
         """What to give instead of `value`; None when it is within bounds."""
-        return None if 0 < value < 1 else "give a value between 0 and 1"
+        return None if 0 < value < 1 or value == self.default else "give a value between 0 and 1"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

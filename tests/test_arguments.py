@@ -23,6 +23,12 @@ def test_numbers_within_bounds_are_stored() -> None:
     assert parser().parse_args([]).count == 1  # a default is the program's own and need not lie within them
 
 
+def test_a_share_may_be_its_default() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--encoded", type=float, action=Fraction, default=1.0)
+    assert p.parse_args(["--encoded", "1"]).encoded == 1.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
