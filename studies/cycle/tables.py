@@ -20,8 +20,8 @@ SCARCE = {
     "l2t/token_acc": "L2T tokens right",
     "t2l/x0_mse": "T2L squared error",
     "probe/t2l2t_acc@0": "T2L2T tokens right",
-    "probe/l2t/re_encoded_at_1": "L2T text, source encoder finds its latent first",
-    "probe/t2l2t/re_encoded_at_1": "T2L2T text, likewise",
+    "probe/l2t/re_encoded_at_1": "L2T re-encoded",
+    "probe/t2l2t/re_encoded_at_1": "T2L2T re-encoded",
 }
 CHEAT = {
     "probe/t2l2t_acc@0": "as they are",
