@@ -66,7 +66,12 @@ class Watchdog:
 
     def _run(self) -> None:
         told_at: float | None = None
-        while not self._end.wait(min(1.0, self.timeout_seconds / 10)):
+        interval = min(1.0, self.timeout_seconds / 10)
+        looked_at = time.monotonic()
+        while not self._end.wait(interval):
+            asleep, looked_at = time.monotonic() - looked_at - interval, time.monotonic()
+            if asleep > interval:  # the process was stopped as a whole (Ctrl-Z), and this thread with it
+                self.last_beat = min(self.last_beat + asleep, looked_at)
             if told_at is None and distributed.another_gave_up():
                 told_at = time.monotonic()
             if told_at is not None and time.monotonic() > told_at + NOTICE_SECONDS:

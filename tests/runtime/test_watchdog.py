@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -74,6 +75,26 @@ def test_watchdog_of_a_single_process(tmp_path: Path) -> None:
     assert rank.exit_code() == 134
     assert "fed" in rank.said
     assert "in step 4, evaluation (training.sick_rank_timeout_seconds=0.5)" in rank.said
+
+
+def alone_and_paused() -> None:
+    with Watchdog(2.0) as watchdog:
+        watchdog.beat(4, "training")
+        print("beat", flush=True)
+        for _ in range(10):  # of which most are left when it goes on
+            time.sleep(0.1)
+    print("went on", flush=True)
+
+
+def test_a_process_that_was_stopped_and_goes_on_is_not_ended(tmp_path: Path) -> None:
+    """Ctrl-Z and fg: while it stood still there was nothing that could make progress."""
+    rank = start_ranks(1, tmp_path, alone_and_paused)[0]
+    rank.wait_for("beat", 30)
+    rank.send(signal.SIGSTOP)
+    time.sleep(4.0)
+    rank.send(signal.SIGCONT)
+    assert rank.exit_code() == 0
+    assert "went on" in rank.said
 
 
 def slow_where_it_may_be() -> None:
