@@ -54,7 +54,12 @@ def header(first: str, columns: Sequence[str]) -> list[str]:
 
 def mean(figures: Figures) -> str:
     """A mean over seeds."""
-    return "" if figures.estimate is None else f"{figures.estimate.mean:.3f}"
+    return "" if figures.estimate is None else number(figures.estimate.mean)
+
+
+def number(value: float, sign: str = "") -> str:
+    """Three decimals; what is out of all proportion by its power of ten."""
+    return f"{value:{sign}.3f}" if abs(value) < 1000 else f"{value:{sign}.1e}"
 
 
 def change(figures: Figures) -> str:
@@ -62,9 +67,9 @@ def change(figures: Figures) -> str:
     found = figures.difference
     if found is None:
         return mean(figures)
-    text = f"{found.estimate.mean:+.3f}"
+    text = number(found.estimate.mean, "+")
     if found.estimate.low is not None and found.estimate.high is not None:
-        text += f" ({found.estimate.low:+.3f} to {found.estimate.high:+.3f})"
+        text += f" ({number(found.estimate.low, '+')} to {number(found.estimate.high, '+')})"
     return f"**{text}**" if found.p is not None and found.p < 0.05 else text
 
 
