@@ -53,8 +53,8 @@ def is_frozen(pid: int) -> bool:
     return status["State"].startswith("T") and bool(waiting & 1 << (signal.SIGTERM - 1))
 
 
-def end_frozen_workers() -> None:
-    """A thread: end workers that are told to end and are frozen.
+def watch_workers(seen: threading.Event) -> None:
+    """A thread: note that there are workers, and end those that are told to end and are frozen.
 
     torchrun tells its workers to end as soon as the other nodes have left the run. It gives them the time of a step and
     a save, minutes, in which a frozen one does nothing; and until it has ended, its pod is in the way of the next.
@@ -62,6 +62,7 @@ def end_frozen_workers() -> None:
     while True:
         time.sleep(FROZEN_SECONDS)
         for pid in _children():
+            seen.set()
             if is_frozen(pid):
                 os.write(2, f"process {pid} is frozen (SIGSTOP) and was told to end: killed\n".encode())
                 with contextlib.suppress(ProcessLookupError):
@@ -98,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return ExitCode.USAGE
-    threading.Thread(target=end_frozen_workers, name="frozen workers", daemon=True).start()
+    had_workers = threading.Event()
+    threading.Thread(target=watch_workers, args=(had_workers,), name="frozen workers", daemon=True).start()
     try:
         # torchrun would choose one thread where it starts several workers, and leave the other cores idle.
         choose_threads(own_threads(determine_local_world_size(options.nproc_per_node)))
@@ -110,7 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except (RendezvousError, DistNetworkError) as error:  # the second: for instance the port is taken
         said = next(iter(str(error).splitlines()), type(error).__name__)  # RendezvousClosedError has no message
-        print(f"the nodes did not find each other: {said}", file=sys.stderr)
+        # The node that keeps the store may be lost while all train; most often a rank notices first, and says it above.
+        what = "the nodes lost each other" if had_workers.is_set() else "the nodes did not find each other"
+        print(f"{what}: {said.partition('. See inner')[0]}", file=sys.stderr)
         return ExitCode.RETRY
     return ExitCode.FINISHED
 

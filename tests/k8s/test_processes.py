@@ -164,7 +164,10 @@ def test_a_node_joins_and_is_lost(tmp_path: Path) -> None:
 
 
 def test_the_node_of_the_rendezvous_is_lost(tmp_path: Path) -> None:
-    """The last lines of the other are ours, and not the stacks of PyTorch's C++ code."""
+    """The last lines of the other are ours, and not the stacks of PyTorch's C++ code.
+
+    Its rank notices first, or on a busy machine its torchrun does.
+    """
     with Pods(tmp_path, "training.num_train_steps=1000000", "training.train_batch_size=2") as pods:
         for index in (0, 1):
             pods.start(index)
@@ -172,4 +175,5 @@ def test_the_node_of_the_rendezvous_is_lost(tmp_path: Path) -> None:
         pods.kill(0)
         assert pods.exit_code(1) == ExitCode.RETRY
         assert "frame #" not in pods.said(1)
-        assert pods.said(1).rstrip().splitlines()[-1].startswith("workers ended first: rank 1 with 134")
+        last = pods.said(1).rstrip().splitlines()[-1]
+        assert last.startswith(("workers ended first: rank 1 with 134", "the nodes lost each other: "))

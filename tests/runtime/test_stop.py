@@ -254,7 +254,7 @@ def test_a_rendezvous_that_was_closed_can_be_tried_again(
     def closed(_options: object) -> None:
         raise RendezvousClosedError
 
-    for name in ("keep_signals_from_torchrun", "quiet_cpp_warnings", "on_signals", "end_frozen_workers"):
+    for name in ("keep_signals_from_torchrun", "quiet_cpp_warnings", "on_signals", "watch_workers"):
         monkeypatch.setattr(torchrun, name, lambda *_: None)
     monkeypatch.setattr(torchrun, "choose_threads", lambda _: None)
     monkeypatch.setattr("torch.distributed.run.run", closed)
