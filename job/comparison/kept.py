@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from job.comparison.runs import Run
-from job.config import default_of, keys
+from job.comparison.runs import Run, defaults
 from job.errors import UserError
 from job.files import write_text
 
@@ -17,13 +16,14 @@ DIGITS = 6  # of a figure; the spread over seeds is wider than the last of them
 
 
 def write_kept(path: Path, runs: Iterable[Run]) -> None:
-    """Write runs' settings that are no defaults, and their evaluations."""
-    defaults = {name: default_of(declared) for name, declared in keys().items()}
-    lines = [
+    """Write the defaults of today, then a line a run: its settings that are none of them, and its evaluations."""
+    of_today = defaults()
+    lines: list[dict[str, Any]] = [{"defaults": of_today}]
+    lines += [
         {
             "run": str(run.path),
             "finished": run.finished,
-            "settings": {name: value for name, value in run.settings.items() if value != defaults.get(name)},
+            "settings": {name: value for name, value in run.settings.items() if value != of_today.get(name)},
             "evaluations": [{key: _short(value) for key, value in line.items()} for line in run.evaluations],
         }
         for run in runs
@@ -36,12 +36,12 @@ def _short(value: float) -> float:
 
 
 def read_kept(path: Path) -> list[Run]:
-    """The runs of a file that `write_kept` wrote. UserError for another file."""
-    defaults = {name: default_of(declared) for name, declared in keys().items()}
+    """The runs of a file of `write_kept`, also where defaults have changed since. UserError for another file."""
     try:
-        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+        first, *lines = (json.loads(line) for line in path.read_text().splitlines())
+        shared = defaults() | first["defaults"]
         return [
-            Run(Path(line["run"]), defaults | line["settings"], line["evaluations"], [], line["finished"])
+            Run(Path(line["run"]), shared | line["settings"], line["evaluations"], [], line["finished"])
             for line in lines
         ]
     except OSError as error:

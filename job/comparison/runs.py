@@ -99,6 +99,11 @@ def run_directories(path: Path) -> list[Path]:
     return found
 
 
+def defaults() -> dict[str, Any]:
+    """Every key's default."""
+    return {name: default_of(declared) for name, declared in keys().items()}
+
+
 def read_run(path: Path) -> Run:
     """The run of a directory. UserError for a damaged configuration."""
     if not (path / CONFIG_FILE).exists():
@@ -107,7 +112,7 @@ def read_run(path: Path) -> Run:
         values = yaml.safe_load((path / CONFIG_FILE).read_text())
         written = {f"{section}.{name}": value for section, part in values.items() for name, value in part.items()}
         # A run from before a key existed was made by what is the key's default today.
-        settings = {name: default_of(declared) for name, declared in keys().items()} | written
+        settings = defaults() | written
         return Run(
             path,
             settings,

@@ -115,7 +115,7 @@ def test_a_damaged_run_is_named_and_left_out(swept: Path, tmp_path: Path, capsys
 
 
 def test_runs_are_kept_in_a_file_and_compared_without_their_directories(
-    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "kept.jsonl"
     before = compared(capsys, str(swept), "--keep", str(kept))
@@ -123,6 +123,9 @@ def test_runs_are_kept_in_a_file_and_compared_without_their_directories(
         assert here["by_seed"] == pytest.approx(there["by_seed"], rel=1e-5)
         assert here["setting"] == there["setting"]
     assert compared(capsys, str(kept), str(swept)) == before, "no run counts twice"
+    monkeypatch.setattr("job.comparison.kept.defaults", lambda: {"loss.cycle_text_weight": 0.05, "optimizer.lr": 7.0})
+    labels = [figures["setting"] for figures in compared(capsys, str(kept))["metrics"][METRIC]]
+    assert labels == [figures["setting"] for figures in before["metrics"][METRIC]], "the defaults of then still hold"
     kept.write_text('{"run": "x"}\n')
     with pytest.raises(UserError, match="not written by --keep"):
         main([str(kept)])
