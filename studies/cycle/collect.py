@@ -1,7 +1,8 @@
 """Question 3, does the cycle cheat, asked of every finished run of a sweep; and the runs' figures in one small file.
 
 Use: `python studies/cycle/collect.py runs/study/scarce studies/cycle/results/scarce.jsonl`. Runs that the file has are
-not asked again, so it grows with the sweep, also on another machine. `cyclevae compare FILE` reads it.
+not asked again (unless they had no run of another seed to be read by), so it grows with the sweep, also on another
+machine. `cyclevae compare FILE` reads it.
 
 A cycle cheats when the encoder hides in its latents what its own decoder alone can read (CycleGAN does so, Chu et al.
 2017, arXiv:1712.02950). What is hidden so is lost under noise, to a decoder that was trained without cycles, and to the
@@ -84,17 +85,17 @@ def stranger_to(run: Run, runs: list[Run]) -> Run | None:
 def main() -> None:
     """Ask every finished run that the file does not have."""
     sweep, results = Path(sys.argv[1]), Path(sys.argv[2])
-    kept = read_kept(results) if results.exists() else []
+    kept = {run.path.resolve(): run for run in read_kept(results)} if results.exists() else {}
     runs, _ = find_runs([sweep])
-    known = {run.path.resolve() for run in kept}
     for run in runs:
-        if not run.finished or run.path.resolve() in known:
+        stranger = stranger_to(run, runs)
+        known = kept.get(run.path.resolve())
+        if not run.finished or (known and (stranger is None or "probe/stranger_acc" in known.evaluations[-1])):
             continue
         print(run.path, flush=True)
-        stranger = stranger_to(run, runs)
         last = {**run.evaluations[-1], **probes(run, stranger)}
-        kept.append(replace(run, evaluations=[*run.evaluations[:-1], last]))
-        write_kept(results, sorted(kept, key=lambda one: str(one.path)))
+        kept[run.path.resolve()] = replace(run, evaluations=[*run.evaluations[:-1], last])
+        write_kept(results, sorted(kept.values(), key=lambda one: str(one.path)))
 
 
 if __name__ == "__main__":
