@@ -47,6 +47,7 @@ LATE_SECONDS = 60
 
 def prepare(preparation: Preparation) -> DatasetInfo | None:
     """Do this process's part. Returns the finished dataset's description on rank 0, None on the others."""
+    preparation = dataclasses.replace(preparation, failed_before=failed.read(preparation.out))
     try:
         return _prepare(preparation)
     except (UserError, OSError) as error:
@@ -230,9 +231,12 @@ def _wait(preparation: Preparation, ready: Callable[[], bool], what: str, second
     began = time.monotonic()
     is_told = False
     while not ready():
-        if preparation.local.array_tasks:
-            failed.refuse(preparation.out, preparation.run)
         waited = time.monotonic() - began
+        if preparation.local.array_tasks:
+            # What was there at first is of the attempt before (a requeued array, pods that are made again), if the
+            # first task forgets it soon.
+            ignored = preparation.failed_before if waited < LATE_SECONDS else None
+            failed.refuse(preparation.out, preparation.run, ignored)
         if waited > seconds:
             return False
         if waited > LATE_SECONDS and not is_told:

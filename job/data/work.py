@@ -9,6 +9,7 @@ from typing import Any
 
 from job.data import tokenizer as tokenizers
 from job.data.encoders import Resources
+from job.data.failed import Failure
 from job.data.like import Pattern
 from job.data.options import LocalOptions, Options
 from job.data.shards import INFO_FILE, SPLITS
@@ -54,6 +55,7 @@ class Preparation:
     world_size: int
     run: str = ""  # the same for all processes that share the work
     pattern: Pattern | None = None  # of --like
+    failed_before: Failure | None = None  # of an array: what was there when this process began
 
     @property
     def work(self) -> Path:

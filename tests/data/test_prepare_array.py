@@ -46,10 +46,17 @@ def test_no_task_waits_for_one_that_failed(corpus: Path, tmp_path: Path) -> None
     assert [process.returncode for process in processes] == [1, 1]
     assert errors[0].startswith("error: task 0 of the array failed (")
     assert errors[1] == "error: " + errors[0].partition("failed (")[2].partition("); mend that")[0]
-    # Mended, the first task forgets what failed.
-    with start(slurm_task(0), out, "--source", str(corpus)) as first:
+    # Mended and requeued, with the array's number of before: whoever comes before the first task still waits for it.
+    early = start(slurm_task(1), out, "--source", str(corpus))
+    time.sleep(2.0)
+    first = start(slurm_task(0), out, "--source", str(corpus))
+    try:
         while not (out / "work" / "plan.json").exists():
             assert first.poll() is None
             time.sleep(0.01)
-        first.kill()
-    assert not (out / FAILED_FILE).exists()
+        assert not (out / FAILED_FILE).exists()
+        assert early.poll() is None
+    finally:
+        for process in (early, first):
+            process.kill()
+            process.communicate()
