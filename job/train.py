@@ -83,7 +83,7 @@ from job.runtime.delayed import DelayedRead
 from job.runtime.distributed import Process
 from job.runtime.optimizer import learning_rate
 from job.runtime.parallel import reduction_of_gradients, reduction_seconds, sum_over_ranks
-from job.runtime.precision import autocast, compute_dtype, set_up
+from job.runtime.precision import autocast, backward_pass, compute_dtype, set_up
 from job.runtime.resume import find_checkpoint, record, refuse_another_run
 from job.runtime.watchdog import Watchdog
 from job.trained import RECORD_KEY, tokenizer_of
@@ -318,7 +318,7 @@ def train_step(run: TrainingRun, step: int, micro_batches: list[Batch]) -> None:
             with reduction_of_gradients(learner.module, is_last):
                 with learner.parts("forward"), autocast(config.training.dtype, device):
                     loss, metrics, base = learner.module(on_device, step, stage, base)
-                with learner.parts("backward"):
+                with learner.parts("backward"), backward_pass():
                     (loss / len(micro_batches)).backward()
         learner.accumulator.add(metrics, len(on_device["row_lengths"]))
     with learner.parts("optimizer"):

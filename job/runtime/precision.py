@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.utils import deterministic
 
@@ -44,3 +47,20 @@ def set_up(training: TrainingConfig, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Which is for finding errors, and writes all memory twice.
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def backward_pass() -> Iterator[None]:
+    """Around every `backward()`: in a deterministic run attention's kernels repeat their bits in it.
+
+    They do so only where PyTorch would raise an error for an operation that has no such algorithm; where it would warn,
+    they take the faster algorithm, which adds in any order. No operation of a step's backward pass lacks one.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from job.config import Config, LossConfig, TrainingConfig
 from job.objective.objective import Objective
 from job.runtime.optimizer import Optimizer
-from job.runtime.precision import autocast, set_up
+from job.runtime.precision import autocast, backward_pass, set_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 CUDA = torch.device("cuda")
@@ -61,7 +61,8 @@ def run(objective: Objective, batch: dict[str, Tensor], dtype: str = "fp32", noi
     objective.zero_grad()
     with autocast(dtype, CUDA):
         loss, metrics, _ = objective(on_gpu(batch), 0, noise=noise)
-    loss.backward()
+    with backward_pass():
+        loss.backward()
     return numbers(metrics), gradients_of(objective)
 
 

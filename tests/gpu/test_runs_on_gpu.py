@@ -23,7 +23,8 @@ DETERMINISTIC = "training.deterministic=true"
 
 
 def command(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0
 
 
