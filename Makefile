@@ -93,6 +93,15 @@ lock:                                 ## write requirements*.lock and docker/*.l
 clean:                                ## remove the environment, the demo's data and its run
 	rm -rf .venv .venv-trackers data/demo runs/demo
 
+.PHONY: test-kernels
+test-kernels: .venv/triton/ready      ## the kernels for GPUs: computed by Triton's interpreter, and compiled for GPUs
+	TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(BIN)/python -m pytest -rs -m kernels tests/model
+
+# The version that PyTorch for GPUs comes with (docker/torch.lock).
+.venv/triton/ready: .venv/dev docker/torch.lock
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/triton "$$(sed -n 's/^\(triton==[0-9.]*\).*/\1/p' docker/torch.lock)"
+	touch $@
+
 .PHONY: test-gpu
 test-gpu: .venv/dev                   ## what needs a GPU; skipped without one
 	$(BIN)/python -m pytest -rs tests/gpu

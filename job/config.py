@@ -221,7 +221,10 @@ class TrainingConfig:
         above=0,
         read_if=SHARDED,
     )
-    compile_model: bool = key(False, "torch.compile the blocks", read_if=FAST)
+    compile_model: bool = key(
+        False, "torch.compile the blocks where the kernels of their own that GPUs have do not serve", read_if=FAST
+    )
+    cuda_graphs: bool = key(True, "on a GPU, record the kernels of the blocks once and replay them", read_if=FAST)
     deterministic: bool = key(
         False,
         "the same bits from the same command on GPUs of one kind with the same versions and ranks, somewhat slower; "
@@ -358,6 +361,7 @@ FREE_ON_RESUME = {
     "training.strategy",
     "training.shard_size",
     "training.compile_model",
+    "training.cuda_graphs",
     "training.deterministic",
     "training.activation_checkpointing",
     "model.implementation",

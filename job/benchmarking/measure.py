@@ -6,7 +6,9 @@ import gc
 import multiprocessing
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,14 +138,11 @@ def compare(
     The speed-up is the median of the pairs of steps taken in turn. peak_flops: what the device can do in a second.
     """
     figures = _step_in_turn(settings, shape, device, repeats, peak_flops)
-    # Memory is measured one setting at a time, each in a process of its own, which must find the device empty: the
-    # models that were timed are freed first (they contain cycles, which only the collector frees), and so is the memory
-    # that PyTorch keeps for reuse on a GPU.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    for name, values in settings.items():
-        figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
+    if device.type != "cuda":
+        # The models that were timed contain cycles, which only the collector frees.
+        gc.collect()
+        for name, values in settings.items():
+            figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
     return figures
 
 
@@ -155,8 +154,15 @@ def _step_in_turn(
     peak_flops: float | None,
 ) -> dict[str, dict[str, Any]]:
     """The figures of `compare` but for memory. All models are alive until it returns."""
-    cases = {name: Case(values, shape, device) for name, values in settings.items()}
-    first = {name: case.step() for name, case in cases.items()}
+    cases: dict[str, Case] = {}
+    first: dict[str, tuple[dict[str, float], float]] = {}
+    memory: dict[str, float] = {}
+    for name, values in settings.items():
+        with _device_memory(device) as taken:
+            cases[name] = Case(values, shape, device)
+            first[name] = cases[name].step()
+            cases[name].step()
+        memory[name] = taken[0]
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
@@ -180,13 +186,34 @@ def _step_in_turn(
             "speedup": statistics.median(ratios),
             "speedup_min": min(ratios),
             "speedup_max": max(ratios),
+            "peak_memory_gib": memory[name],
             "parts": {part: statistics.median(step[part] for step in steps[name]) for part in STEP_PARTS},
         }
     return figures
 
 
+@contextmanager
+def _device_memory(device: torch.device) -> Iterator[list[float]]:
+    """A list that afterwards holds the most memory, GiB, that a GPU had to give for what ran inside; 0 on a CPU.
+
+    What PyTorch reserved, not what was allocated: the memory of recorded graphs counts as free between replays.
+    """
+    taken: list[float] = []
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_reserved(device)
+    yield taken
+    if device.type == "cuda":
+        taken.append((torch.cuda.max_memory_reserved(device) - before) / 2**30)
+        torch.cuda.empty_cache()
+    else:
+        taken.append(0.0)
+
+
 def peak_memory(values: dict[str, Any], shape: Shape, device: torch.device) -> float:
-    """Most memory, GiB, of two steps in a process of their own: allocated on a GPU, resident on a CPU.
+    """Most memory, GiB, of two steps in a process of their own: reserved on a GPU, resident on a CPU.
 
     BrokenProcessPool where the system kills that process.
     """
@@ -198,11 +225,12 @@ def peak_memory(values: dict[str, Any], shape: Shape, device: torch.device) -> f
 
 def _peak_memory(values: dict[str, Any], shape: Shape, device: str, threads: int) -> float:
     torch.set_num_threads(threads)
-    case = Case(values, shape, torch.device(device))
-    for _ in range(2):
-        case.step()
+    with _device_memory(torch.device(device)) as taken:
+        case = Case(values, shape, torch.device(device))
+        for _ in range(2):
+            case.step()
     if case.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        return taken[0]
     # Not getrusage's ru_maxrss: a child takes that over from its parent.
     resident = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
     return int(resident) / 2**20

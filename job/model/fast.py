@@ -21,10 +21,23 @@ from torch.utils.checkpoint import checkpoint
 
 from job.config import ModelConfig
 from job.model.cross_entropy import linear_cross_entropy
+from job.model.graphs import Graphs, filled
 from job.model.groups import Encoded, Group, Padding, TextLoss, TextTargets
+from job.model.heads import join_heads
 from job.model.multimodal import MultimodalMMDiT
 from job.model.packed import Layout, Spans
 from job.model.streams import Mixing, read, write
+from job.model.sublayer import (
+    MAX_WIDTH,
+    STREAMS,
+    Branch,
+    Reading,
+    connection_weights,
+    kernels_serve,
+    read_streams,
+    write_and_read,
+    write_streams,
+)
 
 TEXT, LATENT = 0, 1  # the backbone's numbers of the modalities
 RECOMPILE_LIMIT = 64
@@ -43,27 +56,60 @@ class FastMMDiT(MultimodalMMDiT):
 
     def __init__(self, config: ModelConfig, vocab_size: int, latent_dim: int) -> None:
         super().__init__(config, vocab_size, latent_dim)
-        self.compiled = False  # torch.compile the blocks, in training: an evaluation is over before it pays
+        self.kernels = True  # use the Triton kernels of sublayer.py where they run
+        self.compiled = False  # else torch.compile the blocks, in training: an evaluation is over before it pays
+        self.recording = False  # replay the blocks' kernels as CUDA graphs, in training on a GPU
+        self.graphs: Graphs | None = None
+        self.dropout = config.dropout
         self.checkpointing = False  # keep no activations inside blocks, compute them again in backward
         for block in self.mmdit.blocks:  # type: ignore[union-attr]
             # A method of the block, so that FSDP can gather the block's weights for the call and let go of them after.
             block.encode = MethodType(encode_block, block)
 
     def encode(self, groups: Sequence[Group], padding: Padding) -> Encoded:
+        if not self._records(padding):
+            return Encoded(*self._trunk(self._text_input(groups, padding), groups, padding))
+        if self.graphs is None:
+            self.graphs = Graphs(self, self._trunk)
+        filled_groups, filled_padding = filled(groups, padding)
+        text, latent = self.graphs.run(self._text_input(filled_groups, filled_padding), filled_groups, filled_padding)
+        return Encoded(text[: sum(padding.lengths)], latent[: len(padding.lengths)])
+
+    def _records(self, padding: Padding) -> bool:
+        """Whether the blocks' kernels are recorded and replayed (graphs.py)."""
+        return (
+            self.recording
+            and self.training
+            and torch.is_grad_enabled()
+            and padding.mask.is_cuda
+            and not (padding.keep or self.checkpointing or self.dropout or torch.are_deterministic_algorithms_enabled())
+            and not (self.graphs and self.graphs.waiting)
+        )
+
+    def way(self, streams: Tensor) -> str:
+        """How blocks compute streams [N, s, H]: by "kernels", "compiled", or as "operations" of PyTorch."""
+        fits = streams.shape[1] == STREAMS and streams.shape[2] <= MAX_WIDTH
+        if self.kernels and fits and kernels_serve(streams.device):
+            return "kernels"
+        return "compiled" if self.compiled and self.training else "operations"
+
+    def _trunk(self, text: Tensor, groups: Sequence[Group], padding: Padding) -> tuple[Tensor, Tensor]:
+        """The text head's inputs [T, H] and predictions [B, D] of the latent head, for texts [T, H] of all groups."""
         layout = Layout(groups, padding)
         cond = self._conditions(groups)
-        streams: Streams = (self._text_input(groups, layout), self._latent_input(groups))
+        streams: Streams = (self._streams(text), self._latent_input(groups))
+        way = self.way(streams[TEXT])
         blocks: Any = self.mmdit.blocks
         for block in blocks:
             last = block is blocks[-1]
-            arguments = (*streams, cond, layout, last, self.compiled and self.training)
+            arguments = (*streams, cond, layout, last, way)
             if self.checkpointing and torch.is_grad_enabled():
                 streams = checkpoint(block.encode, *arguments, use_reentrant=False)
             else:
                 streams = block.encode(*arguments)
         norms: Any = self.mmdit.norms
-        text, latent = (norm(stream.sum(1)) for norm, stream in zip(norms, streams, strict=True))
-        return Encoded(text, self.latent_head(latent))
+        text_out, latent_out = (norm(stream.sum(1)) for norm, stream in zip(norms, streams, strict=True))
+        return text_out, self.latent_head(latent_out)
 
     def logits(self, text: Tensor, padding: Padding) -> Tensor:
         return padding.unpack(self.text_head(text))
@@ -81,11 +127,13 @@ class FastMMDiT(MultimodalMMDiT):
         total, picked = linear_cross_entropy(text, self.text_head, tokens, targets.pick, uniform, weights)
         return TextLoss(total, padding.unpack(picked) if targets.pick else None)
 
-    def _text_input(self, groups: Sequence[Group], layout: Layout) -> Tensor:
-        """Streams [T, s, H] of all groups' texts."""
-        tokens = torch.cat([layout.padding.pack(group.tokens) for group in groups])
-        positions = F.embedding(layout.positions, self.text_encoder.position_embed[0])
-        return self._streams(self.text_encoder.token_embed(tokens) + positions)
+    def _text_input(self, groups: Sequence[Group], padding: Padding) -> Tensor:
+        """Tokens and positions [T, H] of all groups' texts."""
+        rows, seq_len = padding.mask.shape
+        tokens = torch.cat([padding.pack(group.tokens) for group in groups])
+        place = padding.pack(torch.arange(seq_len, device=tokens.device).expand(rows, -1))
+        positions = F.embedding(place.repeat(len(groups)), self.text_encoder.position_embed[0])
+        return self.text_encoder.token_embed(tokens) + positions
 
     def _latent_input(self, groups: Sequence[Group]) -> Tensor:
         """Streams [R, s, H] of all groups' latents."""
@@ -102,13 +150,15 @@ class FastMMDiT(MultimodalMMDiT):
 
 
 def encode_block(
-    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, is_compiled: bool
+    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, way: str
 ) -> Streams:
-    """Both streams through one block, [T, s, H] and [R, s, H].
+    """Both streams through one block, [T, s, H] and [R, s, H], in one of the ways of FastMMDiT.way.
 
     In the last block only the tokens that a head reads come out.
     """
-    enter, leave = (compiled(_enter), compiled(_leave)) if is_compiled else (_enter, _leave)
+    if way == "kernels":
+        return _encode_fused(block, text, latent, cond, layout, last)
+    enter, leave = (compiled(_enter), compiled(_leave)) if way == "compiled" else (_enter, _leave)
     # Every token gives keys and values, but in the last block only tokens that the text head reads ask. The latents all
     # do: they are few, and a selection would be one more shape to compile for.
     asking = layout.read_text if last else slice(0, len(text))
@@ -153,9 +203,13 @@ def _enter(
 
     Comes with the weights by which the block's answer is written back.
     """
-    attention = block.joint_attn
     x, mixing = read(block.attn_residual_fns[modality], streams)
     x = _adaptive_norm(block.attn_layernorms[modality], x, cond, spans)
+    return _heads(block.joint_attn, modality, x, asking), mixing
+
+
+def _heads(attention: Any, modality: int, x: Tensor, asking: slice) -> tuple[Tensor, ...]:
+    """Queries [Q, h, d] of the `asking` tokens of x [N, H], keys and values [N, h, d]."""
     weight = attention.to_qkv[modality].weight
     if asking == slice(0, len(x)):
         parts: Any = F.linear(x, weight).chunk(3, dim=-1)
@@ -167,7 +221,7 @@ def _enter(
     if attention.qk_rmsnorm:
         q = _head_norm(q, attention.q_rmsnorms[modality]).to(v.dtype)
         k = _head_norm(k, attention.k_rmsnorms[modality]).to(v.dtype)
-    return (q, k, v), mixing
+    return q, k, v
 
 
 def _leave(
@@ -188,6 +242,58 @@ def _leave(
     x, mixing = read(block.ff_residual_fns[modality], streams)
     y = block.feedforwards[modality](_adaptive_norm(block.ff_layernorms[modality], x, cond, spans))
     return write(streams, mixing, spans.scale(y, ff_gain))
+
+
+def _encode_fused(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool) -> Streams:
+    """encode_block with whole sublayers in one kernel each (sublayer.py)."""
+    weights = connection_weights([*block.attn_residual_fns, *block.ff_residual_fns])
+    sizes = block.dim_modalities
+    gains = block.to_post_branch_gammas[-1](cond).split([*sizes, *sizes], dim=-1)
+    streams, spans = [text, latent], [layout.text, layout.latent]
+    mixings, inputs = [], []
+    for modality in (TEXT, LATENT):
+        reading = _reading(block.attn_layernorms[modality], cond, weights[modality])
+        streams[modality], x, mixing = read_streams(streams[modality], spans[modality].index, reading)
+        inputs.append(x)
+        mixings.append(mixing)
+    attended = _attend_fused(block.joint_attn, inputs, layout, last)
+    if last:
+        for modality, part in ((TEXT, layout.read_text), (LATENT, layout.read_latent)):
+            streams[modality], mixings[modality] = streams[modality][part], mixings[modality][part]
+            spans[modality] = spans[modality].select(part)
+    for modality in (TEXT, LATENT):
+        if not len(streams[modality]):
+            continue
+        index = spans[modality].index
+        branch = Branch(block.joint_attn.to_out[modality](attended[modality]), gains[modality], mixings[modality])
+        reading = _reading(block.ff_layernorms[modality], cond, weights[2 + modality])
+        streams[modality], x, mixing = write_and_read(streams[modality], index, branch, reading)
+        branch = Branch(block.feedforwards[modality](x), gains[2 + modality], mixing)
+        streams[modality] = write_streams(streams[modality], index, branch)
+    return streams[TEXT], streams[LATENT]
+
+
+def _attend_fused(attention: Any, inputs: list[Tensor], layout: Layout, last: bool) -> tuple[Tensor, Tensor]:
+    """Attention's outputs [T, h * d] and [R, h * d] for its inputs [T, H] and [R, H]."""
+    text, latent = inputs
+    n_heads = attention.split_heads.axes_lengths["h"]
+    head_size = len(attention.to_qkv[TEXT].weight) // (3 * n_heads)
+    if last or not layout.joins(text.new_empty(0, head_size)):
+        asking = layout.read_text if last else slice(0, len(text))
+        of_latent = _heads(attention, LATENT, latent, slice(0, len(latent)))
+        return layout.attend(_heads(attention, TEXT, text, asking), of_latent, last)
+    head_gains: list[Tensor | None] = [None, None]
+    if attention.qk_rmsnorm:
+        norms = zip(attention.q_rmsnorms, attention.k_rmsnorms, strict=True)
+        head_gains = [torch.stack([q.gamma[:, 0], k.gamma[:, 0]]) * q.scale for q, k in norms]
+    text_qkv, latent_qkv = (F.linear(x, to_qkv.weight) for x, to_qkv in zip(inputs, attention.to_qkv, strict=True))
+    joined = join_heads(text_qkv, latent_qkv, head_gains[TEXT], head_gains[LATENT], layout.end_to_end[1], n_heads)
+    return layout.attend_joined(joined)
+
+
+def _reading(norm: Any, cond: Tensor, weights: tuple[Tensor, Tensor]) -> Reading:
+    """How a branch whose adaptive norm is `norm` reads the streams."""
+    return Reading(*weights, norm.to_cond[-1](cond), norm.ln.eps)
 
 
 def _adaptive_norm(norm: Any, x: Tensor, cond: Tensor, spans: Spans) -> Tensor:

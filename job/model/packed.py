@@ -108,8 +108,6 @@ class Layout:
         self.whole = padding.repeat(len(groups))  # of all of them
         # Short rows attend side by side also on a CPU: a call costs more than their padding.
         self.long = seq_len > SHORT
-        positions = torch.arange(seq_len, device=mask.device).expand(rows, -1)
-        self.positions = padding.pack(positions).repeat(len(groups))
         self.text, self.latent = self._spans(groups)
         self.read_text = self._read("text", size=sum(padding.lengths))
         self.read_latent = self._read("latent", size=rows)
@@ -176,6 +174,21 @@ class Layout:
         if ragged and (has_varlen_kernel(text[1]) or (self.long and not text[1].is_cuda)):
             return self._attend_end_to_end(text, latent, last)
         return self._attend_side_by_side(text, latent, last)
+
+    def joins(self, heads: Tensor) -> bool:
+        """Whether rows attend as they lie end to end: full ones always, ragged heads [.., d] by a kernel."""
+        return self.padding.full or (self.padding.ragged and has_varlen_kernel(heads))
+
+    def attend_joined(self, heads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Attention within rows whose queries, keys and values [T + R, h, d] lie end to end; returns as `attend`."""
+        if self.padding.full:
+            rows = self.whole.mask.shape[0]
+            q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in heads)
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1)
+        else:
+            given = self.ends[0]
+            out = attend_end_to_end(*heads, given, given).flatten(1)
+        return self.end_to_end[1].part(out)
 
     def _attend_end_to_end(
         self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], last: bool

@@ -87,7 +87,7 @@ def _write_elementwise(streams: Tensor, mix: Tensor, post: Tensor, branch: Tenso
 
 
 @contextmanager
-def _whole_float32() -> Iterator[None]:
+def whole_float32() -> Iterator[None]:
     """Products of float32 matrices without TF32, whatever the run's setting.
 
     The streams go through such a product in every sublayer. Rounded to TF32's 10 bits of mantissa each time, they would
@@ -105,7 +105,7 @@ class _Read(torch.autograd.Function):
     """The sublayer's logits, streams @ weight / |streams| + bias, and the mixture that their first column gives."""
 
     @staticmethod
-    @_whole_float32()
+    @whole_float32()
     def forward(ctx: Any, streams: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         inverse = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
         # Norm after the product, where there are s + 2 columns to scale and not H.
@@ -116,7 +116,7 @@ class _Read(torch.autograd.Function):
         return torch.bmm(alphas[:, None], streams)[:, 0], logits
 
     @staticmethod
-    @_whole_float32()
+    @whole_float32()
     def backward(ctx: Any, to_branch: Tensor, to_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         streams, weight, inverse, projected, alphas = ctx.saved_tensors
         to_alphas = torch.bmm(streams, to_branch[:, :, None])[..., 0]
@@ -137,13 +137,13 @@ class _Write(torch.autograd.Function):
     """
 
     @staticmethod
-    @_whole_float32()
+    @whole_float32()
     def forward(ctx: Any, streams: Tensor, mix: Tensor, post: Tensor, branch: Tensor) -> Tensor:
         ctx.save_for_backward(streams, mix, post, branch)
         return torch.bmm(mix, streams).addcmul_(post, branch[:, None])
 
     @staticmethod
-    @_whole_float32()
+    @whole_float32()
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams, mix, post, branch = ctx.saved_tensors
         # After the last block the gradient is a sum's, expanded over the streams, and bmm would take it matrix by

@@ -37,15 +37,23 @@ def source() -> dict[str, str]:
     return {"revision": revision, "built": ""}
 
 
+def installed_version(package: str) -> str | None:
+    """Version of a package; None: it is not installed, as this one where it runs from a checkout on PYTHONPATH."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Versions, commit, command line, working directory and device of this process."""
     code = source()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "version": metadata.version("cyclevae"),
+        "version": installed_version("cyclevae"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "git_commit": code["revision"] or None,
         "built": code["built"] or None,
         "command": sys.argv,

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from job.config import Config, LossConfig, TrainingConfig
+from job.model.fast import FastMMDiT
 from job.objective.objective import Objective
 from job.runtime.optimizer import Optimizer
 from job.runtime.precision import autocast, backward_pass, set_up
@@ -54,6 +55,14 @@ class NoiseOnGpu(FixedNoise):
 def on_gpu(batch: dict[str, Tensor]) -> dict[str, Any]:
     """A batch as the loop gives it: with its row lengths, which the host knows."""
     return {name: x.to(CUDA) for name, x in batch.items()} | {"row_lengths": batch["attention_mask"].sum(1).tolist()}
+
+
+def use(objective: Objective, kernels: bool = True, recording: bool = False) -> FastMMDiT:
+    """The objective's model, told how to compute its blocks."""
+    model = objective.model
+    assert isinstance(model, FastMMDiT)
+    model.kernels, model.recording = kernels, recording
+    return model
 
 
 def run(objective: Objective, batch: dict[str, Tensor], dtype: str = "fp32", noise: Any = None) -> tuple[Any, Any]:
@@ -107,19 +116,59 @@ def test_fast_is_plain(loss_type: str, dtype: str, tolerance: float, lengths: tu
         assert_gradients(gradients, expected_gradients, tolerance)
 
 
+@pytest.mark.parametrize("lengths", [RAGGED, (96, 96)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
+def test_kernels_are_operations(dtype: str, tolerance: float, lengths: tuple[int, ...]) -> None:
+    config, loss = model_config(**LONG), LossConfig(latent_t_mode="random")
+    objective = formula_objective("fast", config, loss).to(CUDA)
+    assert use(objective).way(torch.zeros(1, 2, 32, device=CUDA)) == "kernels"
+    _, found = run(objective, long_batch(lengths), dtype)
+    use(objective, kernels=False)
+    _, expected = run(objective, long_batch(lengths), dtype)
+    assert_gradients(found, expected, tolerance)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_compiled_is_not_compiled(dtype: str) -> None:
     config, loss = model_config(**LONG), LossConfig(latent_t_mode="random")
     _, expected = run(formula_objective("fast", config, loss).to(CUDA), long_batch(), dtype)
     compiled = formula_objective("fast", config, loss, TrainingConfig(compile_model=True)).to(CUDA)
+    use(compiled, kernels=False)
     _, found = run(compiled, long_batch(), dtype)
     assert_gradients(found, expected, 0.02 if dtype == "bf16" else 1e-3)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_step_never_makes_the_host_wait(compiled: bool) -> None:
-    training = TrainingConfig(compile_model=compiled, ema_decay=0.9)
+@pytest.mark.parametrize("loss", [{}, {"cycle_stop_grad_latent": False}, {"loss_type": "unconditional"}])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recorded_is_not_recorded(dtype: str, loss: dict[str, Any]) -> None:
+    """Over batches of several shapes in turn, whose gradients are added up, and after weights have changed."""
+    config, loss_config = model_config(**LONG), LossConfig(latent_t_mode="random", **loss)
+    expected, recorded = (formula_objective("fast", config, loss_config).to(CUDA) for _ in range(2))
+    use(recorded, recording=True)
+    for change in (0.0, 0.01):
+        for objective in (expected, recorded):
+            objective.zero_grad()
+            with torch.no_grad():
+                for parameter in objective.parameters():
+                    parameter.add_(change)
+        for lengths in (RAGGED, (96, 96, 96, 96), (90, 41, 71, 8), RAGGED):
+            losses = []
+            for objective in (expected, recorded):
+                base = None
+                for stage in objective.stages(0):
+                    with autocast(dtype, CUDA):
+                        value, metrics, base = objective(on_gpu(long_batch(lengths)), 0, stage, base)
+                    value.backward()
+                losses.append(numbers(metrics)["loss"])
+            assert losses[0] == pytest.approx(losses[1], rel=0.01 if dtype == "bf16" else 1e-5)
+        assert_gradients(gradients_of(recorded), gradients_of(expected), 0.03 if dtype == "bf16" else 1e-4)
+
+
+@pytest.mark.parametrize("way", ["kernels", "compiled", "recorded"])
+def test_a_step_never_makes_the_host_wait(way: str) -> None:
+    training = TrainingConfig(compile_model=way == "compiled", ema_decay=0.9)
     objective = formula_objective("fast", model_config(**LONG), training=training).to(CUDA)
+    use(objective, kernels=way != "compiled", recording=way == "recorded")
     optimizer = Optimizer(objective.model, Config(training=training), CUDA)
     batch = on_gpu(long_batch())
 

@@ -1,0 +1,94 @@
+"""Triton kernels of what attention takes: norms of queries and keys, written where each row lies among the others."""
+
+# Triton reads these functions' source; annotations other than tl.constexpr would be read as types of its own.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from job.model.sublayer_kernels import sums2
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def heads_forward(
+    qkv,  # [N, 3, h, d]
+    gains,  # [2, h, d] float32: of queries and of keys
+    place,  # [N] int64: where each row lies among the joined ones
+    q,  # out [M, h, d], and so k and v
+    k,
+    v,
+    n_rows,
+    n_heads,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    head, column = tl.program_id(1), tl.arange(0, COLUMNS)
+    is_row = row < n_rows
+    inside = is_row[:, None] & (column < D)[None, :]
+    width = n_heads * D
+    given = row[:, None] * (3 * width) + head * D + column[None, :]
+    to = tl.load(place + row, is_row, 0)[:, None] * width + head * D + column[None, :]
+    query = tl.load(qkv + given, inside, 0.0)
+    key = tl.load(qkv + given + width, inside, 0.0)
+    if NORM:
+        of_gain = gains + head * D + column
+        query, key = query.to(tl.float32), key.to(tl.float32)
+        query_square, key_square = sums2(query * query, key * key)
+        query *= tl.rsqrt(tl.maximum(query_square, 1e-24))[:, None] * tl.load(of_gain, column < D, 0.0)[None, :]
+        key *= tl.rsqrt(tl.maximum(key_square, 1e-24))[:, None] * tl.load(of_gain + width, column < D, 0.0)[None, :]
+    tl.store(q + to, query.to(q.dtype.element_ty), inside)
+    tl.store(k + to, key.to(k.dtype.element_ty), inside)
+    tl.store(v + to, tl.load(qkv + given + 2 * width, inside, 0.0), inside)
+
+
+@triton.jit
+def _norm_backward(gradient, x, gain):
+    """Gradients of x / |x| * gain [rows, columns], and of the gain before its sum over rows."""
+    square, along = sums2(x * x, gradient * gain * x)
+    inverse = tl.rsqrt(tl.maximum(square, 1e-24))
+    unit = x * inverse[:, None]
+    return inverse[:, None] * (gradient * gain - unit * (along * inverse)[:, None]), gradient * unit
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def heads_backward(
+    to_q,
+    to_k,
+    to_v,
+    qkv,
+    gains,
+    place,
+    to_qkv,  # out [N, 3, h, d]
+    gain_parts,  # out [programs, 2, h, d] float32, to be summed
+    n_rows,
+    n_heads,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    head, column = tl.program_id(1), tl.arange(0, COLUMNS)
+    is_row, is_column = row < n_rows, column < D
+    inside = is_row[:, None] & is_column[None, :]
+    width = n_heads * D
+    given = row[:, None] * (3 * width) + head * D + column[None, :]
+    of_joined = tl.load(place + row, is_row, 0)[:, None] * width + head * D + column[None, :]
+    query = tl.load(to_q + of_joined, inside, 0.0)
+    key = tl.load(to_k + of_joined, inside, 0.0)
+    if NORM:
+        of_gain = gains + head * D + column
+        query_gain, key_gain = tl.load(of_gain, is_column, 0.0), tl.load(of_gain + width, is_column, 0.0)
+        query_given = tl.load(qkv + given, inside, 0.0).to(tl.float32)
+        key_given = tl.load(qkv + given + width, inside, 0.0).to(tl.float32)
+        query, of_query = _norm_backward(query.to(tl.float32), query_given, query_gain[None, :])
+        key, of_key = _norm_backward(key.to(tl.float32), key_given, key_gain[None, :])
+        of_parts = gain_parts + tl.program_id(0).to(tl.int64) * (2 * width) + head * D + column
+        tl.store(of_parts, tl.sum(of_query, 0), is_column)
+        tl.store(of_parts + width, tl.sum(of_key, 0), is_column)
+    tl.store(to_qkv + given, query.to(to_qkv.dtype.element_ty), inside)
+    tl.store(to_qkv + given + width, key.to(to_qkv.dtype.element_ty), inside)
+    tl.store(to_qkv + given + 2 * width, tl.load(to_v + of_joined, inside, 0.0), inside)

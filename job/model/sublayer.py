@@ -1,0 +1,261 @@
+"""A whole sublayer's work on two residual streams in one pass over memory, by Triton kernels on a GPU.
+
+Between two matrix products of a block lie: the branch's output times its gain, its addition to the streams, which are
+mixed meanwhile (streams.py), the mixture that the next branch reads, its norm and its modulation. One by one these pass
+over the streams some twenty times a sublayer, and over a GPU's memory each time; one kernel reads and writes them
+once forward, and another reads them twice and writes them once backward.
+
+streams.py with Spans.norm and Spans.scale are what this must equal, and what runs wherever this does not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from job.model.streams import whole_float32
+
+FORWARD_ROWS, BACKWARD_ROWS = 1, 1  # rows of a tile
+WARPS_PER_PROCESSOR = 16  # of the backward kernel: with the sums that it keeps in registers no more fit
+MAX_WIDTH = 2048  # columns: a row must fit the registers of one program
+STREAMS = 2
+
+
+class Branch(NamedTuple):
+    """What a branch gave, and how it is written to the streams."""
+
+    output: Tensor  # [N, H]
+    gains: Tensor  # [C, H] by condition
+    mixing: Tensor  # [N, 3] float32, which came with the branch's input
+
+
+class Reading(NamedTuple):
+    """How the next branch's input is read from the streams."""
+
+    weight: Tensor  # [4, H] float32: columns of alpha, two mixing logits and post
+    bias: Tensor  # [2, 4] float32
+    modulation: Tensor  # [C, 2H] by condition: the norm's gain, then its bias
+    eps: float
+
+
+@cache
+def kernels_serve(device: torch.device) -> bool:
+    """Whether the kernels run on a device: a GPU with Triton, which builds their launchers with a C compiler.
+
+    Where they do not, a warning says why, once: the same is then computed by several times as many kernels.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    streams, index = torch.zeros(1, 2, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    reading = Reading(streams.new_zeros(4, 16), streams.new_zeros(2, 4), streams.new_zeros(1, 32), 1e-5)
+    try:
+        read_streams(streams, index, reading)
+    except Exception as error:  # what is missing shows in many ways: a compiler, Python's headers, a driver too old
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"the kernels of the residual streams cannot be built here ({reason[0]}); steps take longer without them: "
+            "install gcc and python3-dev",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def connection_weights(connections: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    """`Reading.weight` and `Reading.bias` of hyper-connections with two streams and one width.
+
+    The norm's gain and the learned scales go into the weights. All connections at once: one by one they would start
+    four times as many small kernels.
+    """
+    with torch.autocast(connections[0].static_alpha.device.type, enabled=False):
+        scales = torch.cat(
+            [
+                scale.reshape(1)
+                for c in connections
+                for scale in (c.pre_branch_scale, c.residual_scale, c.residual_scale, c.h_post_scale)
+            ]
+        )
+        gain = (torch.stack([c.norm.gamma for c in connections]) + 1) * connections[0].norm.scale
+        of_alpha = torch.stack([c.dynamic_alpha_fn[0] for c in connections])
+        of_post = torch.stack([c.dynamic_beta_fn for c in connections])
+        columns = torch.cat([of_alpha, of_post], dim=-1).mT
+        weights = (columns * scales.view(-1, 4, 1)).contiguous() * gain[:, None]
+        alpha = torch.stack([c.static_alpha for c in connections])
+        post = torch.stack([c.static_beta[:, 0] for c in connections])
+        biases = torch.cat([alpha, post], dim=-1)
+    return list(zip(weights.float().unbind(), biases.float().unbind(), strict=True))
+
+
+def read_streams(streams: Tensor, index: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """The streams [N, 2, H] float32 as they are, a branch's input [N, H] of autocast's type, and its mixing [N, 3].
+
+    index [N] int64 is each row's condition and never falls. The streams must be used as they come back: their gradient
+    passes through here.
+    """
+    return _apply(streams, index, None, reading)
+
+
+def write_and_read(streams: Tensor, index: Tensor, branch: Branch, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """The streams after `branch` was written, the next branch's input, and its mixing; shapes as in `read_streams`."""
+    return _apply(streams, index, branch, reading)
+
+
+def write_streams(streams: Tensor, index: Tensor, branch: Branch) -> Tensor:
+    """The streams after `branch` was written; shapes as in `read_streams`."""
+    return _apply(streams, index, branch, None)[0]
+
+
+def _apply(streams: Tensor, index: Tensor, branch: Branch | None, reading: Reading | None) -> Any:
+    device = streams.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    output = gains = mixing = weight = bias = modulation = None
+    eps = 0.0
+    if branch:
+        output, gains, mixing = branch.output.contiguous(), branch.gains, branch.mixing.contiguous()
+    if reading:
+        weight, bias, modulation, eps = reading
+    with torch.autocast(device, enabled=False):
+        return _Sublayer.apply(streams.contiguous(), index, output, gains, mixing, weight, bias, modulation, eps, dtype)
+
+
+class _Sublayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        streams: Tensor,
+        index: Tensor,
+        output: Tensor | None,
+        gains: Tensor | None,
+        mixing: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        modulation: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        from job.model.sublayer_kernels import sublayer_forward
+
+        n_rows, _, width = streams.shape
+        writes, reads = output is not None, weight is not None
+        written = torch.empty_like(streams) if writes else streams
+        x = next_mixing = stats = None
+        if reads:
+            x = streams.new_empty(n_rows, width, dtype=dtype)
+            next_mixing, stats = streams.new_empty(n_rows, 3), streams.new_empty(n_rows, 12)
+        if n_rows:
+            sublayer_forward[(ceil_div(n_rows, FORWARD_ROWS),)](
+                streams,
+                output,
+                gains,
+                _row(gains),
+                mixing,
+                index,
+                weight,
+                bias,
+                modulation,
+                _row(modulation),
+                written,
+                x,
+                next_mixing,
+                stats,
+                n_rows,
+                eps,
+                **_shape(width, FORWARD_ROWS),
+                WRITE=writes,
+                READ=reads,
+            )
+        ctx.save_for_backward(streams, index, output, gains, mixing, weight, bias, modulation, written, stats)
+        ctx.set_materialize_grads(False)
+        return written, x, next_mixing
+
+    @staticmethod
+    @whole_float32()
+    def backward(
+        ctx: Any, to_written: Tensor | None, to_x: Tensor | None, to_next_mixing: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        from job.model.sublayer_kernels import sublayer_backward
+
+        streams, index, output, gains, mixing, weight, bias, modulation, written, stats = ctx.saved_tensors
+        n_rows, _, width = streams.shape
+        writes, reads = output is not None, weight is not None
+        conditions = len(modulation) if reads else len(gains)
+        programs = min(ceil_div(n_rows, BACKWARD_ROWS), _programs(width, streams.device))
+        chunk = ceil_div(ceil_div(n_rows, max(1, programs)), BACKWARD_ROWS) * BACKWARD_ROWS
+        programs = ceil_div(n_rows, max(1, chunk))
+        to_written = torch.zeros_like(streams) if to_written is None else to_written.contiguous()
+        to_streams = torch.empty_like(streams)
+        to_output = to_mixing = to_logits = weight_parts = None
+        if writes:
+            to_output, to_mixing = torch.empty_like(output), torch.empty_like(mixing)
+        if reads:
+            to_x = torch.zeros_like(streams[:, 0]) if to_x is None else to_x.contiguous()
+            to_next_mixing = streams.new_zeros(n_rows, 3) if to_next_mixing is None else to_next_mixing.contiguous()
+            to_logits, weight_parts = streams.new_empty(n_rows, 8), streams.new_empty(programs, 4, width)
+        parts = streams.new_zeros(programs + conditions, 3, width)
+        owner = torch.full((programs + conditions,), -1, dtype=torch.int32, device=streams.device)
+        if n_rows:
+            sublayer_backward[(programs,)](
+                to_written,
+                to_x,
+                to_next_mixing,
+                streams,
+                output,
+                gains,
+                _row(gains),
+                mixing,
+                index,
+                weight,
+                bias,
+                modulation,
+                _row(modulation),
+                written,
+                stats,
+                to_streams,
+                to_output,
+                to_mixing,
+                to_logits,
+                weight_parts,
+                parts,
+                owner,
+                n_rows,
+                chunk,
+                **_shape(width, BACKWARD_ROWS),
+                WRITE=writes,
+                READ=reads,
+            )
+        owned = (torch.arange(conditions, device=owner.device)[:, None] == owner).float()
+        by_condition = (owned @ parts.flatten(1)).unflatten(1, (3, width))
+        to_gains = to_weight = to_bias = to_modulation = None
+        if writes:
+            to_gains = by_condition[:, 2].to(gains.dtype)
+        if weight_parts is not None and to_logits is not None:
+            to_weight, to_bias = weight_parts.sum(0), to_logits.sum(0).view(2, 4)
+            to_modulation = by_condition[:, :2].flatten(1).to(modulation.dtype)
+        return to_streams, None, to_output, to_gains, to_mixing, to_weight, to_bias, to_modulation, None, None
+
+
+def _row(table: Tensor | None) -> int:
+    """Elements from one row of a table to the next."""
+    return 0 if table is None else table.stride(0)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _shape(width: int, rows: int) -> dict[str, int]:
+    """Sizes of a tile of whole rows, and the warps that share it."""
+    columns = 1 << (width - 1).bit_length()
+    return {"H": width, "COLUMNS": columns, "ROWS": rows, "num_warps": min(16, max(1, columns // 128))}
+
+
+@cache
+def _programs(width: int, device: torch.device) -> int:
+    """Backward programs that fit a GPU at once; for another device, where Triton's interpreter runs, one processor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return processors * max(1, WARPS_PER_PROCESSOR // _shape(width, BACKWARD_ROWS)["num_warps"])

@@ -1,0 +1,50 @@
+"""Batches filled up for recorded graphs: the rows that were there come out as before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from objective_cases import formula_batch, formula_model, model_config
+
+from job.model.fast import FastMMDiT
+from job.model.graphs import SIZES, any_lengths, filled
+from job.model.groups import Group, Padding
+
+
+@pytest.mark.parametrize("lengths", [(10, 6, 3), (1,), (10, 10, 9)])
+def test_rows_of_a_filled_batch_come_out_as_they_would(lengths: tuple[int, ...]) -> None:
+    model = formula_model(model_config()).train()
+    assert isinstance(model, FastMMDiT)
+    batch, rows = formula_batch(lengths), len(lengths)
+    padding = Padding(batch["attention_mask"], False, list(lengths))
+    a_time, each_time = torch.tensor([1.0]), torch.linspace(0.2, 0.8, rows)
+    encoder = Group(batch["input_ids"], batch["latent"], 0 * a_time, each_time, ("latent",))
+    decoder = Group(batch["input_ids"].clamp(max=3), batch["latent"], a_time, 0 * a_time, ("text",))
+    expected = model.encode([encoder, decoder], padding)
+    groups, more = filled([encoder, decoder], padding)
+    text, latent = model._trunk(model._text_input(groups, more), groups, more)
+    torch.testing.assert_close(text[: sum(lengths)], expected.text, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latent[:rows], expected.latent, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 300), st.data())
+def test_filled_batches_have_few_sizes(rows: int, seq_len: int, data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, seq_len), min_size=rows, max_size=rows))
+    mask = torch.arange(seq_len) < torch.tensor(lengths)[:, None]
+    padding = Padding(mask, False, lengths)
+    if padding.full:
+        assert filled([], padding)[1] is padding
+        return
+    _, more = filled([], padding)
+    tokens = sum(more.lengths)
+    assert int(more.mask.sum()) == tokens
+    assert more.lengths[:-1] == lengths
+    assert tokens - sum(lengths) <= max(1, rows * seq_len // SIZES)
+    stand_ins = any_lengths(tokens, rows + 1, seq_len)
+    assert sum(stand_ins) == tokens
+    assert len(stand_ins) == rows + 1
+    assert max(stand_ins) >= max(lengths)
+    assert min(stand_ins) >= 1

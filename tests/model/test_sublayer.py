@@ -1,0 +1,150 @@
+"""The kernels for GPUs compute what streams.py and Spans compute, and compile for the GPUs that they are meant for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hyper_connections.mHCv2 import ManifoldConstrainedHyperConnections
+from torch import Tensor
+
+from job.model import heads, sublayer
+from job.model.end_to_end import EndToEnd
+from job.model.packed import Spans
+from job.model.streams import Mixing, read, write
+
+pytestmark = [
+    pytest.mark.kernels,
+    # Chosen before Triton is first imported, the interpreter runs its kernels on a CPU.
+    pytest.mark.skipif(
+        find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+        reason="not by Triton's interpreter: make test-kernels",
+    ),
+]
+EPS = 1e-5
+
+
+class Case:
+    """Random streams of spans with conditions of their own, what the last branch gave, and how the next one reads."""
+
+    def __init__(self, counts: list[int], width: int) -> None:
+        torch.manual_seed(0)
+        self.spans = Spans(counts, torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)))
+        rows, conditions = sum(counts), len(counts)
+        self.connection = ManifoldConstrainedHyperConnections(2, dim=width)
+        for parameter in self.connection.parameters():
+            parameter.data += 0.5 * torch.randn_like(parameter)
+        self.streams = torch.randn(rows, 2, width, requires_grad=True)
+        self.branch = torch.randn(rows, width, requires_grad=True)
+        self.gains = torch.randn(conditions, width, requires_grad=True)
+        self.modulation = torch.randn(conditions, 2 * width, requires_grad=True)
+        self.mixing = torch.rand(rows, 3, requires_grad=True)
+
+    def leaves(self) -> list[Tensor]:
+        return [self.streams, self.branch, self.gains, self.modulation, self.mixing, *self.connection.parameters()]
+
+    def by_operations(self, writes: bool, reads: bool) -> list[Tensor]:
+        streams = self.streams
+        if writes:
+            keep = self.mixing[:, 0]
+            mix = torch.stack([keep, 1 - keep, 1 - keep, keep], dim=-1).view(-1, 2, 2)
+            mixing = Mixing(mix, self.mixing[:, 1:, None])
+            streams = write(streams, mixing, self.spans.scale(self.branch, self.gains))
+        if not reads:
+            return [streams]
+        x, next_mixing = read(self.connection, streams)
+        assert next_mixing is not None
+        gain, bias = self.modulation.chunk(2, dim=-1)
+        normed = self.spans.norm(x, gain, bias, EPS)
+        return [streams, normed, torch.cat([next_mixing.mix[:, 0, :1], next_mixing.post[..., 0]], dim=-1)]
+
+    def by_kernels(self, writes: bool, reads: bool) -> list[Tensor]:
+        ((weight, bias),) = sublayer.connection_weights([self.connection])
+        branch = sublayer.Branch(self.branch, self.gains, self.mixing)
+        reading = sublayer.Reading(weight, bias, self.modulation, EPS)
+        if not reads:
+            return [sublayer.write_streams(self.streams, self.spans.index, branch)]
+        if not writes:
+            return list(sublayer.read_streams(self.streams, self.spans.index, reading))
+        return list(sublayer.write_and_read(self.streams, self.spans.index, branch, reading))
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], leaves: list[Tensor]) -> None:
+    """Outputs, and the gradients of a sum over them with random weights."""
+    weights = [torch.randn_like(x) for x in expected]
+    gradients = []
+    for outputs in (found, expected):
+        total = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
+        gradients.append(torch.autograd.grad(torch.as_tensor(total), leaves, allow_unused=True))
+    for ours, theirs in [*zip(found, expected, strict=True), *zip(*gradients, strict=True)]:
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("writes", "reads"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(("counts", "width"), [([3, 4], 8), ([1, 1, 2, 1, 3, 1, 1], 12)])
+def test_a_sublayer(
+    monkeypatch: pytest.MonkeyPatch, counts: list[int], width: int, writes: bool, reads: bool, rows: int
+) -> None:
+    """Widths that are no power of two, and conditions that change within a program's rows and between them."""
+    monkeypatch.setattr(sublayer, "FORWARD_ROWS", rows)
+    monkeypatch.setattr(sublayer, "BACKWARD_ROWS", rows)
+    monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)  # several rows each
+    case = Case(counts, width)
+    assert_same(case.by_kernels(writes, reads), case.by_operations(writes, reads), case.leaves())
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("n_heads", "size"), [(2, 8), (3, 12)])
+def test_joined_heads(monkeypatch: pytest.MonkeyPatch, n_heads: int, size: int, normed: bool) -> None:
+    monkeypatch.setattr(heads, "HEAD_ROWS", 4)
+    torch.manual_seed(0)
+    places = torch.randperm(10)
+    at = EndToEnd(text_at=places[:7], latent_at=places[7:])
+    given = [torch.randn(rows, 3 * n_heads * size, requires_grad=True) for rows in (7, 3)]
+    gains = [torch.rand(2, n_heads, size, requires_grad=True) for _ in given]
+    expected = []
+    for part in range(3):
+        values = [x.view(-1, 3, n_heads, size)[:, part] for x in given]
+        if normed and part < 2:
+            values = [F.normalize(x, dim=-1) * gain[part] for x, gain in zip(values, gains, strict=True)]
+        expected.append(at.join(values[0], values[1]))
+    text_gains, latent_gains = gains if normed else (None, None)
+    found = heads.join_heads(given[0], given[1], text_gains, latent_gains, at, n_heads)
+    assert_same(list(found), expected, [*given, *gains])
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from job.model import sublayer_kernels as kernels
+import sys
+
+FLOATS = {"branch", "gains", "modulation", "x", "to_x", "to_branch"}
+for kernel in (kernels.sublayer_forward, kernels.sublayer_backward):
+    sizes = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "WRITE": True, "READ": True}
+    integers = {"gains_stride", "modulation_stride", "n_rows", "chunk"}
+    types = {name: "*bf16" if name in FLOATS else "*fp32" for name in kernel.arg_names}
+    types |= {name: "i32" for name in integers & types.keys()} | {name: "constexpr" for name in sizes}
+    types |= {name: "*i64" for name in {"index"}} | {name: "*i32" for name in {"owner"} & types.keys()}
+    types |= {name: "fp32" for name in {"eps"} & types.keys()}
+    values = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
+    source = ASTSource(fn=kernel, signature={name: types[name] for name in kernel.arg_names}, constexprs=values)
+    built = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 8})
+    print(kernel.__name__, len(built.asm["cubin"]))
+"""
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_kernels_compile_for_gpus(capability: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, capability]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
