@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mean-tokens", type=float, help="tokens of a text, where the data is not prepared yet")
     p.add_argument("--tokens-per-second", type=float, help="speed of the whole run, for its time")
     p.add_argument("--device", metavar="NAME", help=f"for its time and memory: {', '.join(BF16_PEAK)}")
-    p.add_argument("--mfu", type=float, default=MFU, help="share of the device's peak that is reached (%(default)s)")
+    reached = "share of the device's peak that is reached (%(default)s; an H200: 0.28 with rows of 2048, 0.14 of 512)"
+    p.add_argument("--mfu", type=float, default=MFU, help=reached)
     p.add_argument("--memory-gib", type=float, help="memory that a batch must fit into, if not the device's")
     p.add_argument(
         "--try", dest="trial", action="store_true", help="find the largest batch by trial, on the device here"
