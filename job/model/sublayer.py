@@ -10,7 +10,7 @@ streams.py with Spans.norm and Spans.scale are what this must equal, and what ru
 
 from __future__ import annotations
 
-import warnings
+import sys
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -51,16 +51,17 @@ def kernels_serve(device: torch.device) -> bool:
     """
     if device.type != "cuda" or find_spec("triton") is None:
         return False
-    streams, index = torch.zeros(1, 2, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    reading = Reading(streams.new_zeros(4, 16), streams.new_zeros(2, 4), streams.new_zeros(1, 32), 1e-5)
     try:
+        streams, index = torch.zeros(1, 2, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        reading = Reading(streams.new_zeros(4, 16), streams.new_zeros(2, 4), streams.new_zeros(1, 32), 1e-5)
         read_streams(streams, index, reading)
     except Exception as error:  # what is missing shows in many ways: a compiler, Python's headers, a driver too old
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        warnings.warn(
-            f"the kernels of the residual streams cannot be built here ({reason[0]}); steps take longer without them: "
-            "install gcc and python3-dev",
-            stacklevel=2,
+        print(
+            f"warning: the kernels of the residual streams cannot be built here ({reason[0]}); steps take longer without "
+            "them: install gcc and python3-dev",
+            file=sys.stderr,
+            flush=True,
         )
         return False
     return True

@@ -120,6 +120,21 @@ def test_joined_heads(monkeypatch: pytest.MonkeyPatch, n_heads: int, size: int, 
     assert_same(list(found), expected, [*given, *gains])
 
 
+def test_where_kernels_cannot_run_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_compiler(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nA traceback of pages")
+
+    monkeypatch.setattr(torch, "zeros", without_compiler)
+    assert not sublayer.kernels_serve.__wrapped__(torch.device("cuda"))
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "warning: the kernels of the residual streams cannot be built here (Failed to find C compiler.)"
+    )
+    assert len(said.splitlines()) == 1
+
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
