@@ -58,8 +58,8 @@ def kernels_serve(device: torch.device) -> bool:
     except Exception as error:  # what is missing shows in many ways: a compiler, Python's headers, a driver too old
         reason = str(error).strip().splitlines() or [type(error).__name__]
         print(
-            f"warning: the kernels of the residual streams cannot be built here ({reason[0]}); steps take longer without "
-            "them: install gcc and python3-dev",
+            f"warning: the kernels of the residual streams cannot be built here ({reason[0]}); steps take longer "
+            "without them: install gcc and python3-dev",
             file=sys.stderr,
             flush=True,
         )

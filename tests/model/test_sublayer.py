@@ -123,7 +123,7 @@ def test_joined_heads(monkeypatch: pytest.MonkeyPatch, n_heads: int, size: int, 
 def test_where_kernels_cannot_run_one_line_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def without_compiler(*_: object) -> None:
+    def without_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nA traceback of pages")
 
     monkeypatch.setattr(torch, "zeros", without_compiler)
