@@ -48,7 +48,7 @@ def test_what_a_run_is_asked(prepared: Path, tmp_path: Path, monkeypatch: pytest
         off = ["loss.cycle_text_weight=0", "loss.cycle_latent_weight=0", f"training.seed={seed}"]
         tiny_run(tmp_path / "runs" / str(seed), prepared, "training.num_train_steps=2", *off)
     results = tmp_path / "results.jsonl"
-    monkeypatch.setattr("sys.argv", ["collect.py", str(tmp_path / "runs"), str(results)])
+    monkeypatch.setattr("sys.argv", ["collect.py", str(tmp_path / "runs"), str(results), "--cheat"])
     main = runpy.run_path(str(STUDY / "collect.py"))["main"]
     main()
     first, second = read_kept(results)
