@@ -120,6 +120,15 @@ def test_links_lead_somewhere(site: Path) -> None:
             assert not place or there.suffix != ".html" or place in pages[there].places, f"{page.name}: {link}"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
+    """A sentence, where one asks whether to read on: neither a heading, a command, a table nor a list."""
+    title, first, *_ = re.split(r"\n\n+", page.read_text().strip())
+    assert re.fullmatch("# .*", title)
+    assert not re.match(r" {4}|[#|`<!:$-]|\d+\. ", first) or re.match(r"`[^`]", first), first
+    assert len(first.split()) >= 12, first
+
+
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
 def test_a_command_of_the_pages_is_taken(name: str, arguments: str) -> None:
     words = shlex.split(arguments.replace("...", ""))
