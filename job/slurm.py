@@ -138,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
 
     output = add_verb(verbs, "logs", logs)
     output.add_argument("run", type=Path, metavar="RUN")
-    add_log_options(output, follow="go on as lines are added, into the run's next job too")
+    add_log_options(
+        output, follow="go on as lines are added, into the run's next job too, until the run has finished or failed"
+    )
     output.add_argument("--rank", type=int, help="the lines of this rank alone")
 
     ending = add_verb(verbs, "cancel", cancel)

@@ -167,6 +167,8 @@ def test_why_a_job_waits(tmp_path: Path) -> None:
     queued = {"8": QueuedJob("PENDING", "Resources", "2026-01-01T10:00:00")}
     (row,) = statuses([run], queued)
     assert (row.state, row.reason) == ("PENDING", "Resources, expected to start 2026-01-01T10:00:00")
+    (row,) = statuses([run], {"8": QueuedJob("PENDING", "BadConstraints")})
+    assert row.reason == "BadConstraints (no node is as the job asks)"
 
 
 def test_a_job_that_died_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +206,8 @@ def test_a_refused_job_is_not_the_runs(run: RunDirectory) -> None:
 
 def test_numbers_are_sorted_as_numbers() -> None:
     names = ["seed=10", "seed=2", "lr=0.5", "seed=2,x=1"]
+    weights = ["w=0.1", "w=1", "w=0.05", "w=1e-05", "w=0.2"]
+    assert sorted(map(Path, weights), key=by_number) == [Path(f"w={w}") for w in ("1e-05", "0.05", "0.1", "0.2", "1")]
     assert sorted(map(Path, names), key=by_number) == list(map(Path, ["lr=0.5", "seed=2", "seed=2,x=1", "seed=10"]))
 
 
