@@ -263,12 +263,15 @@ def test_what_a_sweep_still_needs(
 def test_what_is_resumed_of_a_sweep(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither a finished point nor one that is in the queue."""
+    """Neither a finished point nor one that is in the queue; one that was cancelled and still saves."""
     script = str(run.path / "script")
     Path(script).touch()
     others = [submitted(run.path.with_name(f"a={job}"), str(job), again=["sbatch", script]) for job in (8, 9, 10)]
     (others[0].path / "slurm" / "events.jsonl").write_text('{"time": 2, "job": "8", "event": "finished"}\n')
     monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING"})
+    assert slurm.main(["resume", "--dry-run", "--json", str(run.path.parent)]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == [str(others[2].path)]
+    monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING", "10": "COMPLETING"})
     assert slurm.main(["resume", "--dry-run", "--json", str(run.path.parent)]) == 0
     assert list(json.loads(capsys.readouterr().out)) == [str(others[2].path)]
     monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING", "10": "RUNNING"})
