@@ -115,8 +115,8 @@ test-k8s: .venv/dev                   ## manifests, launcher and image on a real
 	CYCLEVAE_TEST_K8S=1 $(BIN)/python -m pytest tests/k8s
 
 .PHONY: image image-tools test-image
-image:                                ## the container image, with docker, podman or buildah
-	docker/build
+image:                                ## the container image, with docker, podman or buildah (IMAGE_OPTIONS for its build)
+	docker/build $(IMAGE_OPTIONS)
 
 image-tools: .venv/dev                ## buildah, podman and a base to build on, for test-image (as root)
 	apt-get update --quiet --quiet
