@@ -58,7 +58,9 @@ test-docs: .venv/dev                  ## the commands of the documentation that 
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) -m docs tests/test_docs.py
 
 .PHONY: release
-release: lint test image              ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
+release: .venv/dev                    ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
+	$(BIN)/python docker/release.py --sources
+	$(MAKE) lint test image
 	$(BIN)/python docker/release.py
 
 lint: .venv/dev                       ## ruff (rules and format) and mypy
