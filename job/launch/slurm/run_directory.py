@@ -87,7 +87,9 @@ class RunDirectory:
     def job(self) -> str:
         """Id of the latest job, whether it was started or only submitted; empty without one."""
         refused = {event["job"] for event in self._all_events if event["event"] == REFUSED}
-        mentions = self.events[-1:]
+        # A job is as old as its first event: one that was cancelled still notes its end after `resume` has submitted
+        # the next one, and `wait` and `logs -f` would take it for the latest.
+        mentions = [event for event in self.events if event["job"] == self.events[-1]["job"]][:1]
         if self.submission and self.submission["job"] not in refused:
             mentions.append(self.submission)
         if not mentions:

@@ -162,6 +162,16 @@ def submitted(path: Path, job: str, **more: object) -> RunDirectory:
     return RunDirectory(path)
 
 
+def test_a_cancelled_job_that_still_notes_its_end_is_not_the_latest(tmp_path: Path) -> None:
+    run = submitted(tmp_path / "r", "8", time=3)
+    events = [{"time": 1, "job": "7", "event": "started"}, {"time": 5, "job": "7", "event": "stopped"}]
+    (run.path / "slurm" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert run.job == "8"
+    started = {"time": 4, "job": "9", "event": "started"}  # by sbatch slurm/train.sbatch, which notes no submission
+    (run.path / "slurm" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*events, started]))
+    assert RunDirectory(run.path).job == "9"
+
+
 def test_why_a_job_waits(tmp_path: Path) -> None:
     run = submitted(tmp_path / "r", "8")
     queued = {"8": QueuedJob("PENDING", "Resources", "2026-01-01T10:00:00")}
