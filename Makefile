@@ -58,7 +58,9 @@ test-docs: .venv/dev                  ## the commands of the documentation that 
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) -m docs tests/test_docs.py
 
 .PHONY: release
-release: lint test image              ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
+release: .venv/dev                    ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
+	$(BIN)/python docker/release.py --sources
+	$(MAKE) lint test image
 	$(BIN)/python docker/release.py
 
 lint: .venv/dev                       ## ruff (rules and format) and mypy
@@ -124,8 +126,8 @@ test-k8s: .venv/dev                   ## manifests, launcher and image on a real
 	CYCLEVAE_TEST_K8S=1 $(BIN)/python -m pytest tests/k8s
 
 .PHONY: image image-tools test-image
-image:                                ## the container image, with docker, podman or buildah
-	docker/build
+image:                                ## the container image, with docker, podman or buildah (IMAGE_OPTIONS for its build)
+	docker/build $(IMAGE_OPTIONS)
 
 image-tools: .venv/dev                ## buildah, podman and a base to build on, for test-image (as root)
 	apt-get update --quiet --quiet

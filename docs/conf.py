@@ -44,6 +44,7 @@ html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # it fetches the pages that were found, which browsers refuse for files read offline
 html_show_copyright = False
 pygments_style = "tango"
 pygments_dark_style = "monokai"

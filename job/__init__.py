@@ -8,12 +8,22 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from job.api import load as load
 
 __all__ = ["load"]
+
+# A new clone, or a new shell in it: the system's Python finds this package in the working directory and then fails at
+# its first import. `-m` stands in place of the program's name until Python has found the module that it is to run.
+if sys.argv[:1] == ["-m"] and find_spec("hydra") is None:
+    sys.exit(
+        f"error: {sys.executable} has none of the packages that this needs; "
+        "`make .venv/runtime` installs them into .venv, then: source .venv/bin/activate"
+    )
 
 
 def __getattr__(name: str) -> Any:

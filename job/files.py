@@ -145,10 +145,10 @@ def file_name(text: str) -> str:
     return name.decode(errors="ignore")  # the cut may have split a character
 
 
-def by_number(path: Path) -> list[tuple[int, str]]:
-    """For sorting: digits in a path count as numbers, seed=2 comes before seed=10."""
-    parts = re.findall(r"\d+|\D+", str(path))
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+def by_number(path: Path) -> list[tuple[float, str]]:
+    """For sorting: what is a number in a path counts as one, seed=2 comes before seed=10, lr=1e-4 before lr=0.05."""
+    parts = re.findall(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?|\D+", str(path))
+    return [(float(part), "") if part[0].isdecimal() else (-1.0, part) for part in parts]
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -113,11 +113,15 @@ def resume(options: argparse.Namespace) -> None:
 
 
 def resumable(path: Path, queued: dict[str, str]) -> list[RunDirectory]:
-    """The run of a directory, or those of a sweep that are neither finished nor in the queue."""
+    """The run of a directory, or those of a sweep that are neither finished nor in the queue.
+
+    A job that was cancelled a moment ago and still saves is no longer counted as in the queue.
+    """
     runs = RunDirectory.chosen([path])
     if [run.path for run in runs] == [path]:
         return runs
-    left = [run for run in runs if run.job not in queued and not run.is_finished]
+    ending = scheduler.COMPLETING
+    left = [run for run in runs if queued.get(run.job, ending) == ending and not run.is_finished]
     if not left:
         raise UserError(f"{path}: every run is finished or has a job in the queue")
     return left
@@ -138,7 +142,9 @@ def parser() -> argparse.ArgumentParser:
 
     output = add_verb(verbs, "logs", logs)
     output.add_argument("run", type=Path, metavar="RUN")
-    add_log_options(output, follow="go on as lines are added, into the run's next job too")
+    add_log_options(
+        output, follow="go on as lines are added, into the run's next job too, until the run has finished or failed"
+    )
     output.add_argument("--rank", type=int, help="the lines of this rank alone")
 
     ending = add_verb(verbs, "cancel", cancel)

@@ -4,6 +4,7 @@
     <!-- run: long -->                   with `make test-docs` alone
     <!-- run: long, needs runs/demo -->  in a directory that has a small run, which stands for the one of `make train`
     <!-- run: long, KEY=VALUE ... -->    with these keys behind every `job.train`: a test has no time for all its steps
+    <!-- run: slurm -->                  with `make test-slurm` alone, on its cluster
     <!-- prints -->                      the next block is what the one before printed, or a part of it
 
 A block is indented by four columns or fenced. Of a page they run one after the other in one directory, as a reader
@@ -16,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,7 @@ class Block:
     text: str
     language: str
     long: bool = False
+    slurm: bool = False
     needs_demo: bool = False
     overrides: str = ""
     shown: str = ""
@@ -62,6 +65,8 @@ def blocks_of(page: Path) -> list[Block]:
         for option in filter(None, (found["options"] or "").split(", ")):
             if option == "long":
                 block.long = True
+            elif option == "slurm":
+                block.slurm = True
             elif option == "needs runs/demo":
                 block.needs_demo = True
             else:
@@ -71,10 +76,11 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
-def run(block: Block, directory: Path) -> str:
+def run(block: Block, directory: Path, variables: Mapping[str, str] | None = None) -> str:
     """Run a block as a reader would, with this environment's programs; returns what it printed."""
     environment = {
         **os.environ,
+        **(variables or {}),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

@@ -194,3 +194,13 @@ def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:
     )
     done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" <&- >&- 2>&-'], cwd=ROOT)
     assert done.returncode == 3
+
+
+def test_a_python_without_the_packages_says_how_to_get_them() -> None:
+    """As a new shell in a clone has: the program is there, and `source .venv/bin/activate` was forgotten."""
+    bare = [sys.executable, "-S", "-m", "job.prepare", "--out", "data/x"]
+    done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith("then: source .venv/bin/activate\n")
+    assert done.stderr.count("\n") == 1

@@ -81,3 +81,15 @@ def test_pre_commit_runs_what_ci_lints() -> None:
     assert tools == ["ruff check", "ruff format --check", "mypy"]
     for tool in tools:
         assert f".venv/bin/{tool}" in hooks
+
+
+def test_the_sources_are_looked_at_before_anything_is_built(
+    release: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a changelog lacks is told in a second, and not after a test suite and an image."""
+    monkeypatch.setattr(release, "build_wheel", lambda _: pytest.fail("built a wheel"))
+    monkeypatch.setattr(release, "changelog_problems", lambda *_: ["CHANGELOG.md: lacks it"])
+    assert release.main(["--sources"]) == 1
+    assert "CHANGELOG.md: lacks it" in capsys.readouterr().out
+    recipe = (ROOT / "Makefile").read_text().partition("\nrelease:")[2].partition("\n\n")[0]
+    assert recipe.index("release.py --sources") < recipe.index("$(MAKE) lint test image")

@@ -121,7 +121,7 @@ def test_a_finished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[st
             ["training.seed: 42 -> 7", "training.allow_changed=[training.seed"],
         ),  # synthetic data changes with the seed
         (["model.hidden_size=48", "loss.latent_loss_weight=0.5"], ["model.hidden_size", "loss.latent_loss_weight"]),
-        (["training.train_batch_size=8"], ["global_batch_size: 4 -> 8"]),
+        (["training.train_batch_size=8"], ["global_batch_size: 4 -> 8", "go on with training.global_batch_size=4, "]),
         (["training.resume=never"], ["training.resume=never", "logging.run_name"]),
     ],
 )

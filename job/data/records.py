@@ -212,9 +212,10 @@ def _table(path: Path, kind: str, keys: Sequence[str]) -> Iterator[Record]:
         try:
             names = [name.removeprefix(BYTE_ORDER_MARK) for name in next(reader, [])]
             for key in keys:
-                if names.count(key) != 1:
+                if (found := names.count(key)) != 1:
+                    columns = f"{found} columns" if found else "no column"
                     raise UserError(
-                        f"{path}: {names.count(key)} columns {key!r} in its first row, which has {', '.join(names)}; "
+                        f"{path}: {columns} {key!r} in its first row, which has {', '.join(names)}; "
                         f"name the column with {_option(keys, key)}"
                     )
             for row in reader:

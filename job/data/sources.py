@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from job.data.optional import import_optional
-from job.data.records import BYTE_ORDER_MARK, PARQUET, Record, kind_of, nested, records
+from job.data.records import BYTE_ORDER_MARK, PARQUET, SUFFIXES, Record, kind_of, nested, records
 from job.data.stdlib_text import sentences, stdlib_sentences
 from job.data.unicode_names import character_names
 from job.errors import UserError
@@ -114,7 +114,9 @@ def find_files(source: str) -> list[Path]:
     else:
         files = [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
     if not files and path.is_dir():
-        raise UserError(f"--source {source}: no file of {', '.join(DIRECTORY_SUFFIXES)} in this directory")
+        there = sorted(str(file) for file in path.rglob("*") if kind_of(file) in SUFFIXES)
+        named = f"; files of other kinds are read when they are named: --source {there[0]}" if there else ""
+        raise UserError(f"--source {source}: no file of {', '.join(DIRECTORY_SUFFIXES)} in this directory{named}")
     if not files:
         raise UserError(f"--source {source}: no such file, and none whose name matches")
     # A directory's own order differs between machines and copies, and the first of two equal texts is the one kept.

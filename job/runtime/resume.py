@@ -44,8 +44,11 @@ def refuse_another_run(
     refused = {key: change for key, change in different.items() if key not in config.training.allow_changed}
     if refused:
         changes = ", ".join(f"{key}: {change}" for key, change in refused.items())
+        # What another number of ranks makes of the same command: nobody asked for another global batch.
+        as_before = f"go on with training.global_batch_size={saved['global_batch_size']}, "
         raise UserError(
-            f"the run directory holds a checkpoint of another run ({changes}); give the run another logging.run_name, "
+            f"the run directory holds a checkpoint of another run ({changes}); "
+            f"{as_before if 'global_batch_size' in refused else ''}give the run another logging.run_name, "
             f"or allow the change with training.allow_changed=[{','.join(refused)}]; see docs: explanation/exactness"
         )
     before = saved["config"].get("training", {}).get("num_train_steps", 0)

@@ -35,7 +35,10 @@ def test_a_directory_gives_the_kinds_of_file_that_the_help_names(tmp_path: Path)
     assert [path.name for path in find_files(str(tmp_path / "*.md"))] == ["README.md"]
     assert find_files(str(tmp_path / "d.text"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no file of \.txt, \.jsonl, \.parquet in this directory"):
+    with pytest.raises(UserError, match=r"no file of \.txt, \.jsonl, \.parquet in this directory$"):
+        find_files(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "f.csv").touch()
+    with pytest.raises(UserError, match=r"in this directory; .* named: --source \S*empty/f\.csv$"):
         find_files(str(tmp_path / "empty"))
 
 
@@ -61,7 +64,7 @@ BAD = {
     "inner.jsonl": ('{"a": {"text": "x"}}\n', "inner.jsonl:1: no text under the key 'text', it has a"),
     "string.jsonl": ('"x"\n', "it is a str"),
     "table.xls": ("a,b\n", "unknown kind of file"),
-    "none.csv": ("a,b\n", "none.csv: 0 columns 'text' in its first row, which has a, b"),
+    "none.csv": ("a,b\n", "none.csv: no column 'text' in its first row, which has a, b"),
     "twice.csv": ("text,text\n", "twice.csv: 2 columns 'text'"),
     "fields.csv": ("text,b\nx,1\ny\n", "fields.csv:3: 1 fields, but the first row names 2 columns"),
     "quotes.tsv": ('text\tb\n"so" he said\t1\n', "quotes.tsv:2: not a tsv table"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from job.runtime import processors
-from job.runtime.launcher_variables import processors_of_slurm_task
+from job.runtime.launcher_variables import SPINS, choose_threads, processors_of_slurm_task
 
 
 def groups(directory: Path, membership: str, **files: str) -> float:
@@ -103,6 +103,23 @@ def test_torchrun_divides_the_cores_that_may_be_used() -> None:
     assert threads_of_a_worker(2, everywhere) == f"{max(1, processors.own_threads(2))} ours"
     assert threads_of_a_worker(1, {min(everywhere)}) == "1 ours"
     assert threads_of_a_worker(1, everywhere, OMP_NUM_THREADS="7") == "7 ", "a user's own number stands"
+
+
+@pytest.mark.parametrize(
+    ("variables", "spins"),
+    [
+        ({}, str(SPINS)),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_NUM_THREADS": "2"}, None),
+    ],
+)
+def test_threads_wait_asleep_unless_the_user_says_how(
+    variables: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(variables))
+    choose_threads(4)
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_ranks_of_one_machine_have_no_more_threads_than_it_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:

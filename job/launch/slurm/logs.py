@@ -21,8 +21,11 @@ def last_lines(log: Path, count: int, rank: int | None) -> tuple[list[str], int]
 
 
 def follow(run: RunDirectory, log: Path, position: int, rank: int | None) -> Iterator[str]:
-    """Lines as they are added from `position` on; when the run has got another job, those of its log. Never ends."""
-    rest = b""
+    """Lines as they are added from `position` on; when the run has got another job, those of its log.
+
+    Ends with a run that has finished or failed: only a new submission could add to it.
+    """
+    rest, is_over = b"", False
     while True:
         added = b""
         if log.exists():
@@ -33,10 +36,13 @@ def follow(run: RunDirectory, log: Path, position: int, rank: int | None) -> Ite
         *lines, rest = (rest + added).split(b"\n")
         yield from (line for line in map(_text, lines) if is_of(line, rank))
         if not added:
-            now = RunDirectory(run.path).log()  # anew: a RunDirectory keeps what it has read
-            if now != log and now.exists():
-                log, position, rest = now, 0, b""
+            now = RunDirectory(run.path)  # anew: a RunDirectory keeps what it has read
+            if now.log() != log and now.log().exists():
+                log, position, rest, is_over = now.log(), 0, b"", False
                 continue
+            if is_over:
+                return
+            is_over = now.is_over  # the log is read once more: the batch step prints its last line after it notes this
             time.sleep(POLL_SECONDS)
 
 

@@ -23,6 +23,13 @@ from job.launch.slurm.scheduler import QueuedJob
 
 ALIVE_SECONDS = 90.0  # the batch step renews slurm/alive every 20 s; a network file system shows it later
 STATE_OF_EVENT = {"finished": "COMPLETED", "failed": "FAILED"}  # the last events of a run; all others are followed
+# Why a job may wait for ever, where SLURM's word alone does not say it.
+MEANINGS = {
+    "BadConstraints": "no node is as the job asks",
+    "PartitionConfig": "the partition, as it is now, has no nodes for a job of this size",
+    "PartitionNodeLimit": "more nodes than the partition allows or has up",
+    "PartitionTimeLimit": "a longer time limit than the partition's",
+}
 REFUSED = "refused"  # event of a job that found the run in another's hands: it says nothing of the run
 
 
@@ -80,7 +87,9 @@ class RunDirectory:
     def job(self) -> str:
         """Id of the latest job, whether it was started or only submitted; empty without one."""
         refused = {event["job"] for event in self._all_events if event["event"] == REFUSED}
-        mentions = self.events[-1:]
+        # A job is as old as its first event: one that was cancelled still notes its end after `resume` has submitted
+        # the next one, and `wait` and `logs -f` would take it for the latest.
+        mentions = [event for event in self.events if event["job"] == self.events[-1]["job"]][:1]
         if self.submission and self.submission["job"] not in refused:
             mentions.append(self.submission)
         if not mentions:
@@ -101,6 +110,12 @@ class RunDirectory:
     def is_finished(self) -> bool:
         """Whether the last word of its jobs is that it has done all its steps."""
         return bool(self.events) and self.events[-1]["event"] == "finished"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its latest job has finished or failed; one that was only cancelled or stopped may go on."""
+        last = self.last_event(self.job)
+        return last is not None and last["event"] in STATE_OF_EVENT
 
     def last_event(self, job: str) -> dict[str, Any] | None:
         """What the batch step of a job noted last; None when it did not come as far as that."""
@@ -217,7 +232,8 @@ class RunDirectory:
             entry = queued[job]
             if entry.reason:  # why it waits now, and not what ended its last start
                 expected = f", expected to start {entry.start}" if entry.start else ""
-                reason = f"{entry.reason}{expected}"
+                meaning = f" ({MEANINGS[entry.reason]})" if entry.reason in MEANINGS else ""
+                reason = f"{entry.reason}{meaning}{expected}"
             return entry.state, reason
         if last is not None and last["event"] in STATE_OF_EVENT:
             failure = self.first_failure(job) if last["event"] == "failed" else None

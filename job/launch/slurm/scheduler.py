@@ -71,6 +71,8 @@ def queue() -> dict[str, QueuedJob]:
     for line in output("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%S|%r").splitlines():
         job, state, start, reason = line.split("|", 3)
         waits = state == "PENDING"
+        if reason == "None":  # SLURM has not looked at it yet
+            reason = ""
         jobs[job] = QueuedJob(state, reason if waits else "", start if waits and start != "N/A" else "")
     return jobs
 

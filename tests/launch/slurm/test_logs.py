@@ -54,3 +54,15 @@ def test_following_into_the_next_job(run: RunDirectory, monkeypatch: pytest.Monk
     log = run.log()
     lines = logs.follow(run, log, log.stat().st_size, rank=0)
     assert list(islice(lines, 3)) == ["0: more", "0: half", "0: next"]
+
+
+@pytest.mark.parametrize("event", ["finished", "failed"])
+def test_following_ends_with_the_run(run: RunDirectory, event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before the last line of the batch step, which comes after the event."""
+    monkeypatch.setattr("time.sleep", lambda _: (run.path / "slurm" / "7.log").open("a").write("slurm: the end\n"))
+    events = [{"time": 2, "job": "7", "event": "started"}, {"time": 3, "job": "7", "event": event}]
+    (run.path / "slurm" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    log = run.log()
+    lines = list(islice(logs.follow(run, log, log.stat().st_size, rank=None), 9))
+    assert lines[0] == "slurm: the end"
+    assert len(lines) < 9

@@ -162,11 +162,23 @@ def submitted(path: Path, job: str, **more: object) -> RunDirectory:
     return RunDirectory(path)
 
 
+def test_a_cancelled_job_that_still_notes_its_end_is_not_the_latest(tmp_path: Path) -> None:
+    run = submitted(tmp_path / "r", "8", time=3)
+    events = [{"time": 1, "job": "7", "event": "started"}, {"time": 5, "job": "7", "event": "stopped"}]
+    (run.path / "slurm" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert run.job == "8"
+    started = {"time": 4, "job": "9", "event": "started"}  # by sbatch slurm/train.sbatch, which notes no submission
+    (run.path / "slurm" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*events, started]))
+    assert RunDirectory(run.path).job == "9"
+
+
 def test_why_a_job_waits(tmp_path: Path) -> None:
     run = submitted(tmp_path / "r", "8")
     queued = {"8": QueuedJob("PENDING", "Resources", "2026-01-01T10:00:00")}
     (row,) = statuses([run], queued)
     assert (row.state, row.reason) == ("PENDING", "Resources, expected to start 2026-01-01T10:00:00")
+    (row,) = statuses([run], {"8": QueuedJob("PENDING", "BadConstraints")})
+    assert row.reason == "BadConstraints (no node is as the job asks)"
 
 
 def test_a_job_that_died_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +216,8 @@ def test_a_refused_job_is_not_the_runs(run: RunDirectory) -> None:
 
 def test_numbers_are_sorted_as_numbers() -> None:
     names = ["seed=10", "seed=2", "lr=0.5", "seed=2,x=1"]
+    weights = ["w=0.1", "w=1", "w=0.05", "w=1e-05", "w=0.2"]
+    assert sorted(map(Path, weights), key=by_number) == [Path(f"w={w}") for w in ("1e-05", "0.05", "0.1", "0.2", "1")]
     assert sorted(map(Path, names), key=by_number) == list(map(Path, ["lr=0.5", "seed=2", "seed=2,x=1", "seed=10"]))
 
 
@@ -259,12 +273,15 @@ def test_what_a_sweep_still_needs(
 def test_what_is_resumed_of_a_sweep(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither a finished point nor one that is in the queue."""
+    """Neither a finished point nor one that is in the queue; one that was cancelled and still saves."""
     script = str(run.path / "script")
     Path(script).touch()
     others = [submitted(run.path.with_name(f"a={job}"), str(job), again=["sbatch", script]) for job in (8, 9, 10)]
     (others[0].path / "slurm" / "events.jsonl").write_text('{"time": 2, "job": "8", "event": "finished"}\n')
     monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING"})
+    assert slurm.main(["resume", "--dry-run", "--json", str(run.path.parent)]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == [str(others[2].path)]
+    monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING", "10": "COMPLETING"})
     assert slurm.main(["resume", "--dry-run", "--json", str(run.path.parent)]) == 0
     assert list(json.loads(capsys.readouterr().out)) == [str(others[2].path)]
     monkeypatch.setattr(scheduler, "queued", lambda: {"9": "RUNNING", "7": "PENDING", "10": "RUNNING"})
