@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from job.data.optional import import_optional
-from job.data.records import BYTE_ORDER_MARK, PARQUET, Record, kind_of, nested, records
+from job.data.records import BYTE_ORDER_MARK, PARQUET, Record, SourceFile, ending_of, kind_of, nested, records
+from job.data.remote import find_remote, is_remote
 from job.data.stdlib_text import sentences, stdlib_sentences
 from job.data.unicode_names import character_names
 from job.errors import UserError
@@ -98,17 +99,25 @@ def is_saved(name: str) -> bool:
     return any((Path(name) / file).is_file() for file in SAVED_FILES)
 
 
-def _is_of_directory(file: Path) -> bool:
+def _is_of_directory(name: str) -> bool:
     """Whether a directory is read for files of such a name."""
+    file = Path(name)
     kind = kind_of(file)
-    return kind in DIRECTORY_SUFFIXES and (kind != PARQUET or file.suffix == PARQUET)
+    return kind in DIRECTORY_SUFFIXES and (kind != PARQUET or ending_of(file) == PARQUET)
 
 
-def find_files(source: str) -> list[Path]:
-    """Files of a path, directory or glob, sorted. UserError if there are none."""
+def is_of_hub(source: str) -> bool:
+    """Whether a source is read by Hugging Face's library of datasets; a URL (hf://...) is one of files."""
+    return source.startswith(HUGGING_FACE) and not is_remote(source)
+
+
+def find_files(source: str) -> Sequence[SourceFile]:
+    """Files of a path, directory, glob or URL, sorted. UserError if there are none."""
+    if is_remote(source):
+        return find_remote(source, _is_of_directory)
     path = Path(source)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if _is_of_directory(file) and file.is_file()]
+        files = [file for file in path.rglob("*") if _is_of_directory(file.name) and file.is_file()]
     elif path.is_file():
         files = [path]
     else:
@@ -142,7 +151,7 @@ def read_samples(
             texts = stdlib_sentences() if source == STDLIB else character_names()
             yield from (Sample(text.strip(), source) for text in texts)
             continue
-        if source.startswith(HUGGING_FACE):
+        if is_of_hub(source):
             found = _hugging_face(source.removeprefix(HUGGING_FACE), hf_split)
         else:
             found = (record for path in find_files(source) for record in records(path, keys))
