@@ -47,14 +47,14 @@ test-trackers: .venv-trackers/ready   ## runs that report to Weights & Biases an
 
 # In an environment of their own, too: the libraries of S3 want an older python-dateutil than is locked here.
 .PHONY: test-remote
-test-remote: .venv-remote/ready       ## texts of remote stores, from a local server that speaks S3
-	.venv-remote/bin/python -m pytest -rs tests/data/test_remote.py
+test-remote: .venv-remote/ready       ## texts of remote stores, of a local server that speaks S3, and of Hugging Face's library
+	.venv-remote/bin/python -m pytest -rs tests/data/test_remote.py tests/data/test_hugging_face.py
 
 .venv-remote/ready: .venv/dev
 	$(BIN)/python -m venv .venv-remote
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$(.venv-remote/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
-	.venv-remote/bin/pip install --quiet s3fs==2026.9.0 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
+	.venv-remote/bin/pip install --quiet datasets==5.2.0 s3fs==2026.9.0 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
 	touch $@
 
 generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code

@@ -40,9 +40,17 @@ def entries(sources: Sequence[str], known: Sequence[Entry] = ()) -> list[Entry]:
             found += [_entry(path, of_path) for path in find_files(source)]
         elif is_saved(name):
             found += [_file_entry(path, of_path) for path in sorted(Path(name).rglob("*.arrow"))]
+        elif (directory := Path(name.partition(":")[0])).is_dir():
+            found += [_file_entry(path, of_path) for path in _shown_files(directory)]
         else:
             found.append({"name": source})
     return found
+
+
+def _shown_files(directory: Path) -> list[Path]:
+    """All files of a directory that Hugging Face's library may look at; a README.md may say which ones it reads."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part[0] == "." for part in path.relative_to(directory).parts))
 
 
 def of_options(options: Options, known: Sequence[Entry] = ()) -> list[Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,21 +78,51 @@ def _saved_split(rows: Any, split: str, name: str) -> Any:
     return chosen
 
 
-def _hugging_face(name: str, split: str) -> Iterator[Record]:
-    """A dataset of the hub (NAME or NAME:CONFIG) or a directory written by `save_to_disk`."""
+def _hugging_face(name: str, split: str, keys: Sequence[str]) -> Iterator[Record]:
+    """Records of a dataset of the hub or a directory of files (NAME or NAME:CONFIG), or of one of `save_to_disk`.
+
+    They are streamed: read as they are asked for, and never all loaded or written into a cache; what `save_to_disk`
+    wrote is mapped into memory.
+    """
+    rows = iter(_with_columns(_open_hugging_face(name, split), keys))
+    for number in itertools.count():
+        try:
+            row = next(rows, None)
+        except Exception as error:  # of a damaged file, or a connection that the library has given up
+            raise UserError(f"{HUGGING_FACE}{name} row {number}: cannot be read ({_first_line(error)})") from error
+        if row is None:
+            return
+        yield row, f"{HUGGING_FACE}{name} row {number}"
+
+
+def _open_hugging_face(name: str, split: str) -> Any:
+    """The library's own object for a split. UserError for what it cannot load."""
     datasets = import_optional("datasets", "datasets")
     try:
         if is_saved(name):
-            rows = _saved_split(datasets.load_from_disk(name), split, name)
-        else:
-            path, _, config = name.partition(":")
-            rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
+            return _saved_split(datasets.load_from_disk(name), split, name)
+        path, _, config = name.partition(":")
+        return datasets.load_dataset(path, config or None, split=split, streaming=True)
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds
-        raise UserError(f"{HUGGING_FACE}{name}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    for number, row in enumerate(rows):
-        yield row, f"{HUGGING_FACE}{name} row {number}"
+        raise UserError(f"{HUGGING_FACE}{name}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _with_columns(rows: Any, keys: Sequence[str]) -> Any:
+    """The rows without the columns that nobody asked for: images and sounds would be decoded.
+
+    All of them where the library does not know the columns yet, and where a key is not there, for the message.
+    """
+    there = getattr(rows, "column_names", None) or []
+    wanted = {key: [column for column in there if key == column or key.startswith(f"{column}.")] for key in keys}
+    if not all(wanted.values()):
+        return rows
+    return rows.select_columns(sorted({column for columns in wanted.values() for column in columns}))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def is_saved(name: str) -> bool:
@@ -152,7 +183,7 @@ def read_samples(
             yield from (Sample(text.strip(), source) for text in texts)
             continue
         if is_of_hub(source):
-            found = _hugging_face(source.removeprefix(HUGGING_FACE), hf_split)
+            found = _hugging_face(source.removeprefix(HUGGING_FACE), hf_split, keys)
         else:
             found = (record for path in find_files(source) for record in records(path, keys))
         for record, where in found:
