@@ -15,9 +15,9 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from job.data.optional import import_optional
-from job.errors import UserError
+from job.errors import RetryError, UserError
+from job.files import SCHEME
 
-SCHEME = "://"
 GLOB_CHARACTERS = "*?["
 READ_AT_ONCE = 2**23  # bytes asked for at once; s3fs takes 50 MB of its own accord, also for the first of ten texts
 # What a store says of the content of a file, the first that is there.
@@ -50,9 +50,32 @@ class RemoteFile:
         return io.BufferedReader(_RawFile(file), io.DEFAULT_BUFFER_SIZE)
 
 
-def is_remote(name: str) -> bool:
-    """Whether a name is a URL."""
-    return SCHEME in name
+class RemoteDirectory:
+    """A directory of a store, whose files are known by name."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._filesystem, self._path = _filesystem(self.url)
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None without it. UserError where the store cannot be asked."""
+        try:
+            return bytes(self._filesystem.cat_file(f"{self._path}/{name}"))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # each store's library has its own kinds
+            raise UserError(f"{self.url}: cannot be read ({problem_of(error)}); {SEE}") from error
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A file's content, a part at a time. UserError without it, RetryError where the store fails."""
+        try:
+            with self._filesystem.open(f"{self._path}/{name}", "rb", block_size=READ_AT_ONCE) as file:
+                while block := file.read(READ_AT_ONCE):
+                    yield block
+        except FileNotFoundError as error:
+            raise UserError(f"{self.url}/{name}: missing; copy the dataset there again") from error
+        except Exception as error:
+            raise RetryError(f"{self.url}/{name}: cannot be read ({problem_of(error)})") from error
 
 
 def find_remote(source: str, is_of_directory: Callable[[str], bool]) -> list[RemoteFile]:

@@ -12,10 +12,11 @@ from typing import Any
 
 from job.data.optional import import_optional
 from job.data.records import BYTE_ORDER_MARK, PARQUET, Record, SourceFile, ending_of, kind_of, nested, records
-from job.data.remote import find_remote, is_remote
+from job.data.remote import find_remote
 from job.data.stdlib_text import sentences, stdlib_sentences
 from job.data.unicode_names import character_names
 from job.errors import UserError
+from job.files import is_url
 
 STDLIB = "stdlib"
 UNICODE = "unicode"
@@ -139,12 +140,12 @@ def _is_of_directory(name: str) -> bool:
 
 def is_of_hub(source: str) -> bool:
     """Whether a source is read by Hugging Face's library of datasets; a URL (hf://...) is one of files."""
-    return source.startswith(HUGGING_FACE) and not is_remote(source)
+    return source.startswith(HUGGING_FACE) and not is_url(source)
 
 
 def find_files(source: str) -> Sequence[SourceFile]:
     """Files of a path, directory, glob or URL, sorted. UserError if there are none."""
-    if is_remote(source):
+    if is_url(source):
         return find_remote(source, _is_of_directory)
     path = Path(source)
     if path.is_dir():

@@ -6,8 +6,10 @@ LATENT_DIR/<stem>.npy                        float [D], [1, D] or [k, D], of whi
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
@@ -38,34 +40,53 @@ class DataOptions:
 
 
 class ShardWriter:
-    """Collects samples and writes a shard of a split whenever it is full."""
+    """Collects samples and writes a shard of a split whenever it is full.
+
+    A thread writes it, while more samples come: a disk takes seconds to have one safe, in which nobody would read.
+    """
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
         self.directory = directory
         self.vocab_size = vocab_size
         self.count = 0  # samples
-        self.waiting: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
-        self.records: list[ShardRecord] = []
+        self._waiting: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
+        self._shards: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        self._thread = ThreadPoolExecutor(1)
+        self._written: list[Future[ShardRecord]] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._thread.shutdown()  # the directory may be removed next
 
     def add(self, part: Part) -> None:
         """Put samples into their splits."""
         for tokens, latent, is_validation in zip(part.tokens, part.latents, part.is_validation, strict=True):
             split = "validation" if is_validation else "train"
-            self.waiting[split].append((tokens, latent))
-            if len(self.waiting[split]) == SHARD_SIZE:
-                self.flush(split)
+            self._waiting[split].append((tokens, latent))
+            if len(self._waiting[split]) == SHARD_SIZE:
+                self._flush(split)
         self.count += len(part.tokens)
 
-    def flush(self, split: str) -> None:
-        """Write what waits."""
-        rows = self.waiting[split]
-        if not rows:
-            return
-        number = sum(record.split == split for record in self.records)
+    def records(self) -> list[ShardRecord]:
+        """Write what waits; returns the records of all shards, in order within each split."""
+        for split in SPLITS:
+            if self._waiting[split]:
+                self._flush(split)
+        return [shard.result() for shard in self._written]
+
+    def _flush(self, split: str) -> None:
+        rows, self._waiting[split] = self._waiting[split], []
+        number, self._shards[split] = self._shards[split], self._shards[split] + 1
+        if self._written:
+            self._written[-1].result()  # one at a time: memory holds no more than two
+        self._written.append(self._thread.submit(self._write, split, number, rows))
+
+    def _write(self, split: str, number: int, rows: list[tuple[np.ndarray, np.ndarray]]) -> ShardRecord:
         tokens = [tokens for tokens, _ in rows]
         latents = np.stack([latent for _, latent in rows])
-        self.records.append(write_shard(self.directory, split, number, tokens, latents, self.vocab_size))
-        self.waiting[split] = []
+        return write_shard(self.directory, split, number, tokens, latents, self.vocab_size)
 
 
 def special_tokens(tokenizer: tokenizers.TextTokenizer | None, options: DataOptions) -> tuple[int, int, int]:
@@ -93,8 +114,11 @@ def convert(token_dir: Path, latent_dir: Path, out: Path, options: DataOptions) 
     tokenizer = tokenizers.load(str(options.tokenizer)) if options.tokenizer else None
     mask_token_id, pad_token_id, vocab_size = special_tokens(tokenizer, options)
     reading = Reading(token_dir, latent_dir, vocab_size, options.validation_fraction, options.max_length)
-    with Problems(out) as problems, whole_directory(out) as partial:
-        writer = ShardWriter(partial, vocab_size)
+    with (
+        Problems(out) as problems,
+        whole_directory(out) as partial,
+        ShardWriter(partial, vocab_size) as writer,
+    ):
         too_long = write_samples(writer, reading, problems, options)
         if tokenizer:
             write_text(partial / tokenizers.TOKENIZER_FILE, tokenizer.to_json())
@@ -103,7 +127,7 @@ def convert(token_dir: Path, latent_dir: Path, out: Path, options: DataOptions) 
             made_with |= {"max_length": options.max_length, "dropped": too_long}
         info = write_info(
             partial,
-            writer.records,
+            writer.records(),
             vocab_size=vocab_size,
             mask_token_id=mask_token_id,
             pad_token_id=pad_token_id,
@@ -134,8 +158,6 @@ def write_samples(writer: ShardWriter, reading: Reading, problems: Problems, opt
         )
     if too_long and not writer.count:
         raise UserError(f"{reading.token_dir}: every sample is longer than --max-length {options.max_length}; raise it")
-    for split in SPLITS:
-        writer.flush(split)
     return too_long
 
 

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from job import prepare
+from job.data.cached import local_copy
 from job.data.records import records
 from job.data.remote import RemoteFile, find_remote
+from job.data.shards import ShardDataset
 from job.data.source_files import difference, entries, refuse_touched
 from job.data.sources import find_files, is_of_hub, read_texts
 from job.errors import ExitCode, UserError
@@ -154,6 +156,15 @@ def test_a_dataset_of_s3_is_the_one_of_local_files(s3: Any, tmp_path: Path, caps
     said = capsys.readouterr().err
     assert "error: s3://bucket/deep/b.jsonl.gz has changed since" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_dataset_of_s3_is_copied(s3: Any, prepared: Path, tmp_path: Path) -> None:
+    s3.put(f"{prepared}/", "bucket/data/mine/", recursive=True)
+    copy = local_copy("s3://bucket/data/mine", tmp_path)
+    ShardDataset(copy, "train", verify_hashes=True)
+    assert (copy / "dataset.json").read_bytes() == (prepared / "dataset.json").read_bytes()
+    with pytest.raises(UserError, match=r"s3://other/mine: no finished dataset there"):
+        local_copy("s3://other/mine", tmp_path)
 
 
 def test_what_is_wrong_with_a_store_is_one_line(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
