@@ -18,6 +18,7 @@ from job.data.records import SourceFile
 from job.data.remote import RemoteFile
 from job.data.sources import EMBEDDED, HUGGING_FACE, find_files, is_of_hub, is_saved
 from job.errors import UserError
+from job.files import is_url
 
 Entry = dict[str, Any]
 # Of a larger file only the beginning is hashed; its size and its time are still compared. Hashing a terabyte would
@@ -92,16 +93,22 @@ def _file_state(path: Path) -> Entry:
     return {"path": str(path.resolve()), "name": path.name, "bytes": state.st_size, "modified": state.st_mtime_ns}
 
 
-def refuse_touched(there: Sequence[Entry]) -> None:
-    """UserError for a file that was written while it was read: some texts would be the old ones, some the new."""
+def refuse_touched(there: Sequence[Entry], sources: Sequence[str]) -> None:
+    """UserError for a file that was written while it was read: some texts would be the old ones, some the new.
+
+    The stores among the sources are listed once more, rather than asked for one file after another.
+    """
+    remote = {str(file): file for source in sources if is_url(source) for file in find_files(source)}
     for entry in there:
-        if "path" in entry and not _is_as_it_was(entry):
+        if "version" in entry:
+            is_as_it_was = entry["path"] in remote and _entry(remote[entry["path"]], {}) == entry
+        else:
+            is_as_it_was = "path" not in entry or _is_untouched(entry)
+        if not is_as_it_was:
             raise UserError(f"{entry['path']}: changed while it was read; give the same command again")
 
 
-def _is_as_it_was(entry: Entry) -> bool:
-    if "version" in entry:
-        return any(_entry(file, {}) == entry for file in find_files(entry["path"]))
+def _is_untouched(entry: Entry) -> bool:
     return {**entry, "sha256": None} == {**_file_state(Path(entry["path"])), "sha256": None}
 
 

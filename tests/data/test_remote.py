@@ -118,12 +118,12 @@ def check_changes(store: Any, url: str, path: str) -> None:
     store.pipe(path, b"one\n")
     pattern = url.replace("a.txt", "*.txt")
     before = entries([pattern])
-    refuse_touched(before)
+    refuse_touched(before, [pattern])
     assert difference(before, entries([pattern])) is None
     store.pipe(path, b"two\n")
     assert difference(before, entries([pattern])) == f"{url} has changed"
     with pytest.raises(UserError, match=f"{url}: changed while it was read"):
-        refuse_touched(before)
+        refuse_touched(before, [pattern])
 
 
 def test_a_file_of_a_store_that_changes_is_noticed(memory: Any, tmp_path: Path) -> None:
