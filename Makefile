@@ -45,6 +45,18 @@ test-trackers: .venv-trackers/ready   ## runs that report to Weights & Biases an
 	.venv-trackers/bin/pip install --quiet wandb==0.31.0 mlflow==3.17.2
 	touch $@
 
+# In an environment of their own, too: the libraries of S3 want an older python-dateutil than is locked here.
+.PHONY: test-remote
+test-remote: .venv-remote/ready       ## texts of remote stores, of a local server that speaks S3, and of Hugging Face's library
+	.venv-remote/bin/python -m pytest -rs tests/data/test_remote.py tests/data/test_hugging_face.py
+
+.venv-remote/ready: .venv/dev
+	$(BIN)/python -m venv .venv-remote
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv-remote/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	.venv-remote/bin/pip install --quiet datasets==5.2.0 s3fs==2026.9.0 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
+	touch $@
+
 generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code
 	$(BIN)/python docker/monitoring/generate_monitoring.py
 	$(BIN)/python k8s/generate.py
@@ -93,7 +105,7 @@ lock:                                 ## write requirements*.lock and docker/*.l
 	rm -rf .venv-lock
 
 clean:                                ## remove the environment, the demo's data and its run
-	rm -rf .venv .venv-trackers data/demo runs/demo
+	rm -rf .venv .venv-trackers .venv-remote data/demo runs/demo
 
 .PHONY: test-kernels
 test-kernels: .venv/triton/ready      ## the kernels for GPUs: computed by Triton's interpreter, and compiled for GPUs

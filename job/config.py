@@ -67,7 +67,12 @@ class DataConfig:
         "where samples come from: prepared shards, or random ones that need no data",
         choices=("shards", "synthetic"),
     )
-    dir: str | None = key(None, "directory of prepared shards (dataset.json inside)", read_if=SHARDS)
+    dir: str | None = key(
+        None, "directory of prepared shards (dataset.json inside), or the URL of one (s3://...)", read_if=SHARDS
+    )
+    cache_dir: str | None = key(
+        None, "directory on each node into which data of a URL (data.dir=s3://...) is copied, once", read_if=SHARDS
+    )
     num_workers: int = key(0, "loader processes per rank; 0 loads in the training process", low=0)
     standardize_latents: bool = key(True, "subtract the latents' stored mean and divide by their standard deviation")
     unpaired_per_batch: float | None = key(
@@ -350,6 +355,7 @@ class Config:
 # Keys that may change when a run goes on from a checkpoint: they say where, how long and how it is watched, not what
 # is trained. train_batch_size is here because only the global batch counts, which is compared by itself.
 FREE_ON_RESUME = {
+    "data.cache_dir",
     "data.dir",
     "data.num_workers",
     "data.verify_hashes",

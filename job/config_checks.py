@@ -10,6 +10,7 @@ from typing import Any
 
 from job.config import MODES, Config, DecodingConfig, checked_name, default_of, get, keys
 from job.errors import UserError
+from job.files import is_url
 from job.row_kinds import Counts
 
 # At a latent timestep t the noisy latent is alpha(t) z + sigma(t) noise. Above this t hardly anything of z is left.
@@ -76,12 +77,19 @@ def refuse_unread(config: Config, dotted: str, value: Any, f: dataclasses.Field[
 
 
 def refuse_missing_data(config: Config) -> None:
-    """Refuse shards without a directory."""
+    """Refuse shards without a directory, and a URL of them without one to copy them to."""
     if config.data.source == "shards" and config.data.dir is None:
         raise UserError(
             "data.dir is not set: give a directory written by `python -m job.prepare` (data.dir=DIR), "
             "or data=synthetic for a run without data"
         )
+    remote = config.data.source == "shards" and is_url(config.data.dir or "")
+    if remote and config.data.cache_dir is None:
+        raise UserError(
+            f"data.dir={config.data.dir} is copied to each node; set data.cache_dir to a directory there that has room"
+        )
+    if config.data.cache_dir is not None and not remote:
+        raise UserError("data.cache_dir has no effect: data.dir is not the URL of a store (s3://...); leave it out")
 
 
 def refuse_empty_ranges(config: Config) -> None:

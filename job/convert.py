@@ -10,11 +10,11 @@ from pathlib import Path
 from job.arguments import Fraction, add_model_options, at_least
 from job.command import guarded
 from job.errors import UsageError
-from job.export import push, refuse_repository, write_export
 from job.files import refuse_existing
-from job.lgdlm import checkpoint as lgdlm_checkpoint
 from job.lgdlm import data as lgdlm_data
-from job.trained import load_trained
+from job.runtime.processors import own_threads
+
+# What needs torch is imported where it is used: every process that reads data imports this module.
 
 
 def data(options: argparse.Namespace) -> None:
@@ -27,17 +27,23 @@ def data(options: argparse.Namespace) -> None:
         validation_fraction=options.validation_fraction,
         max_length=options.max_length,
         skip_bad=options.skip_bad,
+        workers=options.workers or own_threads(1),
     )
     print(lgdlm_data.convert(options.token_dir, options.latent_dir, options.out, reading))
 
 
 def checkpoint(options: argparse.Namespace) -> None:
     """An LGDLM checkpoint to a weight file."""
+    from job.lgdlm import checkpoint as lgdlm_checkpoint
+
     print(lgdlm_checkpoint.convert(options.source, options.out))
 
 
 def export(options: argparse.Namespace) -> None:
     """The model of a run, or of one of its checkpoints, to a directory for inference, and to the hub if asked."""
+    from job.export import push, refuse_repository, write_export
+    from job.trained import load_trained
+
     if not options.push_to and (options.dry_run or options.private):
         raise UsageError("--dry-run and --private have no effect without --push-to REPO; leave them out")
     if options.push_to:
@@ -73,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
         "--max-length", type=int, action=at_least(1), help="leave samples of more real tokens out (none: all are kept)"
     )
     c.add_argument("--skip-bad", action="store_true", help="leave unpaired and corrupt files out instead of failing")
+    c.add_argument(
+        "--workers",
+        type=int,
+        action=at_least(1),
+        metavar="N",
+        help="processes that read; the result is the same for any number (as many as there are cores)",
+    )
     c.set_defaults(command=data)
 
     c = commands.add_parser("checkpoint", help="an LGDLM checkpoint to weights for training.init_from")

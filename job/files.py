@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from job.errors import UserError
 
 TEMPORARY = ".tmp"
+SCHEME = "://"
 LONGEST_NAME = 150  # bytes; file systems take 255, and names are parts of other names
 # What is wrong with a disk or a path, and not with the program.
 OF_STORAGE = {
@@ -131,6 +132,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return objects
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is one of a store (s3://...) and not of a file here."""
+    return SCHEME in name
 
 
 def file_name(text: str) -> str:

@@ -57,6 +57,7 @@ from job.data.loader import (
     evaluation_batches,
     open_datasets,
 )
+from job.data_copy import fetch_data
 from job.errors import ExitCode, JobError, UsageError, UserError
 from job.files import storage_problem, write_json
 from job.monitoring.curves import write_curves
@@ -145,6 +146,7 @@ def train_watched(
 ) -> ExitCode:
     """`train`, while a watchdog looks on: it ends the process when nothing moves any more."""
     total = config.training.num_train_steps
+    fetch_data(config, partial(watchdog.beat, 0, "copying data"), lambda: bool(signals.requested))
     train_data, held_out = open_datasets(config)
     checkpointer = Checkpointer(
         run_dir / checkpoint_names.DIRECTORY,

@@ -39,7 +39,7 @@ from job.data.loader import Batch, BatchFormat, evaluation_batches, open_dataset
 from job.data.shards import Dataset, ShardDataset
 from job.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load, of_dataset
 from job.errors import UserError
-from job.files import file_entry
+from job.files import file_entry, is_url
 from job.model.build import build_model
 from job.model.weights import WEIGHTS_FILE, describe
 from job.objective.objective import Objective
@@ -207,7 +207,11 @@ def open_data(config: Config, data: Path | None, path: Path) -> tuple[Dataset, D
     """
     if data is not None:
         config.data.source, config.data.dir = "shards", str(data)
-    elif config.data.source == "shards" and not Path(config.data.dir or "").is_dir():
+    elif (
+        config.data.source == "shards"
+        and not is_url(config.data.dir or "")
+        and not Path(config.data.dir or "").is_dir()
+    ):
         there = _started_in(path) / (config.data.dir or "")
         if not there.is_dir():
             raise UserError(f"{config.data.dir}: the run's data directory is not here; name it with --data DIR")

@@ -164,5 +164,10 @@ def description(options: Options, files: Sequence[Entry]) -> dict[str, Any]:
             while block := file.read(2**20):
                 digest.update(block)
         return {"name": GIVEN, "file": Path(options.latents).name, "sha256": digest.hexdigest()}
-    of_files = repr((options.latents_key, [entry.get("sha256", entry["name"]) for entry in contents(files)]))
+    of_files = repr(
+        (
+            options.latents_key,
+            [entry.get("sha256") or entry.get("version") or entry["name"] for entry in contents(files)],
+        )
+    )
     return {"name": GIVEN, "key": options.latents_key, "sha256": hashlib.sha256(of_files.encode()).hexdigest()}

@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from job.config import Config
+from job.data.cached import local_copy
 from job.data.description import ModelDescription
 from job.data.sampler import MixedSampler, Sampler
 from job.data.shards import LEAST_ROWS, Dataset, DatasetInfo, ShardDataset, Split
 from job.data.synthetic import SyntheticDataset
 from job.errors import JobError, RetryError, UserError
+from job.files import is_url
 
 Batch = dict[str, torch.Tensor]
 LENGTH_MULTIPLE = 8  # row lengths are rounded up to it: aligned for tensor cores, and fewer shapes to compile
@@ -104,7 +106,7 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
     """
     if config.data.source == "synthetic":
         return _synthetic(config, "train"), _synthetic(config, "validation")
-    directory, longest = Path(config.data.dir or ""), config.model.max_seq_len
+    directory, longest = _directory(config), config.model.max_seq_len
     train = ShardDataset(directory, "train", config.data.verify_hashes)
     validation = ShardDataset(directory, "validation")
     if train.info.max_length > longest:
@@ -120,6 +122,12 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
             f"least {LEAST_ROWS['validation']}); prepare with a larger --validation-fraction or more texts"
         )
     return train, validation
+
+
+def _directory(config: Config) -> Path:
+    """Where the shards are: data.dir, or the copy of what it names in a store."""
+    name = config.data.dir or ""
+    return local_copy(name, Path(config.data.cache_dir or "")) if is_url(name) else Path(name)
 
 
 def _synthetic(config: Config, split: Split) -> SyntheticDataset:

@@ -56,7 +56,7 @@ class Options:
         "characters: short, and soon learned), files, directories "
         "or globs of .txt (a text a line), .jsonl or .parquet, hf:NAME[:CONFIG] or hf:PATH; a file or glob may also "
         "be of .text or .md (as .txt), .ndjson or .json (as .jsonl, or one array), .csv or .tsv; all but .parquet also "
-        "with .gz or .zst behind",
+        "with .gz or .zst behind; URLs (s3://..., gs://..., hf://...) of files, directories or globs likewise",
         group="texts",
         metavar="SOURCE",
     )

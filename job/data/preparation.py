@@ -117,7 +117,7 @@ def _read_and_fit(preparation: Preparation) -> dict[str, Any]:
     directory = preparation.work / "sorting"
     with TextStore(directory) as store:
         read_into(store, options, given)
-        source_files.refuse_touched(files)
+        source_files.refuse_touched(files, [*options.source, *options.unpaired])
         division = Division(options.validation_fraction, options.encode_fraction)
         shards = TextShards(store, division, preparation.work, options.shard_size, given)
     shutil.rmtree(directory)

@@ -12,9 +12,10 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO
 
+from job.data.remote import RemoteFile
 from job.errors import UserError
 
 LINES = (".txt", ".text", ".md")
@@ -31,11 +32,18 @@ LONGEST_FIELD = 2**26  # characters of a table's field; the library's own limit 
 WHITE_SPACE = " \t\r\n"
 
 Record = tuple[Any, str]  # and where it is
+SourceFile = Path | RemoteFile
 
 
-def kind_of(path: Path) -> str:
+def ending_of(path: SourceFile) -> str:
+    """The ending of a file's name, that of its compression if it has one."""
+    return PurePath(path.name).suffix
+
+
+def kind_of(path: SourceFile) -> str:
     """The ending that says what is in a file, that of a compressed one left out."""
-    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    name = PurePath(path.name)
+    return name.with_suffix("").suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def nested(record: dict[str, Any], key: str) -> Any:
@@ -57,13 +65,13 @@ def nested(record: dict[str, Any], key: str) -> Any:
     raise KeyError(key)
 
 
-def records(path: Path, keys: Sequence[str]) -> Iterator[Record]:
+def records(path: SourceFile, keys: Sequence[str]) -> Iterator[Record]:
     """The records of a file; `keys` are the ones that are wanted, the text's first.
 
     UserError that names the file, and the record where it has one, for what cannot be read.
     """
     kind = kind_of(path)
-    if kind == PARQUET and path.suffix == PARQUET:
+    if kind == PARQUET and ending_of(path) == PARQUET:
         yield from _parquet(path, keys)
     elif kind in LINES:
         for number, line in enumerate(_lines(path), 1):
@@ -79,32 +87,35 @@ def records(path: Path, keys: Sequence[str]) -> Iterator[Record]:
         )
 
 
-def _open(path: Path) -> BinaryIO:
+def _decompressed(file: BinaryIO, ending: str) -> BinaryIO:
     """A file's bytes, decompressed as they are read."""
-    if path.suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
-    if path.suffix == ".zst":
+    if ending == ".gz":
+        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+    if ending == ".zst":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
-    return path.open("rb")
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    return file
 
 
 class _Text:
     """A file of text that is open: a `with` block around all that is read, whose errors name the file."""
 
-    def __init__(self, path: Path, newline: str | None = None) -> None:
+    def __init__(self, path: SourceFile, newline: str | None = None) -> None:
         self.path, self.newline = path, newline
 
     def __enter__(self) -> TextIO:
         try:
-            self.file = io.TextIOWrapper(_open(self.path), encoding="utf-8", newline=self.newline)
+            self.stored = self.path.open("rb")
+            content = _decompressed(self.stored, ending_of(self.path))
         except OSError as error:
             raise self._problem(error) from error
+        self.file = io.TextIOWrapper(content, encoding="utf-8", newline=self.newline)
         return self.file
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         self.file.close()
+        self.stored.close()
         if isinstance(error, UnicodeDecodeError | OSError | EOFError | zlib.error):
             raise self._problem(error) from error
 
@@ -116,13 +127,13 @@ class _Text:
         return UserError(f"{self.path}: cannot be decompressed, damaged or cut off ({error})")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: SourceFile) -> Iterator[str]:
     with _Text(path) as file:
         for line in file:
             yield line.removeprefix(BYTE_ORDER_MARK)  # on any line: files may have been joined
 
 
-def _json_records(path: Path) -> Iterator[Record]:
+def _json_records(path: SourceFile) -> Iterator[Record]:
     """Of JSON lines, or of one array: whichever the first character says."""
     with _Text(path) as file:
         is_array = _Characters(file).peek() == "["  # a line of it may be the whole file
@@ -181,7 +192,7 @@ class _Characters:
             self.more(max(READ_AT_ONCE, len(self.text) - self.at))
 
 
-def _array(path: Path) -> Iterator[Record]:
+def _array(path: SourceFile) -> Iterator[Record]:
     """The items of a JSON array, one after another."""
     with _Text(path) as file:
         characters = _Characters(file)
@@ -204,7 +215,7 @@ def _array(path: Path) -> Iterator[Record]:
             raise UserError(f"{path}: {left!r} behind the end of the array; one array, or one object a line, please")
 
 
-def _table(path: Path, kind: str, keys: Sequence[str]) -> Iterator[Record]:
+def _table(path: SourceFile, kind: str, keys: Sequence[str]) -> Iterator[Record]:
     """Rows of a table whose first row names the columns."""
     csv.field_size_limit(LONGEST_FIELD)
     with _Text(path, newline="") as file:
@@ -232,14 +243,14 @@ def _table(path: Path, kind: str, keys: Sequence[str]) -> Iterator[Record]:
             ) from error
 
 
-def _parquet(path: Path, keys: Sequence[str]) -> Iterator[Record]:
+def _parquet(path: SourceFile, keys: Sequence[str]) -> Iterator[Record]:
     """Rows of a Parquet file, {key: value}; a text that is null is an empty one."""
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb"))
         _refuse_missing_columns(path, file.schema_arrow, keys)
         for batch in file.iter_batches(columns=list(keys), batch_size=READ_AT_ONCE // 16):
             for record in batch.to_pylist():
@@ -265,7 +276,7 @@ def _option(keys: Sequence[str], key: str) -> str:
     return "--text-key" if key == keys[0] else "--latents-key"
 
 
-def _refuse_missing_columns(path: Path, schema: Any, keys: Sequence[str]) -> None:
+def _refuse_missing_columns(path: SourceFile, schema: Any, keys: Sequence[str]) -> None:
     """UserError for a key that is neither a column nor a field of a nested one."""
 
     def tree(fields: Any) -> dict[str, Any]:

@@ -93,18 +93,25 @@ def read_info(directory: Path) -> DatasetInfo:
     """Read dataset.json; UserError if it is missing, damaged or of another format."""
     path = Path(directory) / INFO_FILE
     try:
-        values = json.loads(path.read_bytes())
-        if values["format_version"] in (*OLDER_VERSIONS, FORMAT_VERSION):
-            return DatasetInfo(**values)
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{directory}: no finished dataset here ({INFO_FILE} is missing); "
             f"prepare one with `python -m job.prepare --out {directory}`, the same command finishes an interrupted one"
         ) from None
+    return info_of(content, str(path))
+
+
+def info_of(content: bytes, where: str) -> DatasetInfo:
+    """What dataset.json says; UserError that names it if it is damaged or of another format."""
+    try:
+        values = json.loads(content)
+        if values["format_version"] in (*OLDER_VERSIONS, FORMAT_VERSION):
+            return DatasetInfo(**values)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged or not a dataset description ({error!r}); prepare the data again") from error
+        raise UserError(f"{where}: damaged or not a dataset description ({error!r}); prepare the data again") from error
     raise UserError(
-        f"{path}: format_version {values['format_version']}, this version reads {FORMAT_VERSION}; "
+        f"{where}: format_version {values['format_version']}, this version reads {FORMAT_VERSION}; "
         "prepare the data again"
     )
 

@@ -1,7 +1,9 @@
 """Whether the files that texts came from are still the same ones: by content, under whatever name they are given.
 
-An entry is a file {path, name, bytes, modified, sha256}, or the {name} of a source that is not made of files (the
-standard library, a dataset of the hub). Path and time stay in the plan: a dataset is a function of the texts alone.
+An entry is a file {path, name, bytes, modified, sha256}, one of a store {path, name, bytes, version}, or the {name} of
+a source that is not made of files (the standard library, a dataset of the hub). Path and time stay in the plan: a
+dataset is a function of the texts alone. A store's file is not hashed, which would take as long as reading it: the
+store has a version of it (an ETag, mostly a hash of the content).
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from job.data.options import Options
-from job.data.sources import EMBEDDED, HUGGING_FACE, find_files, is_saved
+from job.data.records import SourceFile
+from job.data.remote import RemoteFile
+from job.data.sources import EMBEDDED, HUGGING_FACE, find_files, is_of_hub, is_saved
 from job.errors import UserError
+from job.files import is_url
 
 Entry = dict[str, Any]
 # Of a larger file only the beginning is hashed; its size and its time are still compared. Hashing a terabyte would
@@ -32,13 +37,21 @@ def entries(sources: Sequence[str], known: Sequence[Entry] = ()) -> list[Entry]:
         name = source.removeprefix(HUGGING_FACE)
         if source in EMBEDDED:
             found.append({"name": source})
-        elif name == source:
-            found += [_file_entry(path, of_path) for path in find_files(source)]
+        elif not is_of_hub(source):
+            found += [_entry(path, of_path) for path in find_files(source)]
         elif is_saved(name):
             found += [_file_entry(path, of_path) for path in sorted(Path(name).rglob("*.arrow"))]
+        elif (directory := Path(name.partition(":")[0])).is_dir():
+            found += [_file_entry(path, of_path) for path in _shown_files(directory)]
         else:
             found.append({"name": source})
     return found
+
+
+def _shown_files(directory: Path) -> list[Path]:
+    """All files of a directory that Hugging Face's library may look at; a README.md may say which ones it reads."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part[0] == "." for part in path.relative_to(directory).parts))
 
 
 def of_options(options: Options, known: Sequence[Entry] = ()) -> list[Entry]:
@@ -50,6 +63,12 @@ def of_options(options: Options, known: Sequence[Entry] = ()) -> list[Entry]:
             raise UserError(f"--latents {path}: no such file")
         found.append(_file_entry(path, {entry["path"]: entry for entry in known if "path" in entry}))
     return found
+
+
+def _entry(path: SourceFile, known: dict[str, Entry]) -> Entry:
+    if isinstance(path, RemoteFile):
+        return {"path": path.url, "name": path.name, "bytes": path.size, "version": path.version}
+    return _file_entry(path, known)
 
 
 def _file_entry(path: Path, known: dict[str, Entry]) -> Entry:
@@ -74,11 +93,23 @@ def _file_state(path: Path) -> Entry:
     return {"path": str(path.resolve()), "name": path.name, "bytes": state.st_size, "modified": state.st_mtime_ns}
 
 
-def refuse_touched(there: Sequence[Entry]) -> None:
-    """UserError for a file that was written while it was read: some texts would be the old ones, some the new."""
+def refuse_touched(there: Sequence[Entry], sources: Sequence[str]) -> None:
+    """UserError for a file that was written while it was read: some texts would be the old ones, some the new.
+
+    The stores among the sources are listed once more, rather than asked for one file after another.
+    """
+    remote = {str(file): file for source in sources if is_url(source) for file in find_files(source)}
     for entry in there:
-        if "path" in entry and {**entry, "sha256": None} != {**_file_state(Path(entry["path"])), "sha256": None}:
+        if "version" in entry:
+            is_as_it_was = entry["path"] in remote and _entry(remote[entry["path"]], {}) == entry
+        else:
+            is_as_it_was = "path" not in entry or _is_untouched(entry)
+        if not is_as_it_was:
             raise UserError(f"{entry['path']}: changed while it was read; give the same command again")
+
+
+def _is_untouched(entry: Entry) -> bool:
+    return {**entry, "sha256": None} == {**_file_state(Path(entry["path"])), "sha256": None}
 
 
 def contents(there: Sequence[Entry]) -> list[Entry]:
@@ -89,6 +120,8 @@ def contents(there: Sequence[Entry]) -> list[Entry]:
 def difference(before: Sequence[Entry], now: Sequence[Entry]) -> str | None:
     """What is not as it was, in words; None if all contents are the same, in the same order."""
     for old, new in zip(before, now, strict=False):
+        if ("version" in old) != ("version" in new):
+            return f"{new.get('path', new['name'])} is not where {old['name']} was read"
         if _identity(old) != _identity(new):
             same_name = old["name"] == new["name"]
             return f"{new.get('path', new['name'])} " + ("has changed" if same_name else f"is not {old['name']}")
@@ -100,4 +133,6 @@ def difference(before: Sequence[Entry], now: Sequence[Entry]) -> str | None:
 def _identity(entry: Entry) -> tuple[Any, ...]:
     if "sha256" in entry:
         return entry["bytes"], entry["sha256"]
+    if "version" in entry:
+        return entry["bytes"], entry["version"]
     return (entry["name"],)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from job.data.optional import import_optional
-from job.data.records import BYTE_ORDER_MARK, PARQUET, SUFFIXES, Record, kind_of, nested, records
+from job.data.records import BYTE_ORDER_MARK, PARQUET, SUFFIXES, Record, SourceFile, ending_of, kind_of, nested, records
+from job.data.remote import find_remote
 from job.data.stdlib_text import sentences, stdlib_sentences
 from job.data.unicode_names import character_names
 from job.errors import UserError
+from job.files import is_url
 
 STDLIB = "stdlib"
 UNICODE = "unicode"
@@ -76,21 +79,51 @@ def _saved_split(rows: Any, split: str, name: str) -> Any:
     return chosen
 
 
-def _hugging_face(name: str, split: str) -> Iterator[Record]:
-    """A dataset of the hub (NAME or NAME:CONFIG) or a directory written by `save_to_disk`."""
+def _hugging_face(name: str, split: str, keys: Sequence[str]) -> Iterator[Record]:
+    """Records of a dataset of the hub or a directory of files (NAME or NAME:CONFIG), or of one of `save_to_disk`.
+
+    They are streamed: read as they are asked for, and never all loaded or written into a cache; what `save_to_disk`
+    wrote is mapped into memory.
+    """
+    rows = iter(_with_columns(_open_hugging_face(name, split), keys))
+    for number in itertools.count():
+        try:
+            row = next(rows, None)
+        except Exception as error:  # of a damaged file, or a connection that the library has given up
+            raise UserError(f"{HUGGING_FACE}{name} row {number}: cannot be read ({_first_line(error)})") from error
+        if row is None:
+            return
+        yield row, f"{HUGGING_FACE}{name} row {number}"
+
+
+def _open_hugging_face(name: str, split: str) -> Any:
+    """The library's own object for a split. UserError for what it cannot load."""
     datasets = import_optional("datasets", "datasets")
     try:
         if is_saved(name):
-            rows = _saved_split(datasets.load_from_disk(name), split, name)
-        else:
-            path, _, config = name.partition(":")
-            rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
+            return _saved_split(datasets.load_from_disk(name), split, name)
+        path, _, config = name.partition(":")
+        return datasets.load_dataset(path, config or None, split=split, streaming=True)
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds
-        raise UserError(f"{HUGGING_FACE}{name}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    for number, row in enumerate(rows):
-        yield row, f"{HUGGING_FACE}{name} row {number}"
+        raise UserError(f"{HUGGING_FACE}{name}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _with_columns(rows: Any, keys: Sequence[str]) -> Any:
+    """The rows without the columns that nobody asked for: images and sounds would be decoded.
+
+    All of them where the library does not know the columns yet, and where a key is not there, for the message.
+    """
+    there = getattr(rows, "column_names", None) or []
+    wanted = {key: [column for column in there if key == column or key.startswith(f"{column}.")] for key in keys}
+    if not all(wanted.values()):
+        return rows
+    return rows.select_columns(sorted({column for columns in wanted.values() for column in columns}))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def is_saved(name: str) -> bool:
@@ -98,17 +131,25 @@ def is_saved(name: str) -> bool:
     return any((Path(name) / file).is_file() for file in SAVED_FILES)
 
 
-def _is_of_directory(file: Path) -> bool:
+def _is_of_directory(name: str) -> bool:
     """Whether a directory is read for files of such a name."""
+    file = Path(name)
     kind = kind_of(file)
-    return kind in DIRECTORY_SUFFIXES and (kind != PARQUET or file.suffix == PARQUET)
+    return kind in DIRECTORY_SUFFIXES and (kind != PARQUET or ending_of(file) == PARQUET)
 
 
-def find_files(source: str) -> list[Path]:
-    """Files of a path, directory or glob, sorted. UserError if there are none."""
+def is_of_hub(source: str) -> bool:
+    """Whether a source is read by Hugging Face's library of datasets; a URL (hf://...) is one of files."""
+    return source.startswith(HUGGING_FACE) and not is_url(source)
+
+
+def find_files(source: str) -> Sequence[SourceFile]:
+    """Files of a path, directory, glob or URL, sorted. UserError if there are none."""
+    if is_url(source):
+        return find_remote(source, _is_of_directory)
     path = Path(source)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if _is_of_directory(file) and file.is_file()]
+        files = [file for file in path.rglob("*") if _is_of_directory(file.name) and file.is_file()]
     elif path.is_file():
         files = [path]
     else:
@@ -144,8 +185,8 @@ def read_samples(
             texts = stdlib_sentences() if source == STDLIB else character_names()
             yield from (Sample(text.strip(), source) for text in texts)
             continue
-        if source.startswith(HUGGING_FACE):
-            found = _hugging_face(source.removeprefix(HUGGING_FACE), hf_split)
+        if is_of_hub(source):
+            found = _hugging_face(source.removeprefix(HUGGING_FACE), hf_split, keys)
         else:
             found = (record for path in find_files(source) for record in records(path, keys))
         for record, where in found:

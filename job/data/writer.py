@@ -15,6 +15,8 @@ from job.errors import UserError
 from job.files import file_entry, write_json, write_whole
 from job.row_kinds import KIND_NAMES, LATENT, PAIRED, TEXT
 
+SUMMED_ROWS = 1024  # rows of latents that are summed together
+
 
 @dataclasses.dataclass
 class ShardRecord:
@@ -51,12 +53,25 @@ def write_shard(
     record = _write(directory, split, number, arrays, lengths)
     record.token_counts = np.bincount(flat, minlength=vocab_size).tolist()
     if "latents" in arrays:
-        # float32 sums of squares lose the variance of latents with a large mean
-        exact = arrays["latents"].astype(np.float64)
-        record.latent_sum, record.latent_square_sum = exact.sum(0).tolist(), (exact**2).sum(0).tolist()
+        record.latent_sum, record.latent_square_sum = (total.tolist() for total in latent_sums(arrays["latents"]))
     else:
         record.kind = TEXT
     return record
+
+
+def latent_sums(latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and sums of squares float64 [D] of latents [rows, D].
+
+    In float64: float32 sums of squares lose the variance of latents with a large mean. A few rows at a time: copies of
+    all take gigabytes, and longer than writing the shard. Each block's sum begins with what was there before, so the
+    rows are added in the same order as by one sum over all, which gives the same bits.
+    """
+    totals: list[np.ndarray] = []
+    for start in range(0, max(1, len(latents)), SUMMED_ROWS):
+        block = latents[start : start + SUMMED_ROWS].astype(np.float64)
+        before = totals or [block[:0], block[:0]]
+        totals = [np.vstack([so_far, rows]).sum(0) for so_far, rows in zip(before, (block, block**2), strict=True)]
+    return totals[0], totals[1]
 
 
 def write_latents_shard(directory: Path, number: int, lengths: np.ndarray, latents: np.ndarray) -> ShardRecord:

@@ -28,7 +28,7 @@ DEFAULT_PORT = 29_500  # torchrun's
 # How often a thread of PyTorch on a CPU looks whether the others are done before it sleeps. GNU's OpenMP looks 300,000
 # times, which uses up the thread's turn where another program wants the core too, so that its next piece of work waits
 # for a turn: the demo on two cores that two other programs kept busy made 51 to 475 tokens a second, with 2,000 looks
-# 920 to 1,120. On idle cores it is 8 to 15% slower so, since sleeping threads must be woken (never looking: 30% slower).
+# 920 to 1,120. On idle cores it is 8 to 15% slower so, since sleeping threads must be woken (never looking: 30%).
 SPINS = 2_000
 
 

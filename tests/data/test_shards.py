@@ -11,7 +11,7 @@ import pytest
 
 from job.data import shards
 from job.data.shards import FORMAT_VERSION, DatasetInfo, ShardDataset, read_info
-from job.data.writer import write_info, write_shard
+from job.data.writer import SUMMED_ROWS, latent_sums, write_info, write_shard
 from job.errors import UserError
 
 VOCAB = 70_000
@@ -60,6 +60,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert dataset.lengths(indices).tolist() == [len(tokens[index]) for index in indices]
     with pytest.raises(IndexError):
         dataset[12]
+
+
+@pytest.mark.parametrize("count", [0, 1, SUMMED_ROWS, 3 * SUMMED_ROWS + 1])
+def test_sums_by_the_block_are_those_of_all_to_the_bit(count: int) -> None:
+    latents = (np.random.default_rng(0).standard_normal((count, 5)) * 100 + 7).astype(np.float32)
+    exact = latents.astype(np.float64)
+    total, squares = latent_sums(latents)
+    assert total.tobytes() == exact.sum(0).tobytes()
+    assert squares.tobytes() == (exact**2).sum(0).tobytes()
 
 
 def test_statistics_are_those_of_the_training_split(tmp_path: Path) -> None:

@@ -33,11 +33,11 @@ def test_what_was_not_touched_is_not_read_again(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "a.txt"
     path.write_text("one\n")
     known = entries([str(path)])
-    refuse_touched(known)
+    refuse_touched(known, [])
     monkeypatch.setattr(source_files, "hashlib", None)
     assert entries([str(path)], known) == known
     os.utime(path, ns=(1, 1))
     with pytest.raises(AttributeError):
         entries([str(path)], known)
     with pytest.raises(UserError, match=r"a\.txt: changed while it was read"):
-        refuse_touched(known)
+        refuse_touched(known, [])

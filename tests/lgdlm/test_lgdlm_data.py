@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,13 @@ from tiny_run import tiny_run
 from job import evaluate, sample
 from job.data.shards import ShardDataset
 from job.data.tokenizer import train
-from job.errors import UsageError, UserError
+from job.errors import RetryError, UsageError, UserError
+from job.lgdlm import data, samples
+from job.lgdlm.arrays import read_npz
 from job.lgdlm.checkpoint import convert as convert_checkpoint
 from job.lgdlm.data import DataOptions, convert
+from job.lgdlm.samples import DAMAGED
+from job.lgdlm.workers import in_order
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 SAMPLES, VOCAB, LENGTH, DIM = 40, 50, 12, 6
@@ -89,14 +95,81 @@ def test_bad_files_are_named_counted_and_fatal(
     lines = capsys.readouterr().err.splitlines()
     for name, problem in expected.items():
         assert any(name in line and problem in line for line in lines), name
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert any("nothing will be written (--skip-bad" in line for line in lines)
+    assert list_of_bad(tmp_path / "out.bad.jsonl") == expected.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents", "out.bad.jsonl", "tokens"]
+
+
+def list_of_bad(path: Path) -> set[str]:
+    """The names that a list of bad files has, each with a reason."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(entry["problem"] for entry in entries)
+    assert len({entry["file"] for entry in entries}) == len(entries)
+    return {Path(entry["file"]).name for entry in entries}
 
 
 def test_bad_files_can_be_left_out(directories: tuple[Path, Path], tmp_path: Path) -> None:
-    spoil(*directories)
-    assert "7 bad files left out" in convert(*directories, tmp_path / "out", replace(OPTIONS, skip_bad=True))
+    expected = spoil(*directories)
+    summary = convert(*directories, tmp_path / "out", replace(OPTIONS, skip_bad=True))
+    assert f"7 bad files left out (listed in {tmp_path / 'out.bad.jsonl'})" in summary
+    assert list_of_bad(tmp_path / "out.bad.jsonl") == expected.keys()
     assert sum(ShardDataset(tmp_path / "out", "train").info.counts.values()) == SAMPLES - 7
+
+
+def test_a_list_of_bad_files_does_not_outlive_them(directories: tuple[Path, Path], tmp_path: Path) -> None:
+    (directories[0] / "000004_tokens.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 unpaired or corrupt files, listed in .*out\.bad\.jsonl"):
+        convert(*directories, tmp_path / "out", OPTIONS)
+    (directories[0] / "000004_tokens.npz").unlink()
+    (directories[1] / "000004.npy").unlink()
+    convert(*directories, tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out.bad.jsonl").exists()
+
+
+def test_any_number_of_workers_gives_the_same_bits(
+    directories: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several parts for each worker, shards that end within a part, and bad files at the start of all."""
+    spoil(*directories)
+    monkeypatch.setattr(samples, "AT_ONCE", 4)
+    monkeypatch.setattr(data, "SHARD_SIZE", 6)
+    written, listed = set(), set()
+    for workers in (1, 2):
+        out = tmp_path / f"with-{workers}"
+        convert(*directories, out, replace(OPTIONS, skip_bad=True, workers=workers))
+        written.add(tuple((path.name, path.read_bytes()) for path in sorted(out.iterdir())))
+        listed.add((tmp_path / f"with-{workers}.bad.jsonl").read_text())
+    assert len(written) == len(listed) == 1
+    assert len(written.pop()) > 12
+
+
+def test_a_worker_that_is_killed_is_no_shorter_dataset() -> None:
+    with pytest.raises(RetryError, match="a worker process was killed"):
+        list(in_order(signal.raise_signal, [signal.SIGKILL] * 10, 2))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_files_are_read_as_numpy_reads_them(tmp_path: Path, save: Callable[..., None]) -> None:
+    """Byte by byte damaged: another array must not come out, nor an error that is not known."""
+    path = tmp_path / "a.npz"
+    arrays = {"input_ids": np.arange(9, dtype=np.int32), "attention_mask": np.ones(9, bool)}
+    save(path, **arrays, other=np.asfortranarray(np.arange(6).reshape(2, 3)))
+    whole = path.read_bytes()
+    for name, array in zip(arrays, read_npz(str(path), list(arrays)), strict=True):
+        assert array.dtype == arrays[name].dtype
+        assert np.array_equal(array, arrays[name])
+    (other,) = read_npz(str(path), ["other"])
+    assert np.array_equal(other, np.arange(6).reshape(2, 3))
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        try:
+            read = read_npz(str(path), list(arrays))
+        except DAMAGED:
+            continue
+        assert all(np.array_equal(array, arrays[name]) for name, array in zip(arrays, read, strict=True)), at
+    path.write_bytes(whole[:-40])
+    with pytest.raises(DAMAGED):
+        read_npz(str(path), list(arrays))
 
 
 def test_longer_samples_are_left_out_whole(directories: tuple[Path, Path], tmp_path: Path) -> None:
