@@ -68,6 +68,7 @@ class Graphs:
         self.through_autograd = dist.is_available() and dist.is_initialized()
         self.waiting = False
         self._recordings: dict[Key, Recording] = {}
+        self._casts: dict[torch.dtype, dict[int, Tensor]] = {}
         self._places: list[int] = []
         self._pool: Any = None
 
@@ -111,7 +112,7 @@ class Graphs:
             replace(group, latents=latents, text_t=text_t, latent_t=latent_t)
             for group, (latents, text_t, latent_t) in zip(groups, parts, strict=True)
         ]
-        cast = self._cast_parameters(dtype)
+        cast = self.cast_parameters(dtype)
         weights = [cast.get(number, p) for number, p in enumerate(self.parameters)]
         wanted = [*(x for x in inputs if x.requires_grad), *weights]
 
@@ -130,10 +131,6 @@ class Graphs:
             torch.cuda.synchronize()
             of_parameters = gradients[len(wanted) - len(weights) :]
             recording.used = [number for number, gradient in enumerate(of_parameters) if gradient is not None]
-            for number in cast.keys() - set(recording.used):
-                del cast[number]
-                weights[number] = self.parameters[number]
-            wanted = [*wanted[: len(wanted) - len(weights)], *weights]
             for number in recording.used:
                 if number not in self.sums:
                     self.sums[number] = torch.zeros_like(self.parameters[number])
@@ -154,20 +151,21 @@ class Graphs:
             recording.to_inputs = [next(of_inputs) if x.requires_grad else None for x in inputs]
         return recording
 
-    def _cast_parameters(self, dtype: torch.dtype) -> dict[int, Tensor]:
+    def cast_parameters(self, dtype: torch.dtype) -> dict[int, Tensor]:
         """Memory for the weights and biases of linear layers in autocast's type, by the parameter's number.
 
         All are cast at once, and their gradients are added up without being cast first; autocast would start a kernel
-        for each of both.
+        for each of both. All recordings share it: each casts anew, and weights do not change between its two passes.
         """
-        if dtype == torch.float32:
-            return {}
-        linear = {id(p) for module in self.body.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
-        return {
-            number: torch.empty_like(p, dtype=dtype).requires_grad_()
-            for number, p in enumerate(self.parameters)
-            if id(p) in linear
-        }
+        if dtype != torch.float32 and dtype not in self._casts:
+            layers = [module for module in self.body.modules() if isinstance(module, nn.Linear)]
+            linear = {id(p) for layer in layers for p in layer.parameters()}
+            self._casts[dtype] = {
+                number: torch.empty_like(p, dtype=dtype).requires_grad_()
+                for number, p in enumerate(self.parameters)
+                if id(p) in linear
+            }
+        return self._casts.get(dtype, {})
 
 
 @contextmanager

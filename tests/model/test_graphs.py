@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_cases import formula_batch, formula_model, model_config
+from torch.func import functional_call
 
 from job.model.fast import FastMMDiT
-from job.model.graphs import SIZES, any_lengths, filled
+from job.model.graphs import SIZES, Graphs, any_lengths, filled
 from job.model.groups import Group, Padding
 
 
@@ -27,6 +28,33 @@ def test_rows_of_a_filled_batch_come_out_as_they_would(lengths: tuple[int, ...])
     text, latent = model._trunk(model._text_input(groups, more), groups, more)
     torch.testing.assert_close(text[: sum(lengths)], expected.text, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(latent[:rows], expected.latent, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_cast_beforehand_give_what_autocast_gives() -> None:
+    model = formula_model(model_config()).train()
+    assert isinstance(model, FastMMDiT)
+    batch, time = formula_batch((10, 6, 3)), torch.tensor([0.5])
+    padding = Padding(batch["attention_mask"], False, [10, 6, 3])
+    groups = [Group(batch["input_ids"], batch["latent"], time, time, ("text", "latent"))]
+    arguments = (model._text_input(groups, padding).detach(), groups, padding)
+    graphs = Graphs(model, model._trunk)
+    cast = graphs.cast_parameters(torch.bfloat16)
+    with torch.no_grad():
+        for number, weight in cast.items():
+            weight.copy_(graphs.parameters[number])
+    weights = [cast.get(number, p) for number, p in enumerate(graphs.parameters)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model._trunk(*arguments)
+        found = functional_call(graphs.body, dict(zip(graphs.names, weights, strict=True)), arguments)
+    assert cast
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    gradients = [
+        torch.autograd.grad([x.float().sum() for x in outputs], leaves, allow_unused=True)
+        for outputs, leaves in ((found, weights), (expected, graphs.parameters))
+    ]
+    for name, ours, theirs in zip(graphs.names, *gradients, strict=True):
+        assert (ours is None) == (theirs is None), name
+        assert ours is None or torch.equal(ours.float(), theirs), name
 
 
 @settings(max_examples=200, deadline=None)
