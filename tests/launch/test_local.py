@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def _points_that_need_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "command", lambda point: [sys.executable, "-c", POINT, *point.arguments])
     monkeypatch.setattr(waiting, "ended", [])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_this_test_alone() -> Iterator[None]:
+    """A test before may have let job.train watch this process's signals, of which a second one ends it."""
+    before = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(before)
 
 
 def points(directory: Path, *seconds_and_codes: tuple[float, int]) -> list[Point]:
