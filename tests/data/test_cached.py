@@ -149,8 +149,10 @@ def test_a_run_that_is_stopped_while_it_copies_ends_at_once(
 
     monkeypatch.setattr(RemoteDirectory, "blocks", endless)
     monkeypatch.setattr(command, "signals", command.StopSignals())
+    before = signal.set_wakeup_fd(-1)
     command.signals.install()
     threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(StoppedError, match="the same command goes on") as stopped:
         train(configured(f"data.dir={URL}", f"data.cache_dir={tmp_path / 'cache'}"), tmp_path / "run")
+    signal.set_wakeup_fd(before)  # or it would take another test's signal for the second, which ends this process
     assert stopped.value.exit_code == ExitCode.STOPPED
