@@ -227,7 +227,7 @@ class TrainingConfig:
         read_if=SHARDED,
     )
     compile_model: bool = key(
-        False, "torch.compile the blocks where the kernels of their own that GPUs have do not serve", read_if=FAST
+        False, "torch.compile the blocks, in place of the kernels that GPUs have for them", read_if=FAST
     )
     cuda_graphs: bool = key(True, "on a GPU, record the kernels of the blocks once and replay them", read_if=FAST)
     deterministic: bool = key(

@@ -56,11 +56,11 @@ class FastMMDiT(MultimodalMMDiT):
 
     def __init__(self, config: ModelConfig, vocab_size: int, latent_dim: int) -> None:
         super().__init__(config, vocab_size, latent_dim)
-        self.kernels = True  # use the Triton kernels of sublayer.py where they run
-        self.compiled = False  # else torch.compile the blocks, in training: an evaluation is over before it pays
+        self.compiled = False  # torch.compile the blocks, in training: an evaluation is over before it pays
         self.recording = False  # replay the blocks' kernels as CUDA graphs, in training on a GPU
         self.graphs: Graphs | None = None
         self.dropout = config.dropout
+        self.fits_kernels = config.num_residual_streams == STREAMS and config.hidden_size <= MAX_WIDTH
         self.checkpointing = False  # keep no activations inside blocks, compute them again in backward
         for block in self.mmdit.blocks:  # type: ignore[union-attr]
             # A method of the block, so that FSDP can gather the block's weights for the call and let go of them after.
@@ -76,29 +76,31 @@ class FastMMDiT(MultimodalMMDiT):
         return Encoded(text[: sum(padding.lengths)], latent[: len(padding.lengths)])
 
     def _records(self, padding: Padding) -> bool:
-        """Whether the blocks' kernels are recorded and replayed (graphs.py)."""
+        """Whether the blocks' kernels are recorded and replayed (graphs.py).
+
+        Only those of "kernels": the other ways ask the host for rows' lengths, and a recording has stand-ins for them.
+        """
         return (
             self.recording
             and self.training
             and torch.is_grad_enabled()
-            and padding.mask.is_cuda
+            and self.way(padding.mask.device) == "kernels"
             and not (padding.keep or self.checkpointing or self.dropout or torch.are_deterministic_algorithms_enabled())
             and not (self.graphs and self.graphs.waiting)
         )
 
-    def way(self, streams: Tensor) -> str:
-        """How blocks compute streams [N, s, H]: by "kernels", "compiled", or as "operations" of PyTorch."""
-        fits = streams.shape[1] == STREAMS and streams.shape[2] <= MAX_WIDTH
-        if self.kernels and fits and kernels_serve(streams.device):
-            return "kernels"
-        return "compiled" if self.compiled and self.training else "operations"
+    def way(self, device: torch.device) -> str:
+        """How blocks are computed on a device: "compiled", by "kernels", or by "operations" of PyTorch."""
+        if self.compiled and self.training:
+            return "compiled"
+        return "kernels" if self.fits_kernels and kernels_serve(device) else "operations"
 
     def _trunk(self, text: Tensor, groups: Sequence[Group], padding: Padding) -> tuple[Tensor, Tensor]:
         """The text head's inputs [T, H] and predictions [B, D] of the latent head, for texts [T, H] of all groups."""
         layout = Layout(groups, padding)
         cond = self._conditions(groups)
         streams: Streams = (self._streams(text), self._latent_input(groups))
-        way = self.way(streams[TEXT])
+        way = self.way(text.device)
         blocks: Any = self.mmdit.blocks
         for block in blocks:
             last = block is blocks[-1]

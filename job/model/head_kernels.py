@@ -9,6 +9,26 @@ import triton.language as tl
 from job.model.sublayer_kernels import sums2
 
 
+@triton.jit
+def _places(place, n_rows, n_heads, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """A program's rows of one head [rows, columns]: in [N, 3, h, d], among the joined ones, and which are there."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    column = tl.arange(0, COLUMNS)[None, :]
+    is_row = row < n_rows
+    of_head = tl.program_id(1) * D + column
+    given = row[:, None] * (3 * n_heads * D) + of_head
+    joined = tl.load(place + row, is_row, 0)[:, None] * (n_heads * D) + of_head
+    return given, joined, is_row[:, None] & (column < D)
+
+
+@triton.jit
+def _load_gains(gains, width, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Gains of a head's queries and keys, [1, columns] each."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    of_head = gains + tl.program_id(1) * D + column
+    return tl.load(of_head, column < D, 0.0), tl.load(of_head + width, column < D, 0.0)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def heads_forward(
     qkv,  # [N, 3, h, d]
@@ -24,24 +44,19 @@ def heads_forward(
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    head, column = tl.program_id(1), tl.arange(0, COLUMNS)
-    is_row = row < n_rows
-    inside = is_row[:, None] & (column < D)[None, :]
+    given, joined, inside = _places(place, n_rows, n_heads, D, COLUMNS, ROWS)
     width = n_heads * D
-    given = row[:, None] * (3 * width) + head * D + column[None, :]
-    to = tl.load(place + row, is_row, 0)[:, None] * width + head * D + column[None, :]
     query = tl.load(qkv + given, inside, 0.0)
     key = tl.load(qkv + given + width, inside, 0.0)
     if NORM:
-        of_gain = gains + head * D + column
+        query_gain, key_gain = _load_gains(gains, width, D, COLUMNS)
         query, key = query.to(tl.float32), key.to(tl.float32)
         query_square, key_square = sums2(query * query, key * key)
-        query *= tl.rsqrt(tl.maximum(query_square, 1e-24))[:, None] * tl.load(of_gain, column < D, 0.0)[None, :]
-        key *= tl.rsqrt(tl.maximum(key_square, 1e-24))[:, None] * tl.load(of_gain + width, column < D, 0.0)[None, :]
-    tl.store(q + to, query.to(q.dtype.element_ty), inside)
-    tl.store(k + to, key.to(k.dtype.element_ty), inside)
-    tl.store(v + to, tl.load(qkv + given + 2 * width, inside, 0.0), inside)
+        query *= tl.rsqrt(tl.maximum(query_square, 1e-24))[:, None] * query_gain
+        key *= tl.rsqrt(tl.maximum(key_square, 1e-24))[:, None] * key_gain
+    tl.store(q + joined, query.to(q.dtype.element_ty), inside)
+    tl.store(k + joined, key.to(k.dtype.element_ty), inside)
+    tl.store(v + joined, tl.load(qkv + given + 2 * width, inside, 0.0), inside)
 
 
 @triton.jit
@@ -70,25 +85,20 @@ def heads_backward(
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    head, column = tl.program_id(1), tl.arange(0, COLUMNS)
-    is_row, is_column = row < n_rows, column < D
-    inside = is_row[:, None] & is_column[None, :]
+    given, joined, inside = _places(place, n_rows, n_heads, D, COLUMNS, ROWS)
     width = n_heads * D
-    given = row[:, None] * (3 * width) + head * D + column[None, :]
-    of_joined = tl.load(place + row, is_row, 0)[:, None] * width + head * D + column[None, :]
-    query = tl.load(to_q + of_joined, inside, 0.0)
-    key = tl.load(to_k + of_joined, inside, 0.0)
+    query = tl.load(to_q + joined, inside, 0.0)
+    key = tl.load(to_k + joined, inside, 0.0)
     if NORM:
-        of_gain = gains + head * D + column
-        query_gain, key_gain = tl.load(of_gain, is_column, 0.0), tl.load(of_gain + width, is_column, 0.0)
+        query_gain, key_gain = _load_gains(gains, width, D, COLUMNS)
         query_given = tl.load(qkv + given, inside, 0.0).to(tl.float32)
         key_given = tl.load(qkv + given + width, inside, 0.0).to(tl.float32)
-        query, of_query = _norm_backward(query.to(tl.float32), query_given, query_gain[None, :])
-        key, of_key = _norm_backward(key.to(tl.float32), key_given, key_gain[None, :])
-        of_parts = gain_parts + tl.program_id(0).to(tl.int64) * (2 * width) + head * D + column
-        tl.store(of_parts, tl.sum(of_query, 0), is_column)
-        tl.store(of_parts + width, tl.sum(of_key, 0), is_column)
+        query, of_query = _norm_backward(query.to(tl.float32), query_given, query_gain)
+        key, of_key = _norm_backward(key.to(tl.float32), key_given, key_gain)
+        column = tl.arange(0, COLUMNS)
+        of_parts = gain_parts + tl.program_id(0).to(tl.int64) * (2 * width) + tl.program_id(1) * D + column
+        tl.store(of_parts, tl.sum(of_query, 0), column < D)
+        tl.store(of_parts + width, tl.sum(of_key, 0), column < D)
     tl.store(to_qkv + given, query.to(to_qkv.dtype.element_ty), inside)
     tl.store(to_qkv + given + width, key.to(to_qkv.dtype.element_ty), inside)
-    tl.store(to_qkv + given + 2 * width, tl.load(to_v + of_joined, inside, 0.0), inside)
+    tl.store(to_qkv + given + 2 * width, tl.load(to_v + joined, inside, 0.0), inside)

@@ -148,19 +148,10 @@ class _Sublayer(torch.autograd.Function):
         if reads:
             x = streams.new_empty(n_rows, width, dtype=dtype)
             next_mixing, stats = streams.new_empty(n_rows, 3), streams.new_empty(n_rows, 12)
+        given = _in_order(streams, output, gains, mixing, index, weight, bias, modulation, written)
         if n_rows:
             sublayer_forward[(ceil_div(n_rows, FORWARD_ROWS),)](
-                streams,
-                output,
-                gains,
-                _row(gains),
-                mixing,
-                index,
-                weight,
-                bias,
-                modulation,
-                _row(modulation),
-                written,
+                *given,
                 x,
                 next_mixing,
                 stats,
@@ -199,22 +190,13 @@ class _Sublayer(torch.autograd.Function):
             to_logits, weight_parts = streams.new_empty(n_rows, 8), streams.new_empty(programs, 4, width)
         parts = streams.new_zeros(programs + conditions, 3, width)
         owner = torch.full((programs + conditions,), -1, dtype=torch.int32, device=streams.device)
+        given = _in_order(streams, output, gains, mixing, index, weight, bias, modulation, written)
         if n_rows:
             sublayer_backward[(programs,)](
                 to_written,
                 to_x,
                 to_next_mixing,
-                streams,
-                output,
-                gains,
-                _row(gains),
-                mixing,
-                index,
-                weight,
-                bias,
-                modulation,
-                _row(modulation),
-                written,
+                *given,
                 stats,
                 to_streams,
                 to_output,
@@ -240,9 +222,20 @@ class _Sublayer(torch.autograd.Function):
         return to_streams, None, to_output, to_gains, to_mixing, to_weight, to_bias, to_modulation, None, None
 
 
-def _row(table: Tensor | None) -> int:
-    """Elements from one row of a table to the next."""
-    return 0 if table is None else table.stride(0)
+def _in_order(
+    streams: Tensor,
+    output: Tensor | None,
+    gains: Tensor | None,
+    mixing: Tensor | None,
+    index: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    written: Tensor,
+) -> tuple[Any, ...]:
+    """The arguments that both kernels take, tables with the elements from one of their rows to the next behind them."""
+    gains_stride, modulation_stride = (0 if table is None else table.stride(0) for table in (gains, modulation))
+    return streams, output, gains, gains_stride, mixing, index, weight, bias, modulation, modulation_stride, written
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -23,6 +23,16 @@ def sums2(a, b):
 
 
 @triton.jit
+def _add3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _sums3(a, b, c):
+    return tl.reduce((a, b, c), 1, _add3)
+
+
+@triton.jit
 def _add4(a, b, c, d, e, f, g, h):
     return a + e, b + f, c + g, d + h
 
@@ -30,6 +40,40 @@ def _add4(a, b, c, d, e, f, g, h):
 @triton.jit
 def _sums4(a, b, c, d):
     return tl.reduce((a, b, c, d), 1, _add4)
+
+
+@triton.jit
+def _load3(at, is_row):
+    """Three numbers of each row, which lie side by side."""
+    return tl.load(at, is_row, 0.0), tl.load(at + 1, is_row, 0.0), tl.load(at + 2, is_row, 0.0)
+
+
+@triton.jit
+def _load4(at, is_row):
+    a, b, c = _load3(at, is_row)
+    return a, b, c, tl.load(at + 3, is_row, 0.0)
+
+
+@triton.jit
+def _store3(at, is_row, a, b, c):
+    tl.store(at, a, is_row)
+    tl.store(at + 1, b, is_row)
+    tl.store(at + 2, c, is_row)
+
+
+@triton.jit
+def _store4(at, is_row, a, b, c, d):
+    _store3(at, is_row, a, b, c)
+    tl.store(at + 3, d, is_row)
+
+
+@triton.jit
+def _weights_of_logits(a0, a1, a2, a3, b0, b1, b2, b3, bias):
+    """Of both streams' projections: alphas, the share that a stream keeps of itself, and post weights."""
+    across = a1 + tl.load(bias + 1) + b2 + tl.load(bias + 6) - a2 - tl.load(bias + 2) - b1 - tl.load(bias + 5)
+    alpha_first, alpha_second = tl.sigmoid(a0 + tl.load(bias)), tl.sigmoid(b0 + tl.load(bias + 4))
+    post_first, post_second = 2 * tl.sigmoid(a3 + tl.load(bias + 3)), 2 * tl.sigmoid(b3 + tl.load(bias + 7))
+    return alpha_first, alpha_second, tl.sigmoid(across / 2), post_first, post_second
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -68,12 +112,10 @@ def sublayer_forward(
     if WRITE:
         y = tl.load(branch + of_row, inside, 0.0).to(tl.float32)
         y *= tl.load(gains + condition[:, None] * gains_stride + column[None, :], inside, 0.0).to(tl.float32)
-        keep = tl.load(mixing + row * 3, is_row, 0.0)[:, None]
-        post_first = tl.load(mixing + row * 3 + 1, is_row, 0.0)[:, None]
-        post_second = tl.load(mixing + row * 3 + 2, is_row, 0.0)[:, None]
-        difference = second - first
-        first += (1 - keep) * difference + post_first * y
-        second += post_second * y - (1 - keep) * difference
+        keep, post_first, post_second = _load3(mixing + row * 3, is_row)
+        moved = (1 - keep[:, None]) * (second - first)
+        first += moved + post_first[:, None] * y
+        second += post_second[:, None] * y - moved
         tl.store(written + of_first, first, inside)
         tl.store(written + of_first + H, second, inside)
     if READ:
@@ -88,11 +130,10 @@ def sublayer_forward(
         inverse_second = tl.rsqrt(tl.maximum(square_second, 1e-24))
         a0, a1, a2, a3 = a0 * inverse_first, a1 * inverse_first, a2 * inverse_first, a3 * inverse_first
         b0, b1, b2, b3 = b0 * inverse_second, b1 * inverse_second, b2 * inverse_second, b3 * inverse_second
-        alpha_first, alpha_second = tl.sigmoid(a0 + tl.load(bias)), tl.sigmoid(b0 + tl.load(bias + 4))
-        across = a1 + tl.load(bias + 1) + b2 + tl.load(bias + 6) - a2 - tl.load(bias + 2) - b1 - tl.load(bias + 5)
-        tl.store(next_mixing + row * 3, tl.sigmoid(across / 2), is_row)
-        tl.store(next_mixing + row * 3 + 1, 2 * tl.sigmoid(a3 + tl.load(bias + 3)), is_row)
-        tl.store(next_mixing + row * 3 + 2, 2 * tl.sigmoid(b3 + tl.load(bias + 7)), is_row)
+        alpha_first, alpha_second, keep, post_first, post_second = _weights_of_logits(
+            a0, a1, a2, a3, b0, b1, b2, b3, bias
+        )
+        _store3(next_mixing + row * 3, is_row, keep, post_first, post_second)
         mixed = alpha_first[:, None] * first + alpha_second[:, None] * second
         mean = tl.sum(mixed, 1) / H
         centered = tl.where(is_column[None, :], mixed - mean[:, None], 0.0)
@@ -101,19 +142,90 @@ def sublayer_forward(
         gain = tl.load(modulation + of_condition, inside, 0.0).to(tl.float32)
         shift = tl.load(modulation + of_condition + H, inside, 0.0).to(tl.float32)
         tl.store(x + of_row, (centered * inverse[:, None] * gain + shift).to(x.dtype.element_ty), inside)
-        of_stats = stats + row * 12
-        tl.store(of_stats, inverse_first, is_row)
-        tl.store(of_stats + 1, inverse_second, is_row)
-        tl.store(of_stats + 2, mean, is_row)
-        tl.store(of_stats + 3, inverse, is_row)
-        tl.store(of_stats + 4, a0, is_row)
-        tl.store(of_stats + 5, a1, is_row)
-        tl.store(of_stats + 6, a2, is_row)
-        tl.store(of_stats + 7, a3, is_row)
-        tl.store(of_stats + 8, b0, is_row)
-        tl.store(of_stats + 9, b1, is_row)
-        tl.store(of_stats + 10, b2, is_row)
-        tl.store(of_stats + 11, b3, is_row)
+        _store4(stats + row * 12, is_row, inverse_first, inverse_second, mean, inverse)
+        _store4(stats + row * 12 + 4, is_row, a0, a1, a2, a3)
+        _store4(stats + row * 12 + 8, is_row, b0, b1, b2, b3)
+
+
+@triton.jit
+def _read_backward(
+    to_first,
+    to_second,
+    to_next_mixing,
+    to_x,
+    first,
+    second,
+    gain,
+    weight,
+    bias,
+    stats,
+    to_logits,
+    row,
+    column,
+    inside,
+    is_row,
+    H: tl.constexpr,
+):
+    """Gradients of both streams with those that come through what was read of them, of the norm's gain, and of the
+    weights' columns of alpha, mixing and post; all [rows, columns]. Stores the logits' gradient.
+
+    to_first and to_second [rows, columns] are the streams' gradients so far, to_x is that of what was read.
+    """
+    is_column = column < H
+    inverse_first, inverse_second, mean, inverse = _load4(stats + row * 12, is_row)
+    a0, a1, a2, a3 = _load4(stats + row * 12 + 4, is_row)
+    b0, b1, b2, b3 = _load4(stats + row * 12 + 8, is_row)
+    alpha_first, alpha_second, keep, post_first, post_second = _weights_of_logits(a0, a1, a2, a3, b0, b1, b2, b3, bias)
+    mixed = alpha_first[:, None] * first + alpha_second[:, None] * second
+    normed = tl.where(inside, (mixed - mean[:, None]) * inverse[:, None], 0.0)
+    to_normed = to_x * gain
+    of_mean, of_deviation = sums2(to_normed, to_normed * normed)
+    to_mixed = inverse[:, None] * (to_normed - of_mean[:, None] / H - normed * (of_deviation[:, None] / H))
+    to_mixed = tl.where(inside, to_mixed, 0.0)
+    to_a0, to_b0 = sums2(to_mixed * first, to_mixed * second)
+    to_a0 *= alpha_first * (1 - alpha_first)
+    to_b0 *= alpha_second * (1 - alpha_second)
+    to_across, to_a3, to_b3 = _load3(to_next_mixing + row * 3, is_row)
+    to_across *= keep * (1 - keep) / 2
+    to_a3 *= post_first * (1 - post_first / 2)
+    to_b3 *= post_second * (1 - post_second / 2)
+    _store4(to_logits + row * 8, is_row, to_a0, to_across, -to_across, to_a3)
+    _store4(to_logits + row * 8 + 4, is_row, to_b0, -to_across, to_across, to_b3)
+    # The norm takes away the part of the gradient that lies along the stream.
+    along_first = (to_a0 * a0 + to_across * (a1 - a2) + to_a3 * a3) * inverse_first * inverse_first
+    along_second = (to_b0 * b0 + to_across * (b2 - b1) + to_b3 * b3) * inverse_second * inverse_second
+    to_a0, to_a1, to_a3 = to_a0 * inverse_first, to_across * inverse_first, to_a3 * inverse_first
+    to_b0, to_b2, to_b3 = to_b0 * inverse_second, to_across * inverse_second, to_b3 * inverse_second
+    w0 = tl.load(weight + column, is_column, 0.0)[None, :]
+    w1 = tl.load(weight + H + column, is_column, 0.0)[None, :]
+    w1 -= tl.load(weight + 2 * H + column, is_column, 0.0)[None, :]
+    w3 = tl.load(weight + 3 * H + column, is_column, 0.0)[None, :]
+    to_first += alpha_first[:, None] * to_mixed + to_a0[:, None] * w0 + to_a1[:, None] * w1 + to_a3[:, None] * w3
+    to_first -= along_first[:, None] * first
+    to_second += alpha_second[:, None] * to_mixed + to_b0[:, None] * w0 - to_b2[:, None] * w1 + to_b3[:, None] * w3
+    to_second -= along_second[:, None] * second
+    to_w0 = to_a0[:, None] * first + to_b0[:, None] * second
+    to_w1 = to_a1[:, None] * first - to_b2[:, None] * second
+    to_w3 = to_a3[:, None] * first + to_b3[:, None] * second
+    return to_first, to_second, to_x * normed, to_w0, to_w1, to_w3
+
+
+@triton.jit
+def _write_backward(to_first, to_second, difference, y, gain, mixing, to_branch, to_mixing, row, is_row, inside):
+    """Gradients of both streams before they were written, and of the branch's gain; all [rows, columns].
+
+    Stores those of the branch's output and of the mixing. difference is the first stream less the second, before.
+    """
+    keep, post_first, post_second = _load3(mixing + row * 3, is_row)
+    scaled = y * gain
+    to_keep, to_post_first, to_post_second = _sums3(
+        (to_first - to_second) * difference, to_first * scaled, to_second * scaled
+    )
+    _store3(to_mixing + row * 3, is_row, to_keep, to_post_first, to_post_second)
+    to_scaled = post_first[:, None] * to_first + post_second[:, None] * to_second
+    tl.store(to_branch, (to_scaled * gain).to(to_branch.dtype.element_ty), inside)
+    moved = (1 - keep[:, None]) * (to_second - to_first)
+    return to_first + moved, to_second - moved, to_scaled * y
 
 
 @triton.jit
@@ -175,85 +287,43 @@ def sublayer_backward(
         of_first = row[:, None] * (2 * H) + column[None, :]
         of_row = row[:, None] * H + column[None, :]
         condition = tl.load(index + row, is_row, -1)
-        known = tl.maximum(condition, 0)
+        known = tl.maximum(condition, 0)[:, None]
         to_first = tl.load(to_written + of_first, inside, 0.0)
         to_second = tl.load(to_written + of_first + H, inside, 0.0)
         row_gain, row_shift, row_gains = nothing, nothing, nothing
         if READ:
             first = tl.load(written + of_first, inside, 0.0)
             second = tl.load(written + of_first + H, inside, 0.0)
-            of_stats = stats + row * 12
-            inverse_first, inverse_second = tl.load(of_stats, is_row, 0.0), tl.load(of_stats + 1, is_row, 0.0)
-            mean, inverse = tl.load(of_stats + 2, is_row, 0.0), tl.load(of_stats + 3, is_row, 0.0)
-            a0, a1 = tl.load(of_stats + 4, is_row, 0.0), tl.load(of_stats + 5, is_row, 0.0)
-            a2, a3 = tl.load(of_stats + 6, is_row, 0.0), tl.load(of_stats + 7, is_row, 0.0)
-            b0, b1 = tl.load(of_stats + 8, is_row, 0.0), tl.load(of_stats + 9, is_row, 0.0)
-            b2, b3 = tl.load(of_stats + 10, is_row, 0.0), tl.load(of_stats + 11, is_row, 0.0)
-            alpha_first, alpha_second = tl.sigmoid(a0 + tl.load(bias)), tl.sigmoid(b0 + tl.load(bias + 4))
-            mixed = alpha_first[:, None] * first + alpha_second[:, None] * second
-            normed = tl.where(inside, (mixed - mean[:, None]) * inverse[:, None], 0.0)
             row_shift = tl.load(to_x + of_row, inside, 0.0).to(tl.float32)
-            row_gain = row_shift * normed
-            gain = tl.load(modulation + known[:, None] * modulation_stride + column[None, :], inside, 0.0)
-            to_normed = row_shift * gain.to(tl.float32)
-            of_mean, of_deviation = sums2(to_normed, to_normed * normed)
-            to_mixed = inverse[:, None] * (to_normed - of_mean[:, None] / H - normed * (of_deviation[:, None] / H))
-            to_mixed = tl.where(inside, to_mixed, 0.0)
-            to_alpha_first, to_alpha_second = sums2(to_mixed * first, to_mixed * second)
-            across = a1 + tl.load(bias + 1) + b2 + tl.load(bias + 6) - a2 - tl.load(bias + 2) - b1 - tl.load(bias + 5)
-            keep = tl.sigmoid(across / 2)
-            to_across = tl.load(to_next_mixing + row * 3, is_row, 0.0) * keep * (1 - keep) / 2
-            post_first, post_second = 2 * tl.sigmoid(a3 + tl.load(bias + 3)), 2 * tl.sigmoid(b3 + tl.load(bias + 7))
-            to_a0 = to_alpha_first * alpha_first * (1 - alpha_first)
-            to_b0 = to_alpha_second * alpha_second * (1 - alpha_second)
-            to_a3 = tl.load(to_next_mixing + row * 3 + 1, is_row, 0.0) * post_first * (1 - post_first / 2)
-            to_b3 = tl.load(to_next_mixing + row * 3 + 2, is_row, 0.0) * post_second * (1 - post_second / 2)
-            of_logits = to_logits + row * 8
-            tl.store(of_logits, to_a0, is_row)
-            tl.store(of_logits + 1, to_across, is_row)
-            tl.store(of_logits + 2, -to_across, is_row)
-            tl.store(of_logits + 3, to_a3, is_row)
-            tl.store(of_logits + 4, to_b0, is_row)
-            tl.store(of_logits + 5, -to_across, is_row)
-            tl.store(of_logits + 6, to_across, is_row)
-            tl.store(of_logits + 7, to_b3, is_row)
-            # The norm takes away the part of the gradient that lies along the stream.
-            along_first = (to_a0 * a0 + to_across * (a1 - a2) + to_a3 * a3) * inverse_first * inverse_first
-            along_second = (to_b0 * b0 + to_across * (b2 - b1) + to_b3 * b3) * inverse_second * inverse_second
-            a0, a1 = (to_a0 * inverse_first)[:, None], (to_across * inverse_first)[:, None]
-            a3 = (to_a3 * inverse_first)[:, None]
-            b0, b2 = (to_b0 * inverse_second)[:, None], (to_across * inverse_second)[:, None]
-            b3 = (to_b3 * inverse_second)[:, None]
-            to_w0 += a0 * first + b0 * second
-            to_w1 += a1 * first - b2 * second
-            to_w3 += a3 * first + b3 * second
-            w0 = tl.load(weight + column, is_column, 0.0)[None, :]
-            w1 = tl.load(weight + H + column, is_column, 0.0)[None, :]
-            w1 -= tl.load(weight + 2 * H + column, is_column, 0.0)[None, :]
-            w3 = tl.load(weight + 3 * H + column, is_column, 0.0)[None, :]
-            to_first += alpha_first[:, None] * to_mixed + a0 * w0 + a1 * w1 + a3 * w3
-            to_first -= along_first[:, None] * first
-            to_second += alpha_second[:, None] * to_mixed + b0 * w0 - b2 * w1 + b3 * w3
-            to_second -= along_second[:, None] * second
-        if WRITE:
-            keep = tl.load(mixing + row * 3, is_row, 0.0)[:, None]
-            post_first = tl.load(mixing + row * 3 + 1, is_row, 0.0)[:, None]
-            post_second = tl.load(mixing + row * 3 + 2, is_row, 0.0)[:, None]
-            y = tl.load(branch + of_row, inside, 0.0).to(tl.float32)
-            gain = tl.load(gains + known[:, None] * gains_stride + column[None, :], inside, 0.0).to(tl.float32)
-            difference = tl.load(streams + of_first, inside, 0.0) - tl.load(streams + of_first + H, inside, 0.0)
-            scaled = y * gain
-            to_keep, to_post_first, to_post_second, _ = _sums4(
-                (to_first - to_second) * difference, to_first * scaled, to_second * scaled, scaled
+            gain = tl.load(modulation + known * modulation_stride + column[None, :], inside, 0.0).to(tl.float32)
+            to_first, to_second, row_gain, row_w0, row_w1, row_w3 = _read_backward(
+                to_first,
+                to_second,
+                to_next_mixing,
+                row_shift,
+                first,
+                second,
+                gain,
+                weight,
+                bias,
+                stats,
+                to_logits,
+                row,
+                column,
+                inside,
+                is_row,
+                H,
             )
-            tl.store(to_mixing + row * 3, to_keep, is_row)
-            tl.store(to_mixing + row * 3 + 1, to_post_first, is_row)
-            tl.store(to_mixing + row * 3 + 2, to_post_second, is_row)
-            to_scaled = post_first * to_first + post_second * to_second
-            tl.store(to_branch + of_row, (to_scaled * gain).to(to_branch.dtype.element_ty), inside)
-            row_gains = to_scaled * y
-            change = (1 - keep) * (to_second - to_first)
-            to_first, to_second = to_first + change, to_second - change
+            to_w0 += row_w0
+            to_w1 += row_w1
+            to_w3 += row_w3
+        if WRITE:
+            difference = tl.load(streams + of_first, inside, 0.0) - tl.load(streams + of_first + H, inside, 0.0)
+            y = tl.load(branch + of_row, inside, 0.0).to(tl.float32)
+            gain = tl.load(gains + known * gains_stride + column[None, :], inside, 0.0).to(tl.float32)
+            to_first, to_second, row_gains = _write_backward(
+                to_first, to_second, difference, y, gain, mixing, to_branch + of_row, to_mixing, row, is_row, inside
+            )
         tl.store(to_streams + of_first, to_first, inside)
         tl.store(to_streams + of_first + H, to_second, inside)
         # Rows of one condition lie side by side, and conditions only rise; nearly always all rows here have `current`.

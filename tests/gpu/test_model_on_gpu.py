@@ -57,11 +57,9 @@ def on_gpu(batch: dict[str, Tensor]) -> dict[str, Any]:
     return {name: x.to(CUDA) for name, x in batch.items()} | {"row_lengths": batch["attention_mask"].sum(1).tolist()}
 
 
-def use(objective: Objective, kernels: bool = True, recording: bool = False) -> FastMMDiT:
-    """The objective's model, told how to compute its blocks."""
+def model_of(objective: Objective) -> FastMMDiT:
     model = objective.model
     assert isinstance(model, FastMMDiT)
-    model.kernels, model.recording = kernels, recording
     return model
 
 
@@ -118,12 +116,14 @@ def test_fast_is_plain(loss_type: str, dtype: str, tolerance: float, lengths: tu
 
 @pytest.mark.parametrize("lengths", [RAGGED, (96, 96)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
-def test_kernels_are_operations(dtype: str, tolerance: float, lengths: tuple[int, ...]) -> None:
+def test_kernels_are_operations(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float, lengths: tuple[int, ...]
+) -> None:
     config, loss = model_config(**LONG), LossConfig(latent_t_mode="random")
     objective = formula_objective("fast", config, loss).to(CUDA)
-    assert use(objective).way(torch.zeros(1, 2, 32, device=CUDA)) == "kernels"
+    assert model_of(objective).way(CUDA) == "kernels"
     _, found = run(objective, long_batch(lengths), dtype)
-    use(objective, kernels=False)
+    monkeypatch.setattr("job.model.fast.kernels_serve", lambda _: False)
     _, expected = run(objective, long_batch(lengths), dtype)
     assert_gradients(found, expected, tolerance)
 
@@ -133,7 +133,7 @@ def test_compiled_is_not_compiled(dtype: str) -> None:
     config, loss = model_config(**LONG), LossConfig(latent_t_mode="random")
     _, expected = run(formula_objective("fast", config, loss).to(CUDA), long_batch(), dtype)
     compiled = formula_objective("fast", config, loss, TrainingConfig(compile_model=True)).to(CUDA)
-    use(compiled, kernels=False)
+    assert model_of(compiled).way(CUDA) == "compiled"
     _, found = run(compiled, long_batch(), dtype)
     assert_gradients(found, expected, 0.02 if dtype == "bf16" else 1e-3)
 
@@ -144,7 +144,7 @@ def test_recorded_is_not_recorded(dtype: str, loss: dict[str, Any]) -> None:
     """Over batches of several shapes in turn, whose gradients are added up, and after weights have changed."""
     config, loss_config = model_config(**LONG), LossConfig(latent_t_mode="random", **loss)
     expected, recorded = (formula_objective("fast", config, loss_config).to(CUDA) for _ in range(2))
-    use(recorded, recording=True)
+    model_of(recorded).recording = True
     for change in (0.0, 0.01):
         for objective in (expected, recorded):
             objective.zero_grad()
@@ -168,7 +168,7 @@ def test_recorded_is_not_recorded(dtype: str, loss: dict[str, Any]) -> None:
 def test_a_step_never_makes_the_host_wait(way: str) -> None:
     training = TrainingConfig(compile_model=way == "compiled", ema_decay=0.9)
     objective = formula_objective("fast", model_config(**LONG), training=training).to(CUDA)
-    use(objective, kernels=way != "compiled", recording=way == "recorded")
+    model_of(objective).recording = way == "recorded"
     optimizer = Optimizer(objective.model, Config(training=training), CUDA)
     batch = on_gpu(long_batch())
 

@@ -11,10 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hyper_connections.mHCv2 import ManifoldConstrainedHyperConnections
+from objective_cases import formula_batch, formula_model, model_config
 from torch import Tensor
 
 from job.model import heads, sublayer
 from job.model.end_to_end import EndToEnd
+from job.model.fast import FastMMDiT
+from job.model.graphs import any_lengths
+from job.model.groups import Group, Padding
 from job.model.packed import Spans
 from job.model.streams import Mixing, read, write
 
@@ -120,6 +124,27 @@ def test_joined_heads(monkeypatch: pytest.MonkeyPatch, n_heads: int, size: int, 
     assert_same(list(found), expected, [*given, *gains])
 
 
+def test_a_model_by_kernels_reads_no_lengths_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives what operations give, also when told other lengths of the same sum, as a recorded graph is."""
+    monkeypatch.setattr(heads, "HEAD_ROWS", 8)
+    monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)
+    model = formula_model(model_config(hidden_size=16, head_dim=8, cond_dim=16))
+    assert isinstance(model, FastMMDiT)
+    batch, times = formula_batch((10, 6, 3)), torch.tensor([0.2, 0.5, 0.8])
+    decoder = Group(batch["input_ids"], batch["latent"], times, 0 * times, ("text",))
+    encoder = Group(batch["input_ids"], batch["latent"], 0 * times, times, ("latent",))
+    outputs = []
+    for serves, lengths in ((False, [10, 6, 3]), (True, [10, 6, 3]), (True, any_lengths(19, 3, 10))):
+        monkeypatch.setattr("job.model.fast.kernels_serve", lambda _, serves=serves: serves)
+        padding = Padding(batch["attention_mask"], False, lengths)
+        with torch.no_grad():
+            outputs.append(model._trunk(model._text_input([encoder, decoder], padding), [encoder, decoder], padding))
+    assert any_lengths(19, 3, 10) != [10, 6, 3]
+    for found in outputs[1:]:
+        for ours, theirs in zip(found, outputs[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_where_kernels_cannot_run_one_line_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,17 +163,23 @@ def test_where_kernels_cannot_run_one_line_says_why(
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from job.model import sublayer_kernels as kernels
+from job.model import head_kernels, sublayer_kernels
 import sys
 
-FLOATS = {"branch", "gains", "modulation", "x", "to_x", "to_branch"}
-for kernel in (kernels.sublayer_forward, kernels.sublayer_backward):
-    sizes = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "WRITE": True, "READ": True}
-    integers = {"gains_stride", "modulation_stride", "n_rows", "chunk"}
-    types = {name: "*bf16" if name in FLOATS else "*fp32" for name in kernel.arg_names}
-    types |= {name: "i32" for name in integers & types.keys()} | {name: "constexpr" for name in sizes}
-    types |= {name: "*i64" for name in {"index"}} | {name: "*i32" for name in {"owner"} & types.keys()}
-    types |= {name: "fp32" for name in {"eps"} & types.keys()}
+SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "WRITE": True, "READ": True}
+HEADS = {"D": 64, "COLUMNS": 64, "ROWS": 32, "NORM": True}
+BF16 = {"branch", "gains", "modulation", "x", "to_x", "to_branch"}
+BF16 |= {"qkv", "q", "k", "v", "to_q", "to_k", "to_v", "to_qkv"}
+TYPES = {"eps": "fp32", "index": "*i64", "place": "*i64", "owner": "*i32"}
+TYPES |= dict.fromkeys(["gains_stride", "modulation_stride", "n_rows", "chunk", "n_heads"], "i32")
+for kernel, sizes in (
+    (sublayer_kernels.sublayer_forward, SUBLAYER),
+    (sublayer_kernels.sublayer_backward, SUBLAYER),
+    (head_kernels.heads_forward, HEADS),
+    (head_kernels.heads_backward, HEADS),
+):
+    types = {name: TYPES.get(name, "*bf16" if name in BF16 else "*fp32") for name in kernel.arg_names}
+    types |= dict.fromkeys(sizes, "constexpr")
     values = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
     source = ASTSource(fn=kernel, signature={name: types[name] for name in kernel.arg_names}, constexprs=values)
     built = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 8})
@@ -162,4 +193,4 @@ def test_the_kernels_compile_for_gpus(capability: str) -> None:
     command = [sys.executable, "-c", COMPILE, capability]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 4
