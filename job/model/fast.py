@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from job.config import ModelConfig
 from job.model.cross_entropy import linear_cross_entropy
+from job.model.elementwise import biased_gelu
 from job.model.graphs import Graphs, filled
 from job.model.groups import Encoded, Group, Padding, TextLoss, TextTargets
 from job.model.heads import join_heads
@@ -42,6 +43,7 @@ from job.model.sublayer import (
 TEXT, LATENT = 0, 1  # the backbone's numbers of the modalities
 RECOMPILE_LIMIT = 64
 Streams = tuple[Tensor, Tensor]  # of text [T, s, H] and latents [R, s, H], float32
+Unwritten = list[Branch] | None  # of text and latents: what feed-forwards gave that is not yet in the streams
 
 
 class FastMMDiT(MultimodalMMDiT):
@@ -100,15 +102,16 @@ class FastMMDiT(MultimodalMMDiT):
         layout = Layout(groups, padding)
         cond = self._conditions(groups)
         streams: Streams = (self._streams(text), self._latent_input(groups))
+        unwritten: Unwritten = None
         way = self.way(text.device)
         blocks: Any = self.mmdit.blocks
         for block in blocks:
             last = block is blocks[-1]
-            arguments = (*streams, cond, layout, last, way)
+            arguments = (*streams, unwritten, cond, layout, last, way)
             if self.checkpointing and torch.is_grad_enabled():
-                streams = checkpoint(block.encode, *arguments, use_reentrant=False)
+                streams, unwritten = checkpoint(block.encode, *arguments, use_reentrant=False)
             else:
-                streams = block.encode(*arguments)
+                streams, unwritten = block.encode(*arguments)
         norms: Any = self.mmdit.norms
         text_out, latent_out = (norm(stream.sum(1)) for norm, stream in zip(norms, streams, strict=True))
         return text_out, self.latent_head(latent_out)
@@ -152,14 +155,15 @@ class FastMMDiT(MultimodalMMDiT):
 
 
 def encode_block(
-    block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool, way: str
-) -> Streams:
+    block: Any, text: Tensor, latent: Tensor, unwritten: Unwritten, cond: Tensor, layout: Layout, last: bool, way: str
+) -> tuple[Streams, Unwritten]:
     """Both streams through one block, [T, s, H] and [R, s, H], in one of the ways of FastMMDiT.way.
 
-    In the last block only the tokens that a head reads come out.
+    In the last block only the tokens that a head reads come out. What the feed-forwards gave may be left to the next
+    block to write.
     """
     if way == "kernels":
-        return _encode_fused(block, text, latent, cond, layout, last)
+        return _encode_fused(block, text, latent, unwritten, cond, layout, last)
     enter, leave = (compiled(_enter), compiled(_leave)) if way == "compiled" else (_enter, _leave)
     # Every token gives keys and values, but in the last block only tokens that the text head reads ask. The latents all
     # do: they are few, and a selection would be one more shape to compile for.
@@ -175,7 +179,7 @@ def encode_block(
         text = leave(block, TEXT, text, text_mixing, text_out, cond, text_spans)
     if len(latent):
         latent = leave(block, LATENT, latent, latent_mixing, latent_out, cond, latent_spans)
-    return text, latent
+    return (text, latent), None
 
 
 def compile_one(function: Any, backend: str = "inductor") -> Any:
@@ -246,16 +250,26 @@ def _leave(
     return write(streams, mixing, spans.scale(y, ff_gain))
 
 
-def _encode_fused(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout: Layout, last: bool) -> Streams:
-    """encode_block with whole sublayers in one kernel each (sublayer.py)."""
+def _encode_fused(
+    block: Any, text: Tensor, latent: Tensor, unwritten: Unwritten, cond: Tensor, layout: Layout, last: bool
+) -> tuple[Streams, Unwritten]:
+    """encode_block with whole sublayers in one kernel each (sublayer.py).
+
+    The kernel that writes a feed-forward's output reads the next branch's input meanwhile, so each block but the last
+    leaves the writing to the next.
+    """
     weights = connection_weights([*block.attn_residual_fns, *block.ff_residual_fns])
     sizes = block.dim_modalities
     gains = block.to_post_branch_gammas[-1](cond).split([*sizes, *sizes], dim=-1)
     streams, spans = [text, latent], [layout.text, layout.latent]
     mixings, inputs = [], []
     for modality in (TEXT, LATENT):
+        index = spans[modality].index
         reading = _reading(block.attn_layernorms[modality], cond, weights[modality])
-        streams[modality], x, mixing = read_streams(streams[modality], spans[modality].index, reading)
+        if unwritten:
+            streams[modality], x, mixing = write_and_read(streams[modality], index, unwritten[modality], reading)
+        else:
+            streams[modality], x, mixing = read_streams(streams[modality], index, reading)
         inputs.append(x)
         mixings.append(mixing)
     attended = _attend_fused(block.joint_attn, inputs, layout, last)
@@ -263,6 +277,7 @@ def _encode_fused(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout
         for modality, part in ((TEXT, layout.read_text), (LATENT, layout.read_latent)):
             streams[modality], mixings[modality] = streams[modality][part], mixings[modality][part]
             spans[modality] = spans[modality].select(part)
+    branches = []
     for modality in (TEXT, LATENT):
         if not len(streams[modality]):
             continue
@@ -270,9 +285,11 @@ def _encode_fused(block: Any, text: Tensor, latent: Tensor, cond: Tensor, layout
         branch = Branch(block.joint_attn.to_out[modality](attended[modality]), gains[modality], mixings[modality])
         reading = _reading(block.ff_layernorms[modality], cond, weights[2 + modality])
         streams[modality], x, mixing = write_and_read(streams[modality], index, branch, reading)
-        branch = Branch(block.feedforwards[modality](x), gains[2 + modality], mixing)
-        streams[modality] = write_streams(streams[modality], index, branch)
-    return streams[TEXT], streams[LATENT]
+        branch = Branch(_feed_forward_fused(block.feedforwards[modality], x), gains[2 + modality], mixing)
+        if last:
+            streams[modality] = write_streams(streams[modality], index, branch)
+        branches.append(branch)
+    return (streams[TEXT], streams[LATENT]), None if last else branches
 
 
 def _attend_fused(attention: Any, inputs: list[Tensor], layout: Layout, last: bool) -> tuple[Tensor, Tensor]:
@@ -291,6 +308,12 @@ def _attend_fused(attention: Any, inputs: list[Tensor], layout: Layout, last: bo
     text_qkv, latent_qkv = (F.linear(x, to_qkv.weight) for x, to_qkv in zip(inputs, attention.to_qkv, strict=True))
     joined = join_heads(text_qkv, latent_qkv, head_gains[TEXT], head_gains[LATENT], layout.end_to_end[1], n_heads)
     return layout.attend_joined(joined)
+
+
+def _feed_forward_fused(feedforward: Any, x: Tensor) -> Tensor:
+    """The stock feed-forward's output [N, H] for x [N, H], its first bias and its GELU in one kernel."""
+    (into, _), dropout, out = feedforward.ff
+    return out(dropout(biased_gelu(F.linear(x, into.weight), into.bias)))
 
 
 def _reading(norm: Any, cond: Tensor, weights: tuple[Tensor, Tensor]) -> Reading:

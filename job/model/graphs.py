@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from job.model.elementwise import add_to
 from job.model.groups import Group, Padding
 
 SIZES = 32  # sizes of ragged batches: a batch is filled up to the next 1/32 of what full rows have
@@ -146,7 +147,7 @@ class Graphs:
                 if self.through_autograd:
                     torch._foreach_zero_(sums)
                 of_parameters = gradients[len(wanted) - len(weights) :]
-                torch._foreach_add_(sums, [of_parameters[number] for number in recording.used])
+                add_to(sums, [of_parameters[number] for number in recording.used])
             of_inputs = iter(gradients)
             recording.to_inputs = [next(of_inputs) if x.requires_grad else None for x in inputs]
         return recording
