@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from job.config import LossConfig, TrainingConfig
-from job.model import fast, packed
+from job.model import block_operations, packed
 from job.objective.objective import Objective
 
 
@@ -127,12 +127,12 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Non
     """Chooses a backend of torch.compile: without the code generator, which takes minutes, the graphs are the same."""
 
     def choose(backend: Any) -> None:
-        compile_one = fast.compile_one
+        compile_one = block_operations.compile_one
 
         def with_backend(function: Any) -> Any:
             return compile_one(function, backend=backend)
 
-        monkeypatch.setattr(fast, "compiled", cache(with_backend))
+        monkeypatch.setattr(block_operations, "compiled", cache(with_backend))
         torch._dynamo.reset()
         counters.clear()
 
@@ -181,7 +181,7 @@ def test_compiled_blocks_are_few_whole_graphs_for_all_modes_and_lengths(
             assert numbers(metrics) == pytest.approx(expected, rel=1e-5, abs=1e-5)
         graphs_of_default = graphs_of_default or counters["stats"]["unique_graphs"]
     assert graphs_of_default <= 8
-    assert graphs_of_default < counters["stats"]["unique_graphs"] <= fast.RECOMPILE_LIMIT / 2
+    assert graphs_of_default < counters["stats"]["unique_graphs"] <= block_operations.RECOMPILE_LIMIT / 2
     assert len(pieces) == counters["stats"]["unique_graphs"]
     objective.eval()
     run(objective, formula_batch((3,), 9))
