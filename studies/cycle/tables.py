@@ -75,17 +75,25 @@ def change(figures: Figures) -> str:
 
 def scarce() -> list[str]:
     """What the text cycle changes, by the share of texts whose latent is known."""
-    runs = read_kept(RESULTS / "scarce.jsonl")
     lines = header("latents known", ["cycle", "seeds", *SCARCE.values()])
-    for percent in PERCENTS:
-        here = [run for run in runs if run.settings["data.dir"] == f"data/study/{percent}"]
-        off = Setting({}, [run for run in here if arm(run) in WITHOUT])
-        on = Setting({}, [run for run in here if arm(run) in WITH])
-        means = [mean(figures_of(off, off, key, None)) for key in SCARCE]
-        changes = [change(figures_of(on, off, key, None)) for key in SCARCE]
-        lines.append(row(f"{percent}%", ["off", str(len(off.runs)), *means]))
-        lines.append(row("", ["on, change", str(len(on.runs)), *changes]))
-    return lines
+    return lines + [line for percent in PERCENTS for line in without_and_with(f"{percent}%", f"data/study/{percent}")]
+
+
+def sentences() -> list[str]:
+    """What it changes with longer texts."""
+    return header("latents known", ["cycle", "seeds", *SCARCE.values()]) + without_and_with(
+        "10%", "data/study/sentences"
+    )
+
+
+def without_and_with(known: str, directory: str) -> list[str]:
+    """Two lines about the runs on the data of a directory: without the text cycle, and what it changes."""
+    runs = [run for run in read_kept(RESULTS / "scarce.jsonl") if run.settings["data.dir"] == directory]
+    off = Setting({}, [run for run in runs if arm(run) in WITHOUT])
+    on = Setting({}, [run for run in runs if arm(run) in WITH])
+    means = [mean(figures_of(off, off, key, None)) for key in SCARCE]
+    changes = [change(figures_of(on, off, key, None)) for key in SCARCE]
+    return [row(known, ["off", str(len(off.runs)), *means]), row("", ["on, change", str(len(on.runs)), *changes])]
 
 
 def cheat() -> list[str]:
@@ -128,7 +136,7 @@ def paired() -> list[str]:
     return lines
 
 
-TABLES = {"scarce": scarce, "cheat": cheat, "paired": paired}
+TABLES = {"scarce": scarce, "sentences": sentences, "cheat": cheat, "paired": paired}
 
 
 def with_tables(page: str) -> str:
