@@ -57,6 +57,13 @@ def test_overrides_come_in_one_piece() -> None:
     assert overrides_and_options([]) == ([], [])
 
 
+def test_job_train_takes_overrides_on_both_sides_of_an_option() -> None:
+    arguments = ["training.seed=3", "--config-name", "demo", "data.dir=mine", "--cfg", "job"]
+    done = subprocess.run([sys.executable, "-m", "job.train", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"  seed: 3", "  dir: mine", "  run_name: demo"} <= set(done.stdout.splitlines())
+
+
 @pytest.mark.parametrize("launcher", ["submitit_slurm", "submitit_local"])
 def test_submitits_launchers_are_refused(launcher: str, tmp_path: Path) -> None:
     """Also with keys of theirs: a failure of a rank would end with exit code 0."""
