@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import runpy
 import sys
-from importlib import metadata
 
 from job.errors import ExitCode
+from job.versions import program_version
 
 COMMANDS = {
     "train": "train a model",
@@ -40,7 +40,7 @@ def main() -> None:
         print(usage())
         sys.exit(ExitCode.FINISHED)
     if command == "--version":
-        print(f"cyclevae {metadata.version('cyclevae')}")
+        print(program_version())
         sys.exit(ExitCode.FINISHED)
     if command not in COMMANDS:
         print(usage(), file=sys.stderr)

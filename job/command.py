@@ -28,6 +28,48 @@ from job.runtime.launcher_variables import let_hydra_raise
 # Failures that a command meets on its way and that only make it fail once all else is done: a sweep goes on with its
 # other batches, and Hydra, which calls the launcher for each, would stop at an exception.
 at_the_end: list[JobError] = []
+# Hydra's options that a value follows as a word of its own.
+HYDRA_OPTIONS = (
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--config-dir",
+    "-cd",
+    "--package",
+    "-p",
+    "--cfg",
+    "-c",
+    "--experimental-rerun",
+)
+HYDRA_INFO = ("--info", "-i")  # whose value may be left out
+
+
+def overrides_and_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of job.train as overrides, and Hydra's options with their values; each in their order.
+
+    Hydra's parser takes the overrides in one piece only. People mix them with options, and of
+    `a=1 --config-name demo b=2` the parser would call the second piece "unrecognized arguments".
+    """
+    overrides: list[str] = []
+    options: list[str] = []
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        names_what = word in HYDRA_INFO and re.fullmatch(r"[a-z][a-z-]*", "".join(left[:1]))
+        if left and (word in HYDRA_OPTIONS or names_what):
+            options.append(left.pop(0))
+    return overrides, options
+
+
+def gather_overrides() -> None:
+    """Put sys.argv, which Hydra reads, into an order that its parser takes."""
+    overrides, options = overrides_and_options(sys.argv[1:])
+    sys.argv[1:] = [*overrides, *options]
 
 
 def explain(error: BaseException) -> str:

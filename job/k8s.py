@@ -45,9 +45,10 @@ def status(options: argparse.Namespace) -> None:
 def logs(options: argparse.Namespace) -> None:
     """What the ranks print."""
     from job.launch.kubernetes import logs
+    from job.launch.kubernetes.names import named_job
 
     cluster = connect(options)
-    job = cluster.get(options.job)
+    job = cluster.get(named_job(options.job))
     if options.follow:
         logs.follow(cluster, job, options.lines)
     elif not cluster.pods(job):
@@ -108,13 +109,11 @@ def resume(options: argparse.Namespace) -> None:
 
     cluster = connect(options)
     resumed: dict[str, str] = {}
-    for job in chosen(cluster, options.jobs):
-        name, now = job["metadata"]["name"], state(job)
-        if now not in ("SUSPENDED", "FAILED"):
-            raise UserError(f"job {name} is {now}: nothing to resume")
+    for job in resumable(cluster, options.jobs):
+        name = job["metadata"]["name"]
         if options.dry_run:
             print(to_yaml([fresh(job)]), end="")
-        elif now == "SUSPENDED":
+        elif state(job) == "SUSPENDED":
             wake(cluster, job)
         else:
             cluster.delete(job)
@@ -126,6 +125,24 @@ def resume(options: argparse.Namespace) -> None:
         print(json.dumps({run: name for name, run in resumed.items()}))
     else:
         print("\n".join(f"job {name}: {run}" for name, run in resumed.items()))
+
+
+def resumable(cluster: Any, names: Sequence[str]) -> list[Any]:
+    """The jobs of these names that were cancelled or have failed. UserError for a name without any.
+
+    Of a sweep the others are passed over: what runs or is finished needs no resuming.
+    """
+    from job.launch.kubernetes.kinds import state
+
+    found = []
+    for name in names:
+        jobs = chosen(cluster, [name])
+        left = [job for job in jobs if state(job) in ("SUSPENDED", "FAILED")]
+        if not left:
+            states = ", ".join(sorted({state(job) for job in jobs}))
+            raise UserError(f"job {name} is {states}: nothing to resume")
+        found += left
+    return found
 
 
 def wake(cluster: Any, job: dict[str, Any]) -> None:
@@ -165,12 +182,15 @@ def connect(options: argparse.Namespace) -> Any:
 
 
 def chosen(cluster: Any, names: Sequence[str]) -> list[Any]:
-    """The jobs called so, and those of the sweeps called so. Missing without any of a name."""
+    """The jobs called so, and those of the sweeps called so; `runs/NAME` is the job of that run, or the sweep there.
+
+    Missing without any of a name.
+    """
     from job.launch.kubernetes.cluster import Missing
-    from job.launch.kubernetes.names import SWEEP_LABEL
+    from job.launch.kubernetes.names import SWEEP_LABEL, named_job
 
     found = []
-    for name in names:
+    for name in map(named_job, names):
         try:
             found.append(cluster.get(name))
         except Missing:
@@ -195,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     several = [add_verb(verbs, "status", status, parents)]
 
     output = add_verb(verbs, "logs", logs, parents)
-    output.add_argument("job", metavar="JOB")
+    output.add_argument("job", metavar="JOB", help="a job, or the directory of its run")
     add_log_options(output, "go on as lines are added, through restarts", "of every pod (default: 50)")
 
     several += [
@@ -204,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
         add_verb(verbs, "resume", resume, parents),
     ]
     for verb in several:
-        verb.add_argument("jobs", nargs="+", metavar="JOB", help="a job or a sweep")
+        verb.add_argument("jobs", nargs="+", metavar="JOB", help="a job or a sweep, or the directory of one: runs/NAME")
     add_outputs(verbs, dry_run="print the manifests only")
     return top
 

@@ -10,23 +10,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from job.command import guarded
+from job.command import HYDRA_OPTIONS, guarded
 from job.config import Config, config_dir, default_of, keys
 from job.errors import UsageError
+from job.versions import program_version
 
 COLUMNS = 100
 GROUPS = ("data", "model", "loss", "compat", "hydra/launcher")
 DEFAULT_CONFIGURATION = "mmdit_cycle_vae"
-HYDRA_OPTIONS = (
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--config-dir",
-    "-cd",
-    "--package",
-    "-p",
-)  # with a value
 INTRODUCTION = """\
 usage: python -m job.train [--config-name NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
 
@@ -40,8 +31,10 @@ More: --help loss, --help loss.loss_type   all about a section or a key: choices
 
 
 def answer_help() -> None:
-    """Print help and end the program where the command line asks for it."""
+    """Print help, or the version, and end the program where the command line asks for it."""
     arguments = sys.argv[1:]
+    if "--version" in arguments:  # Hydra would print its own
+        sys.exit(guarded(lambda: print(program_version())))
     if {"-h", "--help"} & set(arguments):
         topics = [
             argument

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from job.metric_names import EVALUATION
 from job.model.weights import describe
 from job.monitoring.evaluation_table import table
 from job.trained import CONFIG_FILE, Trained, run_directory
+from job.versions import installed_version
 
 CARD_FILE = "README.md"
 FIGURES_KEY = "evaluation"  # of config.json
@@ -75,7 +75,7 @@ def model_card(trained: Trained, name: str) -> str:
         _markdown_table(_configuration_rows(trained)),
         "All of it is in config.json.",
         "## Versions",
-        _markdown_table((package, metadata.version(package)) for package in VERSIONS),
+        _markdown_table((package, installed_version(package) or "not installed") for package in VERSIONS),
     ]
     return f"---\n{front_matter}---\n\n" + "\n\n".join(sections) + "\n"
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from job.command import gather_overrides
 from job.key_help import answer_help
 from job.launch.from_train import launch_if_asked
 from job.output import open_standard_descriptors
@@ -23,6 +24,7 @@ signals = StopSignals()
 if __name__ == "__main__":
     open_standard_descriptors()  # before anything opens a file or a socket
     answer_help()  # at once: torch takes seconds to load
+    gather_overrides()  # before a launcher or Hydra reads them
     launch_if_asked()
     signals.install()  # before torch is imported, which takes seconds: a signal meanwhile would be lost
     tune_allocators()  # before torch is imported: it reads the variables once

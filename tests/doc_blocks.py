@@ -4,7 +4,7 @@
     <!-- run: long -->                   with `make test-docs` alone
     <!-- run: long, needs runs/demo -->  in a directory that has a small run, which stands for the one of `make train`
     <!-- run: long, KEY=VALUE ... -->    with these keys behind every `job.train`: a test has no time for all its steps
-    <!-- run: slurm -->                  with `make test-slurm` alone, on its cluster
+    <!-- run: slurm -->                  with `make test-slurm` alone, on its cluster; so k8s, and image
     <!-- prints -->                      the next block is what the one before printed, or a part of it
 
 A block is indented by four columns or fenced. Of a page they run one after the other in one directory, as a reader
@@ -17,8 +17,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,14 @@ MARK = re.compile(
 )
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 TOLERANCE = 0.1  # of numbers that a page shows: another release of Python has other names of characters
+SUITES = ("slurm", "k8s", "image")
+# For what a tutorial submits: the tests' clusters have no GPU and few cores, and a test has no time for a demo.
+SMALLER = (
+    "training.device=cpu training.num_train_steps=20 training.train_batch_size=4 training.warmup_steps=5 "
+    "model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32 "
+    "logging.num_samples=1 logging.num_eval_batches=1"
+)
+SMALLER_DEMO = "decoding.candidates=1 loss.cycle_text_warmup_steps=5 loss.cycle_latent_warmup_steps=5"
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Block:
     text: str
     language: str
     long: bool = False
-    slurm: bool = False
+    suite: str = ""  # of SUITES, which alone runs it
     needs_demo: bool = False
     overrides: str = ""
     shown: str = ""
@@ -49,7 +57,7 @@ class Block:
         """What bash runs."""
         if self.language == "python":
             return f"python - <<'END_OF_BLOCK'\n{self.text}\nEND_OF_BLOCK\n"
-        lines = self.text.splitlines()
+        lines = re.sub(r"\\\n *", "", self.text).splitlines()
         return "\n".join(f"{line} {self.overrides}" if " job.train" in line else line for line in lines)
 
 
@@ -65,8 +73,8 @@ def blocks_of(page: Path) -> list[Block]:
         for option in filter(None, (found["options"] or "").split(", ")):
             if option == "long":
                 block.long = True
-            elif option == "slurm":
-                block.slurm = True
+            elif option in SUITES:
+                block.suite = option
             elif option == "needs runs/demo":
                 block.needs_demo = True
             else:
@@ -89,6 +97,23 @@ def run(block: Block, directory: Path, variables: Mapping[str, str] | None = Non
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{block.page}:\n{block.script()}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def smaller(block: Block, here: Mapping[str, str]) -> Block:
+    """The block with what it submits made small, and with what stands `here` for what is printed there."""
+    text = re.sub(r"\\\n *", "", block.text)
+    for printed, other in here.items():
+        text = text.replace(printed, other)
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"cyclevae \w+ submit ", line):
+            lines[number] = f"{line} {SMALLER} {SMALLER_DEMO if '--config-name demo' in line else ''}"
+    return replace(block, text="\n".join(lines))
+
+
+def times_printed(blocks: Sequence[Block], words: str) -> int:
+    """How often words stand in the commands of blocks: none, and a test replaces nothing."""
+    return sum(re.sub(r"\\\n *", "", block.text).count(words) for block in blocks)
 
 
 def missing(shown: str, printed: str) -> list[str]:

@@ -25,7 +25,16 @@ MAY_IMPORT = {
     "lgdlm": {"checks", "config", "data", "errors", "files", "lgdlm", "model"},
     "runtime": {"checkpoint_names", "config", "errors", "failure_records", "files", "runtime"},
     "pages": {"errors", "files", "pages"},
-    "monitoring": {"checkpoint_names", "config", "errors", "files", "metric_names", "monitoring", "row_kinds"},
+    "monitoring": {
+        "checkpoint_names",
+        "config",
+        "errors",
+        "files",
+        "metric_names",
+        "monitoring",
+        "row_kinds",
+        "versions",
+    },
     "health": {
         "checkpoint_names",
         "checks",

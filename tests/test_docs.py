@@ -169,7 +169,7 @@ def test_the_pages_have_commands() -> None:
 
 def in_order(long: bool) -> list[Any]:
     """The pages that have blocks for a suite; the long one runs the short ones, too, which are before them."""
-    pages = {page: [block for block in blocks_of(page) if not block.slurm] for page in PAGES}
+    pages = {page: [block for block in blocks_of(page) if not block.suite] for page in PAGES}
     chosen = {page: [block for block in blocks if long or not block.long] for page, blocks in pages.items()}
     kept = {page: blocks for page, blocks in chosen.items() if any(block.long == long for block in blocks)}
     return [pytest.param(blocks, id=str(page.relative_to(ROOT))) for page, blocks in kept.items()]

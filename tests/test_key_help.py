@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -12,6 +13,7 @@ import pytest
 from job.config import keys
 from job.errors import UsageError
 from job.key_help import about, overview
+from job.versions import program_version
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,8 +46,18 @@ def test_help_comes_without_loading_torch(module: list[str]) -> None:
     assert " torch\n" not in done.stderr
 
 
-def test_version() -> None:
+@pytest.mark.parametrize("module", [["job"], ["job.train"], ["job", "train"]])
+def test_version(module: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "job", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", *module, "--version"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"cyclevae {metadata.version('cyclevae')}\n"
+
+
+def test_the_version_of_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_knows(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", nobody_knows)
+    said = program_version()
+    assert re.fullmatch(rf"cyclevae \d[\w.]* \(not installed; it runs from {ROOT}\)", said), said

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Mapping
 from job.data.console import say
 from job.data.given import GivenLatents
 from job.data.options import Options
+from job.data.source_files import left_out
 from job.data.sources import read_texts
 from job.data.splitting import TRAIN, UNPAIRED, VALIDATION, Division
 from job.data.text_store import KeptText, Numbered, TextStore
@@ -19,6 +20,8 @@ FIRST_UNPAIRED = 2**62
 
 def read_into(store: TextStore, options: Options, given: GivenLatents | None = None) -> None:
     """Read the texts of the sources, through `given` where the latents came with them."""
+    for line in left_out([*options.source, *options.unpaired]):
+        say(line)
 
     def texts_of(sources: list[str]) -> Generator[str, None, None]:
         return read_texts(

@@ -9,6 +9,7 @@ store has a version of it (an ETag, mostly a hash of the content).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from job.data.options import Options
 from job.data.records import SourceFile
 from job.data.remote import RemoteFile
-from job.data.sources import EMBEDDED, HUGGING_FACE, find_files, is_of_hub, is_saved
+from job.data.sources import DIRECTORY_SUFFIXES, EMBEDDED, HUGGING_FACE, find_files, is_of_hub, is_saved
 from job.errors import UserError
 from job.files import is_url
 
@@ -24,6 +25,7 @@ Entry = dict[str, Any]
 # Of a larger file only the beginning is hashed; its size and its time are still compared. Hashing a terabyte would
 # take longer than preparing the few texts of it that --max-samples asks for.
 HASHED_BYTES = 2**30
+NAMED = 3  # files that a line names; it counts the others
 
 
 def entries(sources: Sequence[str], known: Sequence[Entry] = ()) -> list[Entry]:
@@ -52,6 +54,27 @@ def _shown_files(directory: Path) -> list[Path]:
     """All files of a directory that Hugging Face's library may look at; a README.md may say which ones it reads."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return sorted(path for path in files if not any(part[0] == "." for part in path.relative_to(directory).parts))
+
+
+def left_out(sources: Sequence[str]) -> list[str]:
+    """A line for each directory among the sources that says what is not read there, and how to read it.
+
+    Someone who puts a table beside lines of text would else believe that it was read. Of a store only what is read is
+    listed.
+    """
+    local = [source for source in sources if not (source in EMBEDDED or is_url(source) or is_of_hub(source))]
+    read = {path.absolute() for source in local for path in find_files(source) if isinstance(path, Path)}
+    lines = []
+    for source in filter(os.path.isdir, local):
+        others = [path for path in _shown_files(Path(source)) if path.absolute() not in read]
+        if others:
+            names = ", ".join(str(path.relative_to(source)) for path in others[:NAMED])
+            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+            lines.append(
+                f"--source {source}: left out {names}{more}; of a directory {', '.join(DIRECTORY_SUFFIXES)} are read, "
+                f"name other files beside it: --source {source} {others[0]}"
+            )
+    return lines
 
 
 def of_options(options: Options, known: Sequence[Entry] = ()) -> list[Entry]:

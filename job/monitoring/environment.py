@@ -7,7 +7,6 @@ import json
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 
 from job.config import Config, to_dict
 from job.files import write_json, write_text
+from job.versions import installed_version
 
 PACKAGES = ("torch", "mmdit", "hyper-connections", "x-transformers", "hydra-core", "numpy", "tokenizers")
 
@@ -35,14 +35,6 @@ def source() -> dict[str, str]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return {"revision": revision, "built": ""}
-
-
-def installed_version(package: str) -> str | None:
-    """Version of a package; None: it is not installed, as this one where it runs from a checkout on PYTHONPATH."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:

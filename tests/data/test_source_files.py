@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from job.data import source_files
-from job.data.source_files import contents, difference, entries, refuse_touched
+from job.data.source_files import contents, difference, entries, left_out, refuse_touched
 from job.errors import UserError
 
 
@@ -41,3 +41,21 @@ def test_what_was_not_touched_is_not_read_again(tmp_path: Path, monkeypatch: pyt
         entries([str(path)], known)
     with pytest.raises(UserError, match=r"a\.txt: changed while it was read"):
         refuse_touched(known, [])
+
+
+def test_what_a_directory_holds_and_is_not_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts" / ".git").mkdir(parents=True)
+    (tmp_path / "texts" / "read.txt").write_text("one\n")
+    assert left_out(["texts/", "stdlib", "texts/read.txt"]) == []
+    for name in ("b.csv", "a.csv.gz", ".git/HEAD"):
+        (tmp_path / "texts" / name).write_text("text\none\n")
+    (line,) = left_out(["texts/"])
+    assert line.startswith("--source texts/: left out a.csv.gz, b.csv; of a directory .txt, .jsonl, .parquet are read")
+    assert line.endswith("--source texts/ texts/a.csv.gz")
+    (line,) = left_out(["texts", "texts/a.csv.gz"])
+    assert "left out b.csv;" in line, "what is named is read"
+    for number in range(5):
+        (tmp_path / "texts" / f"c{number}.md").write_text("text\n")
+    (line,) = left_out(["texts/"])
+    assert "a.csv.gz, b.csv, c0.md and 4 more;" in line

@@ -211,3 +211,13 @@ def claims(kubernetes: Access, namespace: str, tmp_path: Path) -> Iterator[Claim
     given.refuse_taken("slow", "sweep", "long", "both", "one", "calm", "cpu-demo", "killed", "frozen", "queued")
     yield given
     given.remove_new()
+
+
+@pytest.fixture
+def overlay_claims(own_node: Node, tmp_path: Path) -> Iterator[ClaimsOfTheNode]:
+    """The claims of the namespace cyclevae, which a test makes from k8s/base, from nothing."""
+    volumes = ("persistentvolume/cyclevae-runs", "persistentvolume/cyclevae-data")
+    own_node.kubectl("delete", "namespace/cyclevae", "priorityclass/cyclevae", "--ignore-not-found")
+    yield ClaimsOfTheNode(own_node, "cyclevae", tmp_path)
+    own_node.kubectl("delete", "namespace", "cyclevae")  # others apply overlays to it
+    own_node.kubectl("delete", *volumes)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from k8s_access import Access, GivenCluster, wait_for
-from k8s_claims import Claims, ClaimsOfTheNode, GivenClaims
+from k8s_claims import Claims, GivenClaims
 from k8s_node import Node
 from k8s_runs import IMAGE, ROOT, TINY, apply_overlay, cyclevae, signal_rank
 
@@ -22,7 +22,7 @@ SMALL = [*TINY, "logging.save_freq=50", f"hydra.launcher.container.image={IMAGE}
 
 
 @pytest.fixture
-def demo(kubernetes: Access, operator: None, image: None, tmp_path: Path) -> Iterator[Claims]:
+def demo(kubernetes: Access, operator: None, image: None, request: pytest.FixtureRequest) -> Iterator[Claims]:
     """The claims of the overlays' namespace; of a cluster that is there, those of the tests' namespace."""
     if isinstance(kubernetes, GivenCluster):
         with kubernetes.swept():
@@ -31,10 +31,7 @@ def demo(kubernetes: Access, operator: None, image: None, tmp_path: Path) -> Ite
             yield given
             given.remove_new()
         return
-    assert isinstance(kubernetes, Node)
-    kubernetes.kubectl("delete", "namespace", "cyclevae", "--ignore-not-found")
-    yield ClaimsOfTheNode(kubernetes, "cyclevae", tmp_path)
-    kubernetes.kubectl("delete", "namespace", "cyclevae")  # others apply overlays to it
+    yield request.getfixturevalue("overlay_claims")
 
 
 def shortened_demo(directory: Path, job: str) -> Path:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from job import k8s, slurm
+from job.command import overrides_and_options
 from job.launch.slurm import scheduler
-from job.launch.submission import options_first
 
 COMMANDS = {"slurm": slurm.main, "k8s": k8s.main}
 NEEDED = {"slurm": [], "k8s": ["hydra.launcher.container.image=image:1"]}
@@ -48,10 +48,20 @@ def test_a_configuration_is_chosen_anywhere(
     assert "training.device=cpu" in told.out
 
 
-def test_options_first() -> None:
-    mixed = ["a=1", "--config-name", "demo", "b=2", "--config-dir", "mine", "--cfg", "job"]
-    assert options_first(mixed) == (["--config-name=demo", "--config-dir=mine"], ["a=1", "b=2", "--cfg", "job"])
-    assert options_first([]) == ([], [])
+def test_overrides_come_in_one_piece() -> None:
+    mixed = ["a=1", "--config-name", "demo", "b=2", "--multirun", "c=3", "--info", "-cd", "mine", "--cfg", "job", "~d"]
+    options = ["--config-name", "demo", "--multirun", "--info", "-cd", "mine", "--cfg", "job"]
+    assert overrides_and_options(mixed) == (["a=1", "b=2", "c=3", "~d"], options)
+    assert overrides_and_options(["--info", "searchpath", "a=1"]) == (["a=1"], ["--info", "searchpath"])
+    assert overrides_and_options(["a=1", "--config-name"]) == (["a=1"], ["--config-name"])
+    assert overrides_and_options([]) == ([], [])
+
+
+def test_job_train_takes_overrides_on_both_sides_of_an_option() -> None:
+    arguments = ["training.seed=3", "--config-name", "demo", "data.dir=mine", "--cfg", "job"]
+    done = subprocess.run([sys.executable, "-m", "job.train", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"  seed: 3", "  dir: mine", "  run_name: demo"} <= set(done.stdout.splitlines())
 
 
 @pytest.mark.parametrize("launcher", ["submitit_slurm", "submitit_local"])

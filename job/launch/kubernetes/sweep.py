@@ -5,8 +5,6 @@ The same point again finds its own job by its name, and its run directory on the
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,21 @@ from job.errors import JobError, UserError
 from job.launch.kubernetes.cluster import OURS, Cluster, Missing, Named
 from job.launch.kubernetes.kinds import KINDS, OVER, TRAIN_JOB, Kind, annotation, kind_called, state
 from job.launch.kubernetes.manifests import job_of, to_yaml
-from job.launch.kubernetes.names import DATA_MOUNT, DIGEST_ANNOTATION, METRICS_PORT, RUN_ANNOTATION, RUNS_MOUNT, Object
+from job.launch.kubernetes.names import (
+    DATA_MOUNT,
+    DIGEST_ANNOTATION,
+    METRICS_PORT,
+    RUN_ANNOTATION,
+    RUNS_MOUNT,
+    Object,
+    job_name,
+)
 from job.launch.kubernetes.pods import LaunchedRun
 from job.launch.kubernetes.settings import ContainerSettings, Settings
 from job.launch.kubernetes.status import first_failure, outcome
 from job.launch.points import Point, points_of, refuse_batch_sizes, returns_of
 from job.launch.submission import SubmittedJob, submitted
 from job.launch.waiting import FINISHED, Outcome, leave_jobs_on_signals, show_changes, summarize
-
-LONGEST_NAME = 50  # the operator names pods and services NAME-worker-123, in at most 63 characters
-DIGEST_LENGTH = 8
 
 
 def launch(
@@ -121,22 +124,6 @@ def run_of(point: Point, sweep_dir: Path) -> LaunchedRun:
     return LaunchedRun(
         job_name(point.run_dir), str(point.run_dir), arguments, port, point.name, sweep=job_name(sweep_dir)
     )
-
-
-def job_name(run_dir: Path) -> str:
-    """Name of a run directory's job: a DNS label that begins with a letter.
-
-    It is the directory's own name where that is one. Otherwise a digest tells directories apart that differ only in
-    what a label cannot have.
-    """
-    text = str(run_dir.relative_to(RUNS_MOUNT))
-    label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    if not label[:1].isalpha():
-        label = f"run-{label}".rstrip("-")
-    if label == text and len(label) <= LONGEST_NAME:
-        return label
-    digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
-    return f"{label[: LONGEST_NAME - DIGEST_LENGTH - 1].rstrip('-')}-{digest}"
 
 
 def refuse(cluster: Cluster, runs: Sequence[LaunchedRun], jobs: Sequence[Object]) -> dict[str, Object]:

@@ -160,11 +160,8 @@ def test_grace_times_are_in_order(name: str) -> None:
         assert pod["spec"]["terminationGracePeriodSeconds"] > torchrun > needed >= 60
 
 
-@pytest.mark.parametrize("name", sorted(OVERLAYS))
-def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None:
-    _, settings, _ = OVERLAYS[name]
-    (pod,) = [pod for one in generated(name) for pod in pods_of(one)]
-    spec = pod["spec"]
+def assert_restricted(spec: dict[str, Any]) -> None:
+    """Hold a pod's spec to what restricted pod security, which the namespace enforces, asks for."""
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert spec["automountServiceAccountToken"] is False
@@ -174,6 +171,22 @@ def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
+
+
+def test_the_pod_for_files_is_valid_and_restricted() -> None:
+    (pod,) = render(ROOT / "k8s" / "shell")
+    assert problems(pod) == []
+    assert_restricted(pod["spec"])
+    (container,) = pod["spec"]["containers"]
+    assert container["image"] == "registry.example/cyclevae:0.1.0"
+
+
+@pytest.mark.parametrize("name", sorted(OVERLAYS))
+def test_pods_pass_restricted_security_and_show_their_metrics(name: str) -> None:
+    _, settings, _ = OVERLAYS[name]
+    (pod,) = [pod for one in generated(name) for pod in pods_of(one)]
+    spec = pod["spec"]
+    assert_restricted(spec)
     monitored = pod_monitor()["spec"]
     assert monitored["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     (trainer,) = spec["containers"]

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from schemas import needs_crds, problems
 
 from job import k8s
-from job.launch.kubernetes.names import DIGEST_ANNOTATION, RUN_ANNOTATION, SWEEP_LABEL
-from job.launch.kubernetes.sweep import job_name
+from job.errors import UserError
+from job.launch.kubernetes.connection import Missing
+from job.launch.kubernetes.names import DIGEST_ANNOTATION, RUN_ANNOTATION, SWEEP_LABEL, job_name, named_job
 
 Manifests = Callable[..., list[dict[str, Any]]]
 
@@ -225,3 +226,35 @@ def test_names_tell_points_apart() -> None:
     ]
     assert len({job_name(Path(point)) for point in points}) == len(points)
     assert job_name(Path("/runs/first")) == "first"
+
+
+def test_a_job_is_known_by_the_directory_of_its_run_too() -> None:
+    point = "runs/weights/loss.cycle_text_weight=0.1"
+    assert named_job(point) == named_job(f"/{point}/") == job_name(Path("/", point)) != point
+    assert named_job("runs/weights") == named_job("weights") == "weights"
+    for word in ("data/mine", "/runs/", "runs/../data"):
+        with pytest.raises(UserError, match="below /runs; give runs/NAME"):
+            named_job(word)
+
+
+def test_resuming_a_sweep_passes_over_what_runs() -> None:
+    def job(name: str, suspended: bool, condition: str) -> dict[str, Any]:
+        conditions = [{"type": condition, "status": "True"}]
+        spec = {"runPolicy": {"suspend": suspended}}
+        return {"kind": "PyTorchJob", "metadata": {"name": name}, "spec": spec, "status": {"conditions": conditions}}
+
+    jobs = [job("a", False, "Running"), job("b", True, "Suspended"), job("c", False, "Failed")]
+
+    class Cluster:
+        def get(self, name: str) -> dict[str, Any]:
+            for one in jobs:
+                if one["metadata"]["name"] == name:
+                    return one
+            raise Missing(name)
+
+        def all(self, selector: str) -> list[dict[str, Any]]:
+            return jobs if selector == f"{SWEEP_LABEL}=weights" else []
+
+    assert [one["metadata"]["name"] for one in k8s.resumable(Cluster(), ["runs/weights"])] == ["b", "c"]
+    with pytest.raises(UserError, match="job a is RUNNING: nothing to resume"):
+        k8s.resumable(Cluster(), ["runs/weights", "a"])
