@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "config",
         "data",
         "errors",
+        "files",
         "model",
         "monitoring",
         "objective",
