@@ -188,6 +188,7 @@ def test_plan_and_tools_take_data_of_s3(
     run = tiny_run(tmp_path / "run", prepared, "training.num_train_steps=2", "logging.num_generated=2")
     scores = [str(run), "--num-samples", "8", "--json", "--device", "cpu"]
     copied = ["--data", url, "--cache-dir", str(tmp_path / "cache")]
+    capsys.readouterr()
     evaluate.main(scores)
     wanted = capsys.readouterr().out
     evaluate.main([*scores, *copied])
