@@ -39,9 +39,9 @@ OPTIONS = ["--vocab-size", "300", "--validation-fraction", "0.2", "--shard-size"
 def save(directory: Path, table: np.ndarray = TABLE, *, lower: bool = True, **options: Any) -> Path:
     """A static model of WORDS; token 0 is what is no word of these."""
     tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(["[UNK]", *WORDS])}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     if lower:
-        tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+        tokenizer.normalizer = normalizers.Lowercase()
     model2vec.StaticModel(table, tokenizer, **options).save_pretrained(directory)
     return directory
 
@@ -141,7 +141,7 @@ def test_another_model_under_the_name_is_refused(model: Path, tmp_path: Path) ->
     other[3, 3] += 1
     for change in ({"table": other}, {"lower": False}, {"normalize": True}, {"weights": np.full(len(TABLE), 2.0)}):
         shutil.rmtree(path)
-        save(path, **change)  # type: ignore[arg-type]
+        save(path, **change)
         with pytest.raises(UserError, match="model: not the encoder that made the latents"):
             load_encoder(tmp_path, described)
     assert Model2VecEncoder(str(model), 5).description["sha256"] != described["sha256"]
