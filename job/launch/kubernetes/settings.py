@@ -148,6 +148,9 @@ class Settings:
                 raise UserError(f"hydra.launcher.{name}={getattr(self, name)}: {OF_ITS_RUNTIME}")
         if self.container.pull_policy:
             raise UserError(f"hydra.launcher.container.pull_policy={self.container.pull_policy}: {OF_ITS_RUNTIME}")
+        if self.data_claim is None:
+            # Trainer merges volumes by their names: this one would be a claim and an empty directory at once.
+            raise UserError(f"hydra.launcher.data_claim=null: {OF_ITS_RUNTIME}")
         unknown = sorted(self.pod.keys() - PATCHABLE)
         if unknown:
             raise UserError(f"hydra.launcher.pod.{unknown[0]}: {OF_ITS_RUNTIME}")

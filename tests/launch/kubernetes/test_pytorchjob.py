@@ -132,8 +132,7 @@ def test_data_of_a_store_and_who_asks_for_it(manifests: Manifests, kind: str) ->
 
 
 @needs_crds
-@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
-@pytest.mark.parametrize("claim", ["data", "null"])
+@pytest.mark.parametrize(("kind", "claim"), [("pytorchjob", "data"), ("pytorchjob", "null"), ("trainjob", "data")])
 def test_jobs_on_data_of_a_store_are_valid(manifests: Manifests, kind: str, claim: str) -> None:
     where = [f"hydra.launcher.kind={kind}", f"hydra.launcher.data_claim={claim}", "data.cache_dir=data/cache"]
     (job,) = manifests(*where, *STORE, *SECRETS)
@@ -213,6 +212,7 @@ def test_metrics_where_the_user_wants_them(manifests: Manifests) -> None:
         ),
         (["hydra.launcher.kind=trainjob", "hydra.launcher.start_min=5"], 1, "takes it from its TrainingRuntime"),
         (["hydra.launcher.kind=trainjob", "+hydra.launcher.pod.hostIPC=true"], 1, "hydra.launcher.pod.hostIPC"),
+        (["hydra.launcher.kind=trainjob", "hydra.launcher.data_claim=null"], 1, "hydra.launcher.data_claim=null: a Tr"),
         (
             ["hydra.launcher.nodes=2", "training.global_batch_size=32", "training.train_batch_size=32"],
             1,
