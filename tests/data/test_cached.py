@@ -141,6 +141,11 @@ def test_a_run_trains_on_data_of_a_store(store: Any, prepared: Path, tmp_path: P
     shutil.rmtree(tmp_path / "cache")
     train_data, _ = open_data(load_trained(run).config, None, run)  # as evaluation does: it is copied again
     assert (isinstance(train_data, ShardDataset) and train_data.directory) == copy
+    here = tmp_path / "here"  # on another machine, which has no such directory
+    held_out = load_trained(run, cache=here).held_out
+    assert (isinstance(held_out, ShardDataset) and held_out.directory) == here / copy.name
+    write_export(load_trained(run, data=URL, cache=here), tmp_path / "export")
+    assert load_trained(tmp_path / "export", data=URL, cache=here).data == here / copy.name
 
 
 def test_a_run_that_is_stopped_while_it_copies_ends_at_once(
@@ -223,15 +228,3 @@ def test_a_model_is_used_with_data_of_a_store(
         said = capsys.readouterr().err
         assert words in said
         assert len(said.splitlines()) == 1
-
-
-def test_a_run_on_data_of_a_store_is_used_on_another_machine(store: Any, tmp_path: Path) -> None:
-    options = [f"data.cache_dir={tmp_path / 'there'}", "training.num_train_steps=2", "logging.num_generated=2"]
-    run = tiny_run(tmp_path / "run", Path("unused"), f"data.dir={URL}", *options)
-    assert not (tmp_path / "here").exists()
-    held_out = load_trained(run, cache=tmp_path / "here").held_out
-    assert isinstance(held_out, ShardDataset)
-    assert held_out.directory.parent == tmp_path / "here"
-    export = tmp_path / "export"
-    write_export(load_trained(run, data=URL, cache=tmp_path / "here"), export)
-    assert isinstance(load_trained(export, data=URL, cache=tmp_path / "here").held_out, ShardDataset)
