@@ -64,13 +64,15 @@ def load(
     dtype: str | None = None,
     average: bool | None = None,
     data: str | Path | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Model:
     """The model of a run directory, of one of its checkpoints, or of an exported directory.
 
     device: "auto" takes a GPU where there is one; or what torch.device takes: "cpu", "cuda", "cuda:1".
     dtype: "auto" (bf16 on GPUs that have it), "bf16" or "fp32" to compute in; None: as the model was trained.
     average: the moving average of the weights; None: where there is one.
-    data: the prepared data of a run from before runs carried their tokenizer and statistics.
+    data: the prepared data of a run from before runs carried their tokenizer and statistics, or its URL.
+    cache_dir: where data of a URL is copied to, once; None: where the run did.
 
     Raises UserError (job.errors), whose text is one line, for a path without a model or files that are damaged.
     """
@@ -83,7 +85,8 @@ def load(
             place = torch.device(device)
         except RuntimeError as error:
             raise UserError(f"device {device!r}: {str(error).splitlines()[0]}") from error
-    trained = load_trained(Path(path), Path(data) if data is not None else None, average)
+    cache = Path(cache_dir) if cache_dir is not None else None
+    trained = load_trained(Path(path), data, average, cache)
     return Model(trained, place, dtype or trained.config.training.dtype)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from job.config import DecodingConfig
 from job.errors import UsageError
+from job.files import is_url
 
 
 class BoundedNumber(argparse.Action):
@@ -53,9 +54,22 @@ class Fraction(BoundedNumber):
         return None if 0 < value < 1 or value == self.default else "give a value between 0 and 1"
 
 
+def path_or_url(name: str) -> Path | str:
+    """A name as a path, unless it is the URL of a store, whose two slashes a path would make one."""
+    return name if is_url(name) else Path(name)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--data and --ema: with what data, and which of its weights, a trained model is used."""
-    parser.add_argument("--data", type=Path, help="prepared data directory, if not the run's own")
+    """--data, --cache-dir and --ema: with what data, and which of its weights, a trained model is used."""
+    parser.add_argument(
+        "--data", type=path_or_url, help="prepared data directory or its URL (s3://...), if not the run's own"
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="directory into which data of a URL is copied, once (the run's data.cache_dir)",
+    )
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,

@@ -49,7 +49,7 @@ def export(options: argparse.Namespace) -> None:
     if options.push_to:
         refuse_repository(options.push_to)
     refuse_existing(options.out)  # before the weights are read
-    trained = load_trained(options.path, options.data, options.ema)
+    trained = load_trained(options.path, options.data, options.ema, options.cache_dir)
     write_export(trained, options.out)
     averaged = ", averaged weights" if trained.averaged else ""
     print(f"{options.out}: the model of step {trained.step}{averaged}")

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     refuse_output(options.texts, (".txt", ".jsonl"))
     latents, lengths = read_latents(options.latents)
-    model = load(options.path, device=options.device, average=options.ema, data=options.data)
+    model = load(
+        options.path, device=options.device, average=options.ema, data=options.data, cache_dir=options.cache_dir
+    )
     texts = model.decode(
         latents,
         read_lengths(options.lengths) if options.lengths else lengths,

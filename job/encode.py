@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = read_texts(options.texts, options.text_key)
     if not texts:
         raise UserError(f"{options.texts}: no texts")
-    model = load(options.path, device=options.device, average=options.ema, data=options.data)
+    model = load(
+        options.path, device=options.device, average=options.ema, data=options.data, cache_dir=options.cache_dir
+    )
     latents = model.encode(
         texts,
         truncate=options.truncate,

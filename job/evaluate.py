@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_together(options)
     pairs = read_pairs(options.sts) if options.sts else []
     directory = checkpoints_of(options.path) if options.every else None
-    trained, device = load_trained(options.path, options.data, options.ema), choose_device(options.device)
+    trained = load_trained(options.path, options.data, options.ema, options.cache_dir)
+    device = choose_device(options.device)
     config = trained.config
     config.decoding = dataclasses.replace(config.decoding, **given_decoding(options))
     warnings.simplefilter("ignore", DecodingWarning)  # the model's own words for what `measured` prints

@@ -15,6 +15,7 @@ from job.command import composed, guarded
 from job.config import Config
 from job.config_checks import validate
 from job.errors import UsageError
+from job.files import is_url
 from job.monitoring.device import BF16_PEAK, MEMORY_GIB, host_memory_limit
 from job.planning.batches import FILLED, largest_fitting, refuse_none, tried
 from job.planning.counts import peak_on_paper, step_work
@@ -23,6 +24,7 @@ from job.planning.plan import GIB, Plan, Speed, as_text, measured_peak, plan_of
 from job.trained import choose_device
 
 NOT_PREPARED = "not-prepared-yet"  # in the place of data.dir where the data's size is said by keys of the model
+NOT_COPIED = "not-copied"  # in the place of data.cache_dir: a plan reads the description in the store alone
 MFU = 0.3  # diffusion transformers and masked language models reach 0.36 to 0.48 where they are well tuned
 
 
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = composed(options.config_name, overrides)
     if config.data.source == "shards" and config.data.dir is None and config.model.vocab_size:
         config.data.dir = NOT_PREPARED
+    if is_url(config.data.dir or "") and config.data.cache_dir is None:
+        config.data.cache_dir = NOT_COPIED
     for warning in validate(config):
         print(f"warning: {warning}", file=sys.stderr)
     data = planned_data(config, options.mean_tokens)

@@ -14,9 +14,9 @@ from job.arguments import Fraction, at_least
 from job.command import guarded
 from job.data import tokenizer as tokenizers
 from job.data.earlier import finished
-from job.data.encoders import GIVEN, SENTENCE_TRANSFORMERS
+from job.data.encoders import GIVEN
 from job.data.like import Pattern, read_pattern
-from job.data.options import LocalOptions, Options, flag
+from job.data.options import WITH_A_MODEL, LocalOptions, Options, flag
 from job.data.preparation import prepare
 from job.data.preview import preview
 from job.data.shards import DatasetInfo, ShardDataset
@@ -94,14 +94,15 @@ def resolve(arguments: argparse.Namespace, pattern: Pattern | None) -> None:
         elif declared["read_if"]:
             other, wanted = declared["read_if"]
             there = getattr(arguments, other)
-            if there == wanted and given is None:
+            values = (wanted,) if isinstance(wanted, str) else wanted
+            if there in values and given is None:
                 setattr(arguments, name, declared["default"])
-            elif there != wanted and given is not None:
+            elif there not in values and given is not None:
                 if there == GIVEN:
                     raise UsageError(f"{flag(name)} has no effect with latents that are given; leave it out")
                 raise UsageError(
                     f"{flag(name)} has no effect with {flag(other)} {there}; "
-                    f"leave it out or give {flag(other)} {wanted}"
+                    f"leave it out or give {flag(other)} {' or '.join(values)}"
                 )
         elif given is None and name == "max_length" and pattern:
             arguments.max_length = pattern.max_length
@@ -109,8 +110,8 @@ def resolve(arguments: argparse.Namespace, pattern: Pattern | None) -> None:
             setattr(arguments, name, declared["default"])
     if arguments.tokenizer == "train" and (arguments.mask_token or arguments.pad_token):
         raise UsageError("--mask-token and --pad-token have no effect with --tokenizer train; leave them out")
-    if not pattern and arguments.encoder == SENTENCE_TRANSFORMERS and not arguments.encoder_model:
-        raise UsageError("--encoder sentence_transformers needs --encoder-model NAME or DIRECTORY")
+    if not pattern and arguments.encoder in WITH_A_MODEL[1] and not arguments.encoder_model:
+        raise UsageError(f"--encoder {arguments.encoder} needs --encoder-model NAME or DIRECTORY")
 
 
 def settle_given(arguments: argparse.Namespace) -> None:

@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
 
 def latents_of(options: argparse.Namespace) -> Latents:
     """Latents of the run's newest checkpoint. UserError without one, or without its data."""
-    trained, device = load_trained(options.path, options.data, options.ema), choose_device(options.device)
+    trained = load_trained(options.path, options.data, options.ema, options.cache_dir)
+    device = choose_device(options.device)
     c = trained.config
     with autocast(c.training.dtype, device):
         return measure(

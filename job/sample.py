@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--unconditional makes texts from noise and takes no --text; leave one of them out")
     if options.unconditional and (cycle := {"candidates", "corrections"} & given.keys()):
         raise UsageError(f"--{min(cycle)} compares a text with a latent that is wanted; --unconditional has none")
-    trained = load_trained(options.path, options.data, options.ema)
+    trained = load_trained(options.path, options.data, options.ema, options.cache_dir)
     model = Model(trained, choose_device(options.device), trained.config.training.dtype)
     if options.unconditional:
         decoding = dataclasses.replace(ONE_PASS, **(FROM_NOISE | given))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from job import checkpoint_names
 from job.config import Config, from_dict
+from job.data.cached import local_copy
 from job.data.description import (
     DESCRIPTION_FILE,
     DIRECTORY,
@@ -104,19 +105,46 @@ class Trained:
         return dataset
 
 
-def load_trained(path: Path, data: Path | None = None, average: bool | None = None) -> Trained:
+def load_trained(
+    path: Path, data: Path | str | None = None, average: bool | None = None, cache: Path | None = None
+) -> Trained:
     """What `path` holds: a run directory, a checkpoint, or a directory written by `python -m job.convert export`.
 
-    `data` replaces the data directory of the run; `average` takes the moving average of the weights (None: where there
-    is one). Raises UserError, in one line, when there is no valid checkpoint, no average, or data of another kind.
+    `data` replaces the data directory of the run, as a path or as the URL of a store, and `cache` is where data of a
+    URL is copied to (None: where the run did); `average` takes the moving average of the weights (None: where there is
+    one). Raises UserError, in one line, when there is no valid checkpoint, no average, or data of another kind.
     """
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a run directory like runs/demo or a checkpoint in it")
-    is_export = (path / CONFIG_FILE).is_file()
-    trained = _load_export(path, data, average) if is_export else _load_checkpoint(path, data, average)
+    if (path / CONFIG_FILE).is_file():
+        trained = _load_export(path, data, average, cache)
+    else:
+        trained = _load_checkpoint(path, data, average, cache)
     if data is not None:
         _ = trained.held_out  # whoever names data is told at once what is wrong with it
     return trained
+
+
+def _on_disk(config: Config, data: Path | str | None, cache: Path | None) -> Path | None:
+    """The directory of the data that a user names: of the URL of a store its copy, made if need be.
+
+    Copies, also that of the run's own data, lie below `cache`, or else where the run had its own. UserError where
+    neither is known, and for a `cache` that nothing is copied to.
+    """
+    named = str(data) if data is not None else config.data.dir or ""
+    if not is_url(named):
+        if cache is not None:
+            raise UserError(
+                f"--cache-dir {cache} has no effect: the data is not the URL of a store (s3://...); leave it out"
+            )
+        return Path(data) if data is not None else None
+    place = str(cache) if cache is not None else config.data.cache_dir
+    if place is None:
+        raise UserError(f"--data {named} is copied to this machine; name a directory that has room: --cache-dir DIR")
+    if data is None:
+        config.data.cache_dir = place
+        return None
+    return local_copy(named, Path(place))
 
 
 # A run or a checkpoint.
@@ -160,9 +188,10 @@ def weights_of(checkpoint: Checkpoint, average: bool | None = None) -> tuple[dic
     return read_weights(checkpoint, "model.") | averaged, bool(averaged)
 
 
-def _load_checkpoint(path: Path, data: Path | None, average: bool | None) -> Trained:
+def _load_checkpoint(path: Path, named: Path | str | None, average: bool | None, cache: Path | None) -> Trained:
     checkpoint, weights, averaged = _read_saved(path, average)
     config = from_dict(checkpoint.record["config"])
+    data = _on_disk(config, named, cache)
     run = run_directory(checkpoint.path)
     # A checkpoint from before checkpoints described their data needs that data, as it always did.
     description = described(checkpoint) or _described_by_data(config, data, weights, checkpoint.path)
@@ -206,7 +235,7 @@ def open_data(config: Config, data: Path | None, path: Path) -> tuple[Dataset, D
     The run's data may be named relative to the directory it was started in, which environment.json knows.
     """
     if data is not None:
-        config.data.source, config.data.dir = "shards", str(data)
+        config.data.source, config.data.dir, config.data.cache_dir = "shards", str(data), None
     elif (
         config.data.source == "shards"
         and not is_url(config.data.dir or "")
@@ -232,7 +261,7 @@ def _started_in(path: Path) -> Path:
 # An exported model.
 
 
-def _load_export(path: Path, data: Path | None, average: bool | None) -> Trained:
+def _load_export(path: Path, named: Path | str | None, average: bool | None, cache: Path | None) -> Trained:
     if average:
         raise UserError(f"{path} is an exported model: export it again with --ema instead")
     try:
@@ -244,6 +273,7 @@ def _load_export(path: Path, data: Path | None, average: bool | None) -> Trained
         raise UserError(
             f"{path}: not a whole exported model ({error}); export it again with `python -m job.convert export`"
         ) from error
+    data = _on_disk(config, named, cache)
     if (path / DESCRIPTION_FILE).is_file():
         description = read_description(path)
     elif data is not None:

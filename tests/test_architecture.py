@@ -56,6 +56,7 @@ MAY_IMPORT = {
         "config",
         "data",
         "errors",
+        "files",
         "model",
         "monitoring",
         "objective",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import queue
 import shutil
 import threading
@@ -22,15 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from job.data.console import CountedWork, say
 from job.data.remote import RemoteDirectory
-from job.data.shards import INFO_FILE, DatasetInfo, info_of
+from job.data.shards import INFO_FILE, DatasetInfo, info_of, shard_file
 from job.errors import StoppedError, UserError
 from job.files import file_entry, write_whole
 
 AT_ONCE = 8  # files that are copied together
 POLL_SECONDS = 0.2
 DIGITS = 16  # of a digest, in a name
+HEADER_BYTES = 128  # before the numbers, in a file of offsets
+OFFSET_BYTES = 8
 HELD = (errno.EACCES, errno.EAGAIN)
 SEE = "see docs: how-to/read-from-a-store"
 
@@ -48,6 +53,45 @@ class _Wanted:
 
     name: str
     entry: dict[str, Any]  # of dataset.json
+
+
+def info_at(url: str) -> DatasetInfo | None:
+    """What the dataset.json of a URL says; None without one.
+
+    UserError where it is damaged, or the store cannot be asked.
+    """
+    content = RemoteDirectory(url).read(INFO_FILE)
+    return info_of(content, f"{url}/{INFO_FILE}") if content is not None else None
+
+
+def first_lengths(url: str, info: DatasetInfo, count: int) -> np.ndarray:
+    """Token counts, int64, of the first training rows of a URL's dataset: `count`, or as many as there are.
+
+    Only the beginning of a file of offsets is asked for. UserError where it is missing or damaged.
+    """
+    store, lengths, left = RemoteDirectory(url), [np.zeros(0, np.int64)], count
+    for number, rows in enumerate(info.shards["train"]):
+        wanted = min(rows, left)
+        if wanted == 0:
+            break
+        name = shard_file("train", number, "offsets")
+        content = store.read(name, HEADER_BYTES + OFFSET_BYTES * (wanted + 1))
+        if content is None:
+            raise UserError(f"{url}/{name}: missing; copy the dataset there again")
+        lengths.append(np.diff(_first_numbers(content, wanted + 1, f"{url}/{name}")))
+        left -= wanted
+    return np.concatenate(lengths)
+
+
+def _first_numbers(content: bytes, count: int, where: str) -> np.ndarray:
+    """The first `count` numbers, int64, of a file of numpy's that begins so. UserError where there are fewer."""
+    file = io.BytesIO(content)
+    try:
+        np.lib.format.read_magic(file)
+        dtype = np.lib.format.read_array_header_1_0(file)[2]
+        return np.frombuffer(content, dtype, count, file.tell()).astype(np.int64)
+    except ValueError as error:
+        raise UserError(f"{where}: damaged ({error}); copy the dataset there again") from error
 
 
 def local_copy(url: str, cache: Path, stop: Stop = never) -> Path:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from job.data.optional import import_optional
+from job.data.static_encoder import MODEL2VEC, Model2VecEncoder
 from job.data.truncated_svd import truncated_svd
 from job.errors import UserError
 from job.files import write_whole
@@ -259,6 +260,10 @@ def load_encoder(directory: Path, description: dict[str, Any], resources: Resour
         return LsaEncoder.load(directory / ENCODER_FILE, description)
     if name == SENTENCE_TRANSFORMERS:
         return SentenceTransformersEncoder.load(description, resources or Resources())
+    if name == MODEL2VEC:
+        static = Model2VecEncoder.load(description, (resources or Resources()).local_files_only)
+        _refuse_other(static, description, static.description["model"])
+        return static
     if name == GIVEN:
         where = description.get("file") or f"the key {description['key']!r}"
         raise UserError(

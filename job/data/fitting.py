@@ -14,6 +14,7 @@ from job.data.console import say
 from job.data.encoders import (
     ENCODER_FILE,
     FIT_SAMPLES,
+    LSA,
     SENTENCE_TRANSFORMERS,
     WORDS,
     Encoder,
@@ -25,6 +26,7 @@ from job.data.encoders import (
 from job.data.like import Pattern
 from job.data.options import LocalOptions, Options
 from job.data.splitting import TRAIN
+from job.data.static_encoder import MODEL2VEC, Model2VecEncoder
 from job.errors import UserError
 from job.files import write_text, write_whole
 
@@ -32,6 +34,11 @@ CHUNK = 4096  # texts encoded at once
 # Of the first texts of a split. A few texts may have no word that was seen in training; with more of them the encoder
 # does not know what a word of this language is.
 LARGEST_SHARE_WITHOUT_LATENT = 0.1
+UNKNOWN = {
+    LSA: "it tells words by the spaces between them, and these texts have none that it was fitted on (Chinese, "
+    "Japanese and Thai are written without spaces); use --encoder sentence_transformers --encoder-model NAME",
+    MODEL2VEC: "its model knows no token of these texts; take a model of their language, or another encoder",
+}
 
 
 def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -125,6 +132,13 @@ class Fitting:
                 prompt=options.encoder_prompt,
                 normalize=bool(options.normalize),
             )
+        if options.encoder == MODEL2VEC:
+            self.encoder = Model2VecEncoder(
+                str(options.encoder_model),
+                options.truncate_dim,
+                local_files_only=local.local_files_only,
+                normalize=bool(options.normalize),
+            )
 
     def fit(self, out: Path, splits: Mapping[str, Iterable[str]]) -> dict[str, Any]:
         """Write tokenizer and encoder into the dataset's directory; returns what the plan says of them."""
@@ -140,8 +154,9 @@ class Fitting:
         if encoder is None and not self.given:
             encoder = LsaEncoder.fit(texts, options.latent_dim or 0, options.seed, options.lsa_features or WORDS)
             say("encoder fitted")
-        if isinstance(encoder, LsaEncoder):
+        if isinstance(encoder, (LsaEncoder, Model2VecEncoder)):
             self._refuse_unknown_texts(tokenizer, encoder, splits)
+        if isinstance(encoder, LsaEncoder):
             encoder.save(out / ENCODER_FILE)
         self._write_tokenizer(out / tokenizers.TOKENIZER_FILE, tokenizer)
         return {
@@ -179,9 +194,8 @@ class Fitting:
                 continue
             unknown = int((~encoder.encode(sample).any(axis=1)).sum())
             if unknown > 1 and unknown > LARGEST_SHARE_WITHOUT_LATENT * len(sample):
-                whose = f"the encoder of --like {self.pattern.source}" if self.pattern else "--encoder lsa"
+                name = encoder.description["name"]
+                whose = f"the encoder of --like {self.pattern.source}" if self.pattern else f"--encoder {name}"
                 raise UserError(
-                    f"{whose} leaves {unknown} of {len(sample)} latents of the {split} split at zero: it tells words "
-                    "by the spaces between them, and these texts have none that it was fitted on (Chinese, Japanese "
-                    "and Thai are written without spaces); use --encoder sentence_transformers --encoder-model NAME"
+                    f"{whose} leaves {unknown} of {len(sample)} latents of the {split} split at zero: {UNKNOWN[name]}"
                 )

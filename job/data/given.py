@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -43,7 +43,8 @@ class GivenLatents:
     one they are only checked.
     """
 
-    def __init__(self, options: Options, spill: Path | None = None) -> None:
+    def __init__(self, options: Options, file: Path | None, spill: Path | None = None) -> None:
+        """`file` is where the one of --latents is, which may be a copy of what that names."""
         self.options = options
         self.count = 0  # texts read, empty ones too
         self.empty = 0
@@ -51,8 +52,8 @@ class GivenLatents:
         self._spill = spill
         self._zero: set[int] = set()  # numbers of the texts whose record has a latent of zeros
         self._rows: np.ndarray | None = None
-        if options.latents:
-            self._rows = _read_file(options.latents)
+        if file is not None:
+            self._rows = _read_file(str(options.latents), file)
             self.width = self._rows.shape[1]
 
     def texts(self) -> Generator[tuple[int, str], None, None]:
@@ -132,10 +133,10 @@ def _as_float32(numbers: np.ndarray) -> np.ndarray:
         return np.asarray(numbers, np.float32)
 
 
-def _read_file(name: str) -> np.ndarray:
+def _read_file(name: str, path: Path) -> np.ndarray:
     """The latents [N, D] of a file, not in memory. UserError when they are none, or not all finite."""
     try:
-        latents: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)  # a pickle could run code
+        latents: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
     except OSError as error:
         raise UserError(f"--latents {name}: cannot be read ({error.strerror or error})") from error
     except (ValueError, EOFError) as error:
@@ -156,14 +157,17 @@ def _read_file(name: str) -> np.ndarray:
     return latents
 
 
-def description(options: Options, files: Sequence[Entry]) -> dict[str, Any]:
-    """What dataset.json says of the encoder of given latents; `sha256` is of their file, or of all their files."""
-    if options.latents:
+def description(options: Options, files: Sequence[Entry], file: Path | None) -> dict[str, Any]:
+    """What dataset.json says of the encoder of given latents; `sha256` is of their file, or of all their files.
+
+    `file` is where the one of --latents is, which may be a copy of what that names.
+    """
+    if file is not None:
         digest = hashlib.sha256()
-        with Path(options.latents).open("rb") as file:
-            while block := file.read(2**20):
+        with file.open("rb") as content:
+            while block := content.read(2**20):
                 digest.update(block)
-        return {"name": GIVEN, "file": Path(options.latents).name, "sha256": digest.hexdigest()}
+        return {"name": GIVEN, "file": PurePosixPath(str(options.latents)).name, "sha256": digest.hexdigest()}
     of_files = repr(
         (
             options.latents_key,

@@ -106,22 +106,27 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset]:
     """
     if config.data.source == "synthetic":
         return _synthetic(config, "train"), _synthetic(config, "validation")
-    directory, longest = _directory(config), config.model.max_seq_len
+    directory = _directory(config)
     train = ShardDataset(directory, "train", config.data.verify_hashes)
     validation = ShardDataset(directory, "validation")
-    if train.info.max_length > longest:
+    refuse_unfit(train.info, str(directory), config.model.max_seq_len)
+    return train, validation
+
+
+def refuse_unfit(info: DatasetInfo, where: str, longest: int) -> None:
+    """UserError for a dataset of longer rows than the model takes, or of too few samples to evaluate on."""
+    if info.max_length > longest:
         raise UserError(
-            f"model.max_seq_len={longest} is shorter than the longest row of {directory} "
-            f"({train.info.max_length} tokens); set model.max_seq_len={rounded_up(train.info.max_length)} "
+            f"model.max_seq_len={longest} is shorter than the longest row of {where} "
+            f"({info.max_length} tokens); set model.max_seq_len={rounded_up(info.max_length)} "
             f"or prepare with --max-length {longest}"
         )
     # Said before the first step: the evaluation that needs them comes after the last one.
-    if len(validation) < LEAST_ROWS["validation"]:
+    if info.counts["validation"] < LEAST_ROWS["validation"]:
         raise UserError(
-            f"{directory}: too few samples in the validation split ({len(validation)}; an evaluation compares at "
+            f"{where}: too few samples in the validation split ({info.counts['validation']}; an evaluation compares at "
             f"least {LEAST_ROWS['validation']}); prepare with a larger --validation-fraction or more texts"
         )
-    return train, validation
 
 
 def _directory(config: Config) -> Path:

@@ -11,14 +11,15 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from job.data.encoders import LETTERS, LSA, SENTENCE_TRANSFORMERS, WORDS
+from job.data.encoders import LETTERS, LSA, MODEL2VEC, SENTENCE_TRANSFORMERS, WORDS
 from job.data.sources import EMBEDDED, STDLIB
 from job.data.tokenizer import MIN_VOCAB_SIZE
 
-# Choices that other options depend on, for `read_if`: an option of these names, and its value.
+# Choices that other options depend on, for `read_if`: an option of these names, and its value or values.
 TRAINED_TOKENIZER = ("tokenizer", "train")
 WITH_LSA = ("encoder", LSA)
 WITH_SENTENCE_TRANSFORMERS = ("encoder", SENTENCE_TRANSFORMERS)
+WITH_A_MODEL = ("encoder", (SENTENCE_TRANSFORMERS, MODEL2VEC))
 
 
 def option(
@@ -30,7 +31,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     low: int | None = None,
     fraction: bool = False,
-    read_if: tuple[str, str] | None = None,
+    read_if: tuple[str, str | tuple[str, ...]] | None = None,
     from_like: bool = False,
 ) -> Any:
     """An option: its default, its help, the group of the help it stands in, and what it may be.
@@ -78,7 +79,7 @@ class Options:
         [], "more training texts, without latents", group="texts", metavar="SOURCE"
     )
     unpaired_latents: str | None = option(
-        None, "training latents without texts, .npy [rows, dimensions]", group="texts", metavar="FILE"
+        None, "training latents without texts, .npy [rows, dimensions], or its URL", group="texts", metavar="FILE"
     )
     max_length: int = option(48, "tokens of a row; longer texts are dropped and counted", group="texts", low=1)
     shard_size: int = option(100_000, "texts of a shard", group="texts", low=1)
@@ -104,7 +105,7 @@ class Options:
         None, "the tokenizer's padding token, where its files do not name it", group="tokenizer", from_like=True
     )
     encoder: str = option(
-        LSA, "what makes the latents", group="latents", choices=(LSA, SENTENCE_TRANSFORMERS), from_like=True
+        LSA, "what makes the latents", group="latents", choices=(LSA, SENTENCE_TRANSFORMERS, MODEL2VEC), from_like=True
     )
     latent_dim: int | None = option(64, "lsa: dimensions", group="latents", low=1, read_if=WITH_LSA, from_like=True)
     lsa_features: str | None = option(
@@ -117,17 +118,17 @@ class Options:
     )
     encoder_model: str | None = option(
         None,
-        "sentence_transformers: model name or directory",
+        "sentence_transformers, model2vec: model name or directory",
         group="latents",
-        read_if=WITH_SENTENCE_TRANSFORMERS,
+        read_if=WITH_A_MODEL,
         from_like=True,
     )
     truncate_dim: int | None = option(
         None,
-        "sentence_transformers: keep the first dimensions",
+        "sentence_transformers, model2vec: keep the first dimensions",
         group="latents",
         low=1,
-        read_if=WITH_SENTENCE_TRANSFORMERS,
+        read_if=WITH_A_MODEL,
         from_like=True,
     )
     encoder_batch_size: int | None = option(
@@ -151,14 +152,15 @@ class Options:
     )
     normalize: bool | None = option(
         False,
-        "sentence_transformers: latents of length 1",
+        "sentence_transformers, model2vec: latents of length 1",
         group="latents",
-        read_if=WITH_SENTENCE_TRANSFORMERS,
+        read_if=WITH_A_MODEL,
         from_like=True,
     )
     latents: str | None = option(
         None,
-        "latents that you have, .npy [texts, dimensions], a row for every text in reading order; no encoder runs",
+        "latents that you have, .npy [texts, dimensions] or its URL, a row for every text in reading order; no encoder "
+        "runs",
         group="latents",
         metavar="FILE",
         from_like=True,

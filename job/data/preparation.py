@@ -29,6 +29,7 @@ from job.data.encoding import KeptLatents, encode_shard
 from job.data.fitting import Fitting
 from job.data.given import GivenEncoder, GivenLatents, description
 from job.data.reading import read_into, refuse_empty
+from job.data.remote import fetch
 from job.data.shards import DatasetInfo
 from job.data.splitting import Division
 from job.data.text_shards import TextShards
@@ -111,13 +112,14 @@ def _read_and_fit(preparation: Preparation) -> dict[str, Any]:
     options = preparation.options
     fitting = Fitting(options, preparation.local, preparation.pattern, preparation.resources)
     files = source_files.of_options(options)
-    given = GivenLatents(options, preparation.work / "given.float32") if options.encoder == GIVEN else None
-    if given:
-        fitting.given = description(options, files)
     directory = preparation.work / "sorting"
+    latents = fetch(options.latents, "--latents", directory / "latents.npy") if options.latents else None
+    given = GivenLatents(options, latents, preparation.work / "given.float32") if options.encoder == GIVEN else None
+    if given:
+        fitting.given = description(options, files, latents)
     with TextStore(directory) as store:
         read_into(store, options, given)
-        source_files.refuse_touched(files, [*options.source, *options.unpaired])
+        source_files.refuse_touched(files, source_files.names(options))
         division = Division(options.validation_fraction, options.encode_fraction)
         shards = TextShards(store, division, preparation.work, options.shard_size, given)
     shutil.rmtree(directory)
@@ -126,6 +128,7 @@ def _read_and_fit(preparation: Preparation) -> dict[str, Any]:
     plan = {
         "options": dataclasses.asdict(options),
         "source_files": files,
+        "unpaired_latents": files[-1] if options.unpaired_latents else None,
         "duplicates": store.duplicates,
         "shards": shards.number(),
         "encoded_shards": shards.encoded,  # of the training split; the shards after them are texts alone
@@ -198,7 +201,7 @@ def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     unknown = tokenizer.unknown_token_id
     counted = [record for record in records if record.token_counts]
     if preparation.options.unpaired_latents:
-        records += write_latents(preparation, records)
+        records += _unpaired_latents(preparation, records, plan)
     options = dataclasses.asdict(preparation.options)
     options["duplicates"] = plan["duplicates"]
     options["dropped"] = sum(record.dropped for record in records)
@@ -221,6 +224,21 @@ def _finish(preparation: Preparation, plan: dict[str, Any]) -> DatasetInfo:
     for leftover in preparation.out.glob(f".*{TEMPORARY}"):  # of a process killed while it wrote
         leftover.unlink()
     return info
+
+
+def _unpaired_latents(preparation: Preparation, records: list[ShardRecord], plan: dict[str, Any]) -> list[ShardRecord]:
+    """Write the rows of --unpaired-latents. UserError where the file is not the one that was there at first."""
+    name = str(preparation.options.unpaired_latents)
+    file = fetch(name, "--unpaired-latents", preparation.work / "unpaired.npy")
+    written = write_latents(preparation, records, file)
+    noted = plan.get("unpaired_latents")  # plans of before 2026-11-27 do not say
+    now = source_files.entry_of("unpaired_latents", name, plan["source_files"])
+    if noted and (changed := source_files.difference([noted], [now])):
+        raise UserError(
+            f"{changed} since {preparation.out} was begun; "
+            "give another --out, or delete the directory to prepare it anew"
+        )
+    return written
 
 
 def _wait(preparation: Preparation, ready: Callable[[], bool], what: str, seconds: float = float("inf")) -> bool:

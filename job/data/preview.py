@@ -19,6 +19,7 @@ from job.data.given import GivenLatents
 from job.data.like import Pattern
 from job.data.options import LocalOptions, Options
 from job.data.reading import part_of, read_into, refuse_empty
+from job.data.remote import fetch
 from job.data.splitting import PARTS, TRAIN, UNPAIRED, VALIDATION, Division
 from job.data.text_store import KeptText, TextStore
 
@@ -30,13 +31,18 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "95%": 0.95, "99%": 0.99, "longest"
 def preview(options: Options, local: LocalOptions, pattern: Pattern | None) -> str:
     """An account of the texts. UserError for all that a preparation would refuse in them."""
     tokenizer = _tokenizer(options, local, pattern)
-    given = GivenLatents(options) if options.encoder == GIVEN else None
-    seen = _Seen(options, tokenizer, given)
-    with tempfile.TemporaryDirectory() as directory, TextStore(Path(directory)) as store:
-        read_into(store, options, given)
-        for text in store.in_order():
-            seen.add(text)
-        seen.flush()
+    with tempfile.TemporaryDirectory() as directory:
+        given = None
+        if options.encoder == GIVEN:
+            latents = options.latents
+            file = fetch(latents, "--latents", Path(directory) / "latents.npy") if latents else None
+            given = GivenLatents(options, file)
+        seen = _Seen(options, tokenizer, given)
+        with TextStore(Path(directory)) as store:
+            read_into(store, options, given)
+            for text in store.in_order():
+                seen.add(text)
+            seen.flush()
     refuse_empty(options, seen.counts, store.duplicates)
     return "\n".join(seen.lines(store.rows, store.duplicates))
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import errno
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from job.data.console import CountedWork, say
 from job.data.optional import import_optional
 from job.errors import RetryError, UserError
-from job.files import SCHEME
+from job.files import SCHEME, is_url, write_whole
 
 GLOB_CHARACTERS = "*?["
 READ_AT_ONCE = 2**23  # bytes asked for at once; s3fs takes 50 MB of its own accord, also for the first of ten texts
@@ -57,10 +59,10 @@ class RemoteDirectory:
         self.url = url.rstrip("/")
         self._filesystem, self._path = _filesystem(self.url)
 
-    def read(self, name: str) -> bytes | None:
-        """A file's content; None without it. UserError where the store cannot be asked."""
+    def read(self, name: str, size: int | None = None) -> bytes | None:
+        """A file's content, or its first `size` bytes; None without it. UserError where the store cannot be asked."""
         try:
-            return bytes(self._filesystem.cat_file(f"{self._path}/{name}"))
+            return bytes(self._filesystem.cat_file(f"{self._path}/{name}", start=None if size is None else 0, end=size))
         except FileNotFoundError:
             return None
         except Exception as error:  # each store's library has its own kinds
@@ -78,7 +80,7 @@ class RemoteDirectory:
             raise RetryError(f"{self.url}/{name}: cannot be read ({problem_of(error)})") from error
 
 
-def find_remote(source: str, is_of_directory: Callable[[str], bool]) -> list[RemoteFile]:
+def find_remote(source: str, is_of_directory: Callable[[str], bool], option: str = "--source") -> list[RemoteFile]:
     """Files of a URL, sorted: one file, those of a glob, or those below a directory whose name `is_of_directory` takes.
 
     UserError where there are none, or the store cannot be asked.
@@ -90,15 +92,66 @@ def find_remote(source: str, is_of_directory: Callable[[str], bool]) -> list[Rem
     except FileNotFoundError:
         found, is_directory = {}, False
     except Exception as error:  # each store's library has its own kinds
-        raise UserError(f"--source {source}: cannot be read ({problem_of(error)}); {SEE}") from error
+        raise UserError(f"{option} {source}: cannot be read ({problem_of(error)}); {SEE}") from error
     files = [
         _remote_file(filesystem, name, info)
         for name, info in found.items()
         if info["type"] == "file" and (not is_directory or is_of_directory(PurePosixPath(name).name))
     ]
     if not files:
-        raise UserError(f"--source {source}: no file there that is read (or no such bucket); {SEE}")
+        raise UserError(f"{option} {source}: no file there that is read (or no such bucket); {SEE}")
     return sorted(files, key=str)
+
+
+def fetch(name: str, option: str, target: Path) -> Path:
+    """The file that an option names: its own path, or of the URL of a store that of a copy, `target`.
+
+    UserError where it is not there, cannot be read, or does not fit.
+    """
+    if not is_url(name):
+        return Path(name)
+    file = find_one(name, option)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if file.size > free:
+        raise UserError(
+            f"{option} {file}: its copy needs {file.size / 1e6:,.1f} MB in {target.parent}, "
+            f"{free / 1e6:,.1f} MB are free"
+        )
+    say(f"copying {file} ({file.size / 1e6:,.1f} MB)")
+    with CountedWork("bytes", file.size) as work:
+        write_whole(target, lambda copy: _copy(file, option, copy, work))
+    return target
+
+
+def _copy(file: RemoteFile, option: str, target: BinaryIO, work: CountedWork) -> None:
+    """Write a file's content. UserError where it cannot be read: errors of the store are not those of the disk."""
+    with _one_line(f"{option} {file}"):
+        source = file.open("rb")
+    with source:
+        while True:
+            with _one_line(f"{option} {file}"):
+                block = source.read(READ_AT_ONCE)
+            if not block:
+                return
+            target.write(block)
+            work.add(len(block))
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from error
+
+
+def find_one(url: str, option: str) -> RemoteFile:
+    """The file of a URL. UserError where there is none, or more than one."""
+    found = find_remote(url, lambda _: True, option)
+    if len(found) > 1:
+        raise UserError(f"{option} {url}: {len(found)} files there; name one of them")
+    return found[0]
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from job.data.options import Options
+from job.data.options import Options, flag
 from job.data.records import SourceFile
-from job.data.remote import RemoteFile
+from job.data.remote import RemoteFile, find_one
 from job.data.sources import DIRECTORY_SUFFIXES, EMBEDDED, HUGGING_FACE, find_files, is_of_hub, is_saved
 from job.errors import UserError
 from job.files import is_url
 
 Entry = dict[str, Any]
+LATENTS = ("latents", "unpaired_latents")  # options that name a file of them
 # Of a larger file only the beginning is hashed; its size and its time are still compared. Hashing a terabyte would
 # take longer than preparing the few texts of it that --max-samples asks for.
 HASHED_BYTES = 2**30
@@ -78,14 +79,25 @@ def left_out(sources: Sequence[str]) -> list[str]:
 
 
 def of_options(options: Options, known: Sequence[Entry] = ()) -> list[Entry]:
-    """The entries of all that a preparation reads: sources, unpaired texts, and the file of latents last."""
+    """The entries of all that a preparation reads: sources, unpaired texts, and the files of latents last."""
     found = entries([*options.source, *options.unpaired], known)
-    if options.latents:
-        path = Path(options.latents)
-        if not path.is_file():
-            raise UserError(f"--latents {path}: no such file")
-        found.append(_file_entry(path, {entry["path"]: entry for entry in known if "path" in entry}))
-    return found
+    return found + [entry_of(name, getattr(options, name), known) for name in LATENTS if getattr(options, name)]
+
+
+def entry_of(option: str, name: str, known: Sequence[Entry] = ()) -> Entry:
+    """The entry of the one file that an option names. UserError where it is not there."""
+    if is_url(name):
+        return _entry(find_one(name, flag(option)), {})
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{flag(option)} {path}: no such file")
+    return _file_entry(path, {entry["path"]: entry for entry in known if "path" in entry})
+
+
+def names(options: Options) -> list[str]:
+    """All that a preparation reads, as it is named."""
+    of_latents = [getattr(options, name) for name in LATENTS]
+    return [*options.source, *options.unpaired, *filter(None, of_latents)]
 
 
 def _entry(path: SourceFile, known: dict[str, Entry]) -> Entry:

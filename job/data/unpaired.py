@@ -35,12 +35,12 @@ def write_texts(
     return record
 
 
-def write_latents(preparation: Preparation, records: Sequence[ShardRecord]) -> list[ShardRecord]:
-    """Write the shards of --unpaired-latents, behind all others; returns their records.
+def write_latents(preparation: Preparation, records: Sequence[ShardRecord], file: Path) -> list[ShardRecord]:
+    """Write the shards of --unpaired-latents, which lie in `file`, behind all others; returns their records.
 
     A latent alone is decoded to a text in training, which must have some length: the likely one.
     """
-    latents = _finite_latents(str(preparation.options.unpaired_latents))
+    latents = _finite_latents(str(preparation.options.unpaired_latents), file)
     paired = [record for record in records if record.split == "train" and record.kind == PAIRED]
     first = _arrays_of(preparation.out, paired)
     if latents.shape[1] != first[0].shape[1]:
@@ -71,10 +71,10 @@ def _arrays_of(directory: Path, paired: Sequence[ShardRecord]) -> tuple[np.ndarr
     return np.concatenate(latents)[:LENGTH_SAMPLES], np.concatenate(lengths)[:LENGTH_SAMPLES]
 
 
-def _finite_latents(name: str) -> np.ndarray:
+def _finite_latents(name: str, path: Path) -> np.ndarray:
     """The latents [N, D] of a file. UserError when they are none, or not all finite."""
     try:
-        latents: np.ndarray = np.load(name, allow_pickle=False)  # a pickle could run code
+        latents: np.ndarray = np.load(path, allow_pickle=False)  # a pickle could run code
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"--unpaired-latents {name}: cannot be read as a file of numpy ({error})") from error
     if latents.ndim != 2 or not len(latents):

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from job.config import Config
-from job.data.loader import open_datasets
+from job.data.cached import first_lengths, info_at
+from job.data.loader import open_datasets, refuse_unfit
 from job.data.shards import Dataset
 from job.errors import UserError
+from job.files import is_url
 
 COUNTED_ROWS = 4096  # training rows whose lengths are read, the first ones: they come in the order of hashes
 
@@ -28,17 +30,21 @@ class PlannedData:
 
 
 def planned_data(config: Config, mean_tokens: float | None) -> PlannedData:
-    """The data of a configuration; where data.dir is not here, what model.vocab_size and model.latent_dim say.
+    """The data of a configuration; where data.dir is not there, what model.vocab_size and model.latent_dim say.
 
-    Rows then have `mean_tokens` tokens, or else as many as the model takes. UserError where neither tells.
+    Rows then have `mean_tokens` tokens, or else as many as the model takes. UserError where neither tells, and for a
+    store that cannot be asked.
     """
-    model, directory = config.model, config.data.dir
+    model, directory = config.model, config.data.dir or ""
     if config.data.source == "synthetic" or (directory and Path(directory).is_dir()):
         train = open_datasets(config)[0]
         return _of_dataset(train)
+    if is_url(directory) and (found := _of_store(config, directory)):
+        return found
     if model.vocab_size is None or model.latent_dim is None:
+        missing = "no finished dataset there" if is_url(directory) else "no such directory here"
         raise UserError(
-            f"data.dir={directory}: no such directory here; prepare the data, or say its size with "
+            f"data.dir={directory}: {missing}; prepare the data, or say its size with "
             "model.vocab_size=N model.latent_dim=N (and --mean-tokens N)"
         )
     mean = mean_tokens or model.max_seq_len
@@ -50,6 +56,16 @@ def planned_data(config: Config, mean_tokens: float | None) -> PlannedData:
 def _of_dataset(train: Dataset) -> PlannedData:
     lengths = train.lengths(np.arange(min(COUNTED_ROWS, len(train))))
     return PlannedData(train.info.vocab_size, train.info.latent_dim, len(train), lengths, prepared=True)
+
+
+def _of_store(config: Config, url: str) -> PlannedData | None:
+    """The data of a URL, of which the description and some lengths are read; None where there is none."""
+    info = info_at(url)
+    if info is None:
+        return None
+    refuse_unfit(info, url, config.model.max_seq_len)
+    lengths = first_lengths(url, info, COUNTED_ROWS)
+    return PlannedData(info.vocab_size, info.latent_dim, info.counts["train"], lengths, prepared=True)
 
 
 def longest_of_a_batch(config: Config, lengths: np.ndarray) -> int:

@@ -8,20 +8,26 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from tiny_run import configured, tiny_run
 
+from job import evaluate, load
+from job.command import guarded
 from job.config_checks import validate
 from job.data import cached
-from job.data.cached import local_copy
+from job.data.cached import first_lengths, local_copy
 from job.data.remote import RemoteDirectory
 from job.data.shards import ShardDataset
 from job.errors import ExitCode, StoppedError, UserError
+from job.export import write_export
+from job.planning.data import planned_data
 from job.runtime.checkpoint import open_checkpoint
 from job.train import train
 from job.trained import load_trained, open_data
@@ -135,6 +141,11 @@ def test_a_run_trains_on_data_of_a_store(store: Any, prepared: Path, tmp_path: P
     shutil.rmtree(tmp_path / "cache")
     train_data, _ = open_data(load_trained(run).config, None, run)  # as evaluation does: it is copied again
     assert (isinstance(train_data, ShardDataset) and train_data.directory) == copy
+    here = tmp_path / "here"  # on another machine, which has no such directory
+    held_out = load_trained(run, cache=here).held_out
+    assert (isinstance(held_out, ShardDataset) and held_out.directory) == here / copy.name
+    write_export(load_trained(run, data=URL, cache=here), tmp_path / "export")
+    assert load_trained(tmp_path / "export", data=URL, cache=here).data == here / copy.name
 
 
 def test_a_run_that_is_stopped_while_it_copies_ends_at_once(
@@ -156,3 +167,64 @@ def test_a_run_that_is_stopped_while_it_copies_ends_at_once(
         train(configured(f"data.dir={URL}", f"data.cache_dir={tmp_path / 'cache'}"), tmp_path / "run")
     signal.set_wakeup_fd(before)  # or it would take another test's signal for the second, which ends this process
     assert stopped.value.exit_code == ExitCode.STOPPED
+
+
+def test_a_plan_reads_the_size_of_the_data_and_copies_nothing(
+    store: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemoteDirectory, "blocks", None)
+    local, remote = (planned_data(configured(f"data.dir={name}"), None) for name in (prepared, URL))
+    assert (remote.samples, remote.vocab_size, remote.latent_dim, remote.prepared) == (
+        local.samples,
+        local.vocab_size,
+        local.latent_dim,
+        True,
+    )
+    np.testing.assert_array_equal(remote.lengths, local.lengths)
+    train_data = ShardDataset(prepared, "train")
+    assert len(train_data.info.shards["train"]) > 2
+    for count in (1, 150, 10**6):  # of one shard, of two, of all
+        wanted = train_data.lengths(np.arange(min(count, len(train_data))))
+        np.testing.assert_array_equal(first_lengths(URL, train_data.info, count), wanted)
+
+
+def test_data_that_a_plan_cannot_be_made_of_is_refused(store: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.dir=memory:///none: no finished dataset there; prepare the data, or"):
+        planned_data(configured("data.dir=memory:///none"), None)
+    said = planned_data(configured("data.dir=memory:///none", "model.vocab_size=300", "model.latent_dim=8"), 20)
+    assert (said.vocab_size, said.samples, said.prepared) == (300, None, False)
+    with pytest.raises(UserError, match=r"model\.max_seq_len=4 is shorter than the longest row of memory:///data/mine"):
+        planned_data(configured(f"data.dir={URL}", "model.max_seq_len=4"), None)
+    name = "/data/mine/train-00001.offsets.npy"
+    whole = store.cat(name)
+    for damaged in (whole[:200], b"", b"<html>"):
+        store.pipe(name, damaged)
+        with pytest.raises(UserError, match=r"memory:///data/mine/train-00001\.offsets\.npy: damaged \("):
+            planned_data(configured(f"data.dir={URL}"), None)
+    store.rm(name)
+    with pytest.raises(UserError, match=r"train-00001\.offsets\.npy: missing"):
+        planned_data(configured(f"data.dir={URL}"), None)
+
+
+def test_a_model_is_used_with_data_of_a_store(
+    store: Any, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path / "run", prepared, "training.num_train_steps=2", "logging.num_generated=2")
+    options = [str(run), "--num-samples", "8", "--json", "--device", "cpu"]
+    printed = []
+    for data in ([], ["--data", URL, "--cache-dir", str(tmp_path / "cache")]):
+        capsys.readouterr()
+        assert guarded(partial(evaluate.main, [*options, *data])) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    (copy,) = (tmp_path / "cache").glob("mine-*")
+    assert load(run, data=URL, cache_dir=tmp_path / "cache").trained.data == copy
+    for wrong, words in (
+        (["--data", URL], f"--data {URL} is copied to this machine; name a directory that has room: --cache-dir DIR"),
+        (["--cache-dir", "c"], "--cache-dir c has no effect: the data is not the URL of a store"),
+        (["--data", "memory:///none", "--cache-dir", "c"], "memory:///none: no finished dataset there"),
+    ):
+        assert guarded(partial(evaluate.main, [*options, *wrong])) == ExitCode.FAILED
+        said = capsys.readouterr().err
+        assert words in said
+        assert len(said.splitlines()) == 1

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_run import TINY, tiny_run
 
-from job import prepare
+from job import convert, evaluate, plan, prepare
+from job.command import guarded
+from job.data import preparation
 from job.data.cached import local_copy
 from job.data.records import records
-from job.data.remote import RemoteFile, find_remote
-from job.data.shards import ShardDataset
+from job.data.remote import RemoteFile, fetch, find_remote
+from job.data.shards import ShardDataset, read_info
 from job.data.source_files import difference, entries, refuse_touched
 from job.data.sources import find_files, is_of_hub, read_texts
 from job.errors import ExitCode, UserError
@@ -165,6 +172,118 @@ def test_a_dataset_of_s3_is_copied(s3: Any, prepared: Path, tmp_path: Path) -> N
     assert (copy / "dataset.json").read_bytes() == (prepared / "dataset.json").read_bytes()
     with pytest.raises(UserError, match=r"s3://other/mine: no finished dataset there"):
         local_copy("s3://other/mine", tmp_path)
+
+
+def test_plan_and_tools_take_data_of_s3(
+    s3: Any, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "s3://bucket/data/mine"
+    s3.put(f"{prepared}/", "bucket/data/mine/", recursive=True)
+    printed = []
+    for directory in (str(prepared), url):
+        capsys.readouterr()
+        assert guarded(partial(plan.main, [*TINY, f"data.dir={directory}", "--json"])) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    run = tiny_run(tmp_path / "run", prepared, "training.num_train_steps=2", "logging.num_generated=2")
+    scores = [str(run), "--num-samples", "8", "--json", "--device", "cpu"]
+    copied = ["--data", url, "--cache-dir", str(tmp_path / "cache")]
+    capsys.readouterr()
+    evaluate.main(scores)
+    wanted = capsys.readouterr().out
+    evaluate.main([*scores, *copied])
+    assert capsys.readouterr().out == wanted
+    convert.main(["export", str(run), str(tmp_path / "export"), *copied])
+    assert (tmp_path / "export" / "tokenizer.json").read_bytes() == (prepared / "tokenizer.json").read_bytes()
+    for command, words in (
+        ([*TINY, "data.dir=s3://other/mine"], "data.dir=s3://other/mine: no finished dataset there"),
+        ([*TINY, f"data.dir={url}", "model.max_seq_len=4"], f"shorter than the longest row of {url}"),
+    ):
+        assert guarded(partial(plan.main, command)) == ExitCode.FAILED
+        assert words in capsys.readouterr().err
+
+
+LATENTS = np.random.default_rng(0).standard_normal((len(TEXTS), 6)).astype(np.float32)
+FEW = ["--vocab-size", "300", "--validation-fraction", "0.2"]
+
+
+def check_latents(store: Any, url: str, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts here, latents there: the dataset is the one of local files, and a changed file is noticed."""
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    for name, array in (("latents.npy", LATENTS), ("more.npy", LATENTS[:25] + 1)):
+        np.save(tmp_path / name, array)
+        store.pipe(f"{root}/{name}", (tmp_path / name).read_bytes())
+
+    def command(place: str | Path, out: str, *more: str) -> list[str]:
+        of_latents = ["--latents", f"{place}/latents.npy", "--unpaired-latents", f"{place}/more.npy"]
+        return ["--source", str(tmp_path / "texts.txt"), *of_latents, "--out", str(tmp_path / out), *FEW, *more]
+
+    assert prepare.main(command(tmp_path, "local")) == prepare.main(command(url, "remote")) == 0
+    for path in (tmp_path / "local").glob("*"):
+        if path.name != "dataset.json":
+            assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes(), path.name
+    local, remote = (read_info(tmp_path / name) for name in ("local", "remote"))
+    assert remote.encoder == local.encoder  # its hash too: it is of the content
+    assert remote.unpaired == local.unpaired == {"latent": 25}
+    assert [entry["name"] for entry in remote.options["source_files"]] == ["texts.txt", "latents.npy", "more.npy"]
+    assert not (tmp_path / "remote" / "work").exists()
+    capsys.readouterr()
+    assert prepare.main(command(url, "remote")) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert prepare.main(command(url, "remote", "--dry-run")) == 0
+    assert "6 dimensions, given" in capsys.readouterr().out
+    for name in ("more.npy", "latents.npy"):
+        store.pipe(f"{root}/{name}", store.cat(f"{root}/{name}")[:-1] + b"\0")
+        assert prepare.main(command(url, "remote")) == ExitCode.FAILED
+        assert f"error: {url}/{name} has changed since" in capsys.readouterr().err
+    store.rm(f"{root}/latents.npy")
+    assert prepare.main(command(url, "another")) == ExitCode.FAILED
+    assert f"--latents {url}/latents.npy: no file there that is read" in capsys.readouterr().err
+    assert not list((tmp_path / "another").glob("*.npy"))
+
+
+def test_latents_of_a_store_are_those_of_a_file(
+    memory: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_latents(memory, "memory:///latents", "/latents", tmp_path, capsys)
+
+
+def test_latents_of_s3_are_those_of_a_file(s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_latents(s3, "s3://bucket/latents", "bucket/latents", tmp_path, capsys)
+
+
+def test_latents_that_cannot_be_had_are_one_line(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        memory.pipe(f"/latents/{name}.npy", b"not numpy's")
+    with pytest.raises(UserError, match=r"--latents memory:///latents: 2 files there; name one of them"):
+        fetch("memory:///latents", "--latents", tmp_path / "copy.npy")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5))
+    with pytest.raises(UserError, match=r"--latents memory:///latents/a\.npy: its copy needs 0\.0 MB in .* are free"):
+        fetch("memory:///latents/a.npy", "--latents", tmp_path / "copy.npy")
+    monkeypatch.undo()
+    monkeypatch.setattr(type(memory), "open", lambda *_, **__: Breaking())
+    with pytest.raises(UserError, match=r"--latents memory:///latents/a\.npy: cannot be read \(the store is gone\)$"):
+        fetch("memory:///latents/a.npy", "--latents", tmp_path / "copy.npy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unpaired_latents_that_change_before_they_are_read_are_refused(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    np.save(tmp_path / "more.npy", LATENTS[:, :4])
+    memory.pipe("/more.npy", (tmp_path / "more.npy").read_bytes())
+    done = preparation.write_latents
+
+    def meanwhile(*arguments: Any) -> Any:
+        memory.pipe("/more.npy", b"another")
+        return done(*arguments)
+
+    monkeypatch.setattr(preparation, "write_latents", meanwhile)
+    arguments = ["--source", str(tmp_path / "texts.txt"), "--unpaired-latents", "memory:///more.npy", *OPTIONS]
+    assert prepare.main([*arguments, "--out", str(tmp_path / "data")]) == ExitCode.FAILED
+    assert "memory:///more.npy has changed since" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "dataset.json").exists()
 
 
 def test_what_is_wrong_with_a_store_is_one_line(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:

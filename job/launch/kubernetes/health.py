@@ -94,7 +94,7 @@ def named_checks(cluster: Cluster, kinds: Sequence[Kind]) -> list[Check]:
     defaults = Settings()
     named = {
         "runs claim": Named((defaults.runs_claim,)),
-        "data claim": Named((defaults.data_claim,)),
+        "data claim": Named(tuple(filter(None, (defaults.data_claim,)))),
         "service account": Named((), account=defaults.service_account),
     }
     if TRAIN_JOB in kinds:

@@ -25,6 +25,8 @@ CANCELLED_ANNOTATION = "cyclevae/cancelled"  # what was known of the run's progr
 # Where pods have the claims. Their working directory is /: runs/NAME and data/NAME mean the same there and here.
 RUNS_MOUNT = "/runs"
 DATA_MOUNT = "/data"
+SCRATCH_MOUNT = "/tmp"  # on the node's disk, and gone with the pod
+WRITABLE_MOUNTS = (SCRATCH_MOUNT, DATA_MOUNT, RUNS_MOUNT)
 
 METRICS_PORT = 9400  # of a pod's first rank; the others count up from it
 METRICS_PORT_NAME = "metrics-{rank}"

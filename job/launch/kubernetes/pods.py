@@ -13,6 +13,7 @@ from job.launch.kubernetes.names import (
     METRICS_PORT,
     METRICS_PORT_NAME,
     RUNS_MOUNT,
+    SCRATCH_MOUNT,
     Object,
 )
 from job.launch.kubernetes.settings import Settings
@@ -36,6 +37,7 @@ class LaunchedRun:
     port: int | None = METRICS_PORT  # monitoring.port; None: no metrics
     overrides: str = ""  # in words, what sets it apart
     sweep: str = ""
+    copies_data: bool = False  # from a store, to where the claim of the data is
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,12 @@ def _pod_security(settings: Settings) -> Object:
 
 
 def volumes(settings: Settings) -> list[Object]:
+    data: Object = {"emptyDir": {}}
+    if settings.data_claim is not None:
+        data = {"persistentVolumeClaim": {"claimName": settings.data_claim}}
     return [
         {"name": "runs", "persistentVolumeClaim": {"claimName": settings.runs_claim}},
-        {"name": "data", "persistentVolumeClaim": {"claimName": settings.data_claim}},
+        {"name": "data", **data},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{settings.shm_gb}Gi"}},
         {"name": "tmp", "emptyDir": {}},
     ]
@@ -123,7 +128,7 @@ def _trainer(run: LaunchedRun, settings: Settings, kind: PodKind) -> Object:
     )
     if run.port:
         container |= _probes(settings, kind.gated)
-    return container | {"securityContext": RESTRICTED, "volumeMounts": _mounts(settings)}
+    return container | {"securityContext": RESTRICTED, "volumeMounts": _mounts(run, settings)}
 
 
 # tini, as the first process of a container must collect orphans and pass signals on; then attempt.py
@@ -152,13 +157,21 @@ def variables(settings: Settings) -> list[Object]:
     values = present(
         {
             # A user id without a name has no home either, and libraries write caches there.
-            "HOME": "/tmp",
+            "HOME": SCRATCH_MOUNT,
             "USER": "cyclevae",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": settings.torchrun_seconds,
             "OMP_NUM_THREADS": settings.cpus_per_task or None,
         }
     )
-    return [{"name": name, "value": str(value)} for name, value in (values | settings.container.env).items()]
+    given = values | settings.container.env
+    plain: list[Object] = [{"name": name, "value": str(value)} for name, value in given.items()]
+    return plain + [_from_secret(name, secret) for name, secret in settings.container.secrets.items()]
+
+
+def _from_secret(variable: str, secret: str) -> Object:
+    """A variable whose value is in a Secret: NAME, under the variable's own name, or NAME/KEY."""
+    name, _, key = secret.partition("/")
+    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key or variable}}}
 
 
 def resources(settings: Settings) -> Object:
@@ -173,12 +186,13 @@ def resources(settings: Settings) -> Object:
     return present({"requests": (processors | limits) or None, "limits": limits or None})
 
 
-def _mounts(settings: Settings) -> list[Object]:
+def _mounts(run: LaunchedRun, settings: Settings) -> list[Object]:
+    writes_data = bool(settings.prepare) or run.copies_data
     return [
         {"name": "runs", "mountPath": RUNS_MOUNT},
         {"name": "shm", "mountPath": "/dev/shm"},
-        {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "data", "mountPath": DATA_MOUNT, "readOnly": not settings.prepare},
+        {"name": "tmp", "mountPath": SCRATCH_MOUNT},
+        {"name": "data", "mountPath": DATA_MOUNT, "readOnly": not writes_data},
     ]
 
 

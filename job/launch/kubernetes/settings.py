@@ -31,6 +31,8 @@ class ContainerSettings:
     pull_policy: str | None = None  # null: IfNotPresent, Always for :latest
     pull_secrets: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)  # variables set for the ranks
+    # Variables from Secrets of the namespace: the name of one, or NAME/KEY where its key is not the variable's name.
+    secrets: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Settings:
     resources: dict[str, int] = field(default_factory=dict)  # others of a node, such as {rdma/ib: 1}
     container: ContainerSettings = field(default_factory=ContainerSettings)
     runs_claim: str = "runs"
-    data_claim: str = "data"
+    data_claim: str | None = "data"  # null: pods have an empty directory of their own in its place
     # Arguments of job.prepare, run before training; a finished dataset is left as it is.
     prepare: list[str] = field(default_factory=list)
     queue: str | None = None  # Kueue's LocalQueue
@@ -114,6 +116,17 @@ class Settings:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise UserError(f"hydra.launcher.{name}={getattr(self, name)}: give a positive number")
+        for name, secret in self.container.secrets.items():
+            if name in self.container.env:
+                raise UserError(
+                    f"hydra.launcher.container.secrets.{name} and hydra.launcher.container.env.{name} "
+                    "set one variable; leave one out"
+                )
+            if secret.count("/") > 1 or not secret.partition("/")[0]:
+                raise UserError(
+                    f"hydra.launcher.container.secrets.{name}={secret}: "
+                    "give a Secret of the namespace, NAME or NAME/KEY"
+                )
 
     def refuse_for_pytorch_job(self) -> None:
         """UserError for what a PyTorchJob lacks or cannot take."""
@@ -135,6 +148,9 @@ class Settings:
                 raise UserError(f"hydra.launcher.{name}={getattr(self, name)}: {OF_ITS_RUNTIME}")
         if self.container.pull_policy:
             raise UserError(f"hydra.launcher.container.pull_policy={self.container.pull_policy}: {OF_ITS_RUNTIME}")
+        if self.data_claim is None:
+            # Trainer merges volumes by their names: this one would be a claim and an empty directory at once.
+            raise UserError(f"hydra.launcher.data_claim=null: {OF_ITS_RUNTIME}")
         unknown = sorted(self.pod.keys() - PATCHABLE)
         if unknown:
             raise UserError(f"hydra.launcher.pod.{unknown[0]}: {OF_ITS_RUNTIME}")

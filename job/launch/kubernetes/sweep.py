@@ -13,7 +13,9 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from job.config import DataConfig
 from job.errors import JobError, UserError
+from job.files import is_url
 from job.launch.kubernetes.cluster import OURS, Cluster, Missing, Named
 from job.launch.kubernetes.kinds import KINDS, OVER, TRAIN_JOB, Kind, annotation, kind_called, state
 from job.launch.kubernetes.manifests import job_of, to_yaml
@@ -23,6 +25,7 @@ from job.launch.kubernetes.names import (
     METRICS_PORT,
     RUN_ANNOTATION,
     RUNS_MOUNT,
+    WRITABLE_MOUNTS,
     Object,
     job_name,
 )
@@ -43,7 +46,7 @@ def launch(
     """
     points = points_of(config, context, job_overrides, Path("/"))
     settings = settings_of(params)
-    runs = [run_of(point, Path("/", config.hydra.sweep.dir)) for point in points]
+    runs = [run_of(point, Path("/", config.hydra.sweep.dir), settings) for point in points]
     refuse_batch_sizes(points, range(settings.min_nodes or settings.nodes, settings.nodes + 1), settings.tasks)
     kind = chosen_kind(settings, params)
     jobs = [job_of(kind, run, settings) for run in runs]
@@ -88,7 +91,7 @@ def chosen_kind(settings: Settings, params: Mapping[str, Any]) -> Kind:
 def named_by(kind: Kind, settings: Settings) -> Named:
     """What a run's job names that has to be there before it."""
     return Named(
-        claims=(settings.runs_claim, settings.data_claim),
+        claims=tuple(filter(None, (settings.runs_claim, settings.data_claim))),
         account=settings.service_account,
         queue=settings.queue,
         runtime=settings.runtime if kind is TRAIN_JOB else None,
@@ -102,18 +105,14 @@ def settings_of(params: Mapping[str, Any]) -> Settings:
     return Settings(**known)
 
 
-def run_of(point: Point, sweep_dir: Path) -> LaunchedRun:
+def run_of(point: Point, sweep_dir: Path, settings: Settings) -> LaunchedRun:
     """The run of a point. UserError when it would write or read outside the claims."""
     if not point.run_dir.is_relative_to(RUNS_MOUNT) or str(point.run_dir) == RUNS_MOUNT:
         raise UserError(
             f"logging.save_dir={point.config.logging.save_dir} is not on the claim of the runs: pods have it at "
             f"{RUNS_MOUNT}; set logging.save_dir=runs"
         )
-    data = point.config.data
-    if data.source == "shards" and not Path("/", data.dir or "").is_relative_to(DATA_MOUNT):
-        raise UserError(
-            f"data.dir={data.dir} is not on the claim of the data: pods have it at {DATA_MOUNT}; set data.dir=data/NAME"
-        )
+    copies_data = _copies_to_data_mount(point.config.data, settings)
     monitoring = point.config.monitoring
     port, arguments = monitoring.port or None, list(point.arguments)
     if not monitoring.enabled:
@@ -122,8 +121,42 @@ def run_of(point: Point, sweep_dir: Path) -> LaunchedRun:
         port = METRICS_PORT
         arguments.append(f"monitoring.port={port}")
     return LaunchedRun(
-        job_name(point.run_dir), str(point.run_dir), arguments, port, point.name, sweep=job_name(sweep_dir)
+        job_name(point.run_dir),
+        str(point.run_dir),
+        arguments,
+        port,
+        point.name,
+        sweep=job_name(sweep_dir),
+        copies_data=copies_data,
     )
+
+
+def _copies_to_data_mount(data: DataConfig, settings: Settings) -> bool:
+    """Whether a run copies data of a store to where pods have the claim of the data.
+
+    UserError for data that pods would not find, and for a copy where they cannot write.
+    """
+    if data.source != "shards":
+        return False
+    if is_url(data.dir or ""):
+        cache = Path("/", data.cache_dir or "")
+        if not any(cache.is_relative_to(mount) for mount in WRITABLE_MOUNTS):
+            raise UserError(
+                f"data.cache_dir={data.cache_dir}: pods can write below {', '.join(WRITABLE_MOUNTS)} alone; set "
+                "data.cache_dir=/tmp/data (of each pod, and gone with it), or one on a claim: data/cache, runs/cache"
+            )
+        return cache.is_relative_to(DATA_MOUNT)
+    if not Path("/", data.dir or "").is_relative_to(DATA_MOUNT):
+        raise UserError(
+            f"data.dir={data.dir} is not on the claim of the data: pods have it at {DATA_MOUNT}; "
+            "set data.dir=data/NAME, or the URL of a store"
+        )
+    if settings.data_claim is None and not settings.prepare:
+        raise UserError(
+            f"hydra.launcher.data_claim=null: pods have nothing at data.dir={data.dir} then; name the claim that has "
+            "it, or set data.dir to the URL of a store"
+        )
+    return False
 
 
 def refuse(cluster: Cluster, runs: Sequence[LaunchedRun], jobs: Sequence[Object]) -> dict[str, Object]:

@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from schemas import needs_crds, problems
 
 from job import k8s
+from job.command import composed
 from job.errors import UserError
 from job.launch.kubernetes.connection import Missing
+from job.launch.kubernetes.kinds import PYTORCH_JOB
 from job.launch.kubernetes.names import DIGEST_ANNOTATION, RUN_ANNOTATION, SWEEP_LABEL, job_name, named_job
+from job.launch.kubernetes.settings import Settings
+from job.launch.kubernetes.sweep import named_by
 
 Manifests = Callable[..., list[dict[str, Any]]]
 
@@ -109,6 +113,62 @@ def test_jobs_are_valid(manifests: Manifests) -> None:
     assert problems(job) == []
 
 
+STORE = ["data=shards", "data.dir=s3://bucket/mine"]
+SECRETS = [
+    f"+hydra.launcher.container.secrets.{name}" for name in ("AWS_ACCESS_KEY_ID=s3", "AWS_SECRET_ACCESS_KEY=s3/key")
+]
+
+
+@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
+def test_data_of_a_store_and_who_asks_for_it(manifests: Manifests, kind: str) -> None:
+    (job,) = manifests(f"hydra.launcher.kind={kind}", *STORE, "data.cache_dir=/tmp/data", *SECRETS)
+    container = job["spec"]["trainer"] if kind == "trainjob" else trainer(job)
+    overrides = [word for word in container["command"] if word.startswith("data.")]
+    data = composed("mmdit_cycle_vae", overrides).data  # Hydra writes the colon its own way
+    assert (data.dir, data.cache_dir) == ("s3://bucket/mine", "/tmp/data")
+    from_secrets = [variable for variable in container["env"] if "valueFrom" in variable]
+    assert from_secrets[:2] == [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": "s3", "key": key}}}
+        for name, key in (("AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"), ("AWS_SECRET_ACCESS_KEY", "key"))
+    ]
+
+
+@needs_crds
+@pytest.mark.parametrize(("kind", "claim"), [("pytorchjob", "data"), ("pytorchjob", "null"), ("trainjob", "data")])
+def test_jobs_on_data_of_a_store_are_valid(manifests: Manifests, kind: str, claim: str) -> None:
+    where = [f"hydra.launcher.kind={kind}", f"hydra.launcher.data_claim={claim}", "data.cache_dir=data/cache"]
+    (job,) = manifests(*where, *STORE, *SECRETS)
+    assert problems(job) == []
+
+
+@pytest.mark.parametrize(
+    ("cache", "claim", "read_only"),
+    [
+        ("/tmp/data", "data", True),
+        ("runs/cache", "data", True),
+        ("data/cache", "data", False),
+        ("/data/cache", "null", False),
+    ],
+)
+def test_where_data_of_a_store_is_copied_can_be_written(
+    manifests: Manifests, cache: str, claim: str, read_only: bool
+) -> None:
+    (job,) = manifests(*STORE, f"data.cache_dir={cache}", f"hydra.launcher.data_claim={claim}")
+    mounts = {mount["mountPath"]: mount for mount in trainer(job)["volumeMounts"]}
+    assert mounts["/data"] == {"name": "data", "mountPath": "/data", "readOnly": read_only}
+    assert not any(mounts[place].get("readOnly") for place in ("/tmp", "/runs"))
+    (replica,) = job["spec"]["pytorchReplicaSpecs"].values()
+    volumes = {volume["name"]: volume for volume in replica["template"]["spec"]["volumes"]}
+    assert volumes["tmp"] == {"name": "tmp", "emptyDir": {}}
+    expected = {"emptyDir": {}} if claim == "null" else {"persistentVolumeClaim": {"claimName": "data"}}
+    assert volumes["data"] == {"name": "data", **expected}
+
+
+def test_a_claim_that_no_pod_mounts_need_not_be_there() -> None:
+    assert named_by(PYTORCH_JOB, Settings(data_claim=None)).claims == ("runs",)
+    assert named_by(PYTORCH_JOB, Settings()).claims == ("runs", "data")
+
+
 def test_a_sweep_is_a_job_per_point_named_after_what_varies(manifests: Manifests) -> None:
     jobs = manifests("loss.cycle_text_weight=0.05,0.1,0.2", "training.seed=1", "hydra.launcher.nodes=2")
     assert [job["metadata"]["annotations"][RUN_ANNOTATION] for job in jobs] == [
@@ -154,6 +214,7 @@ def test_metrics_where_the_user_wants_them(manifests: Manifests) -> None:
         ),
         (["hydra.launcher.kind=trainjob", "hydra.launcher.start_min=5"], 1, "takes it from its TrainingRuntime"),
         (["hydra.launcher.kind=trainjob", "+hydra.launcher.pod.hostIPC=true"], 1, "hydra.launcher.pod.hostIPC"),
+        (["hydra.launcher.kind=trainjob", "hydra.launcher.data_claim=null"], 1, "hydra.launcher.data_claim=null: a Tr"),
         (
             ["hydra.launcher.nodes=2", "training.global_batch_size=32", "training.train_batch_size=32"],
             1,
@@ -172,6 +233,23 @@ def test_metrics_where_the_user_wants_them(manifests: Manifests) -> None:
         ),
         (["logging.save_dir=results"], 1, "logging.save_dir=results is not on the claim"),
         (["data=shards", "data.dir=elsewhere/mine"], 1, "data.dir=elsewhere/mine is not on the claim"),
+        (["data=shards", "data.dir=s3://b/d"], 1, "set data.cache_dir"),
+        (
+            ["data=shards", "data.dir=s3://b/d", "data.cache_dir=/local"],
+            1,
+            "data.cache_dir=/local: pods can write below /tmp, /data, /runs alone",
+        ),
+        (
+            ["data=shards", "data.dir=data/mine", "hydra.launcher.data_claim=null"],
+            1,
+            "hydra.launcher.data_claim=null: pods have nothing at data.dir=data/mine",
+        ),
+        (
+            ["+hydra.launcher.container.secrets.A=s3", "+hydra.launcher.container.env.A=1"],
+            1,
+            "hydra.launcher.container.secrets.A and hydra.launcher.container.env.A set one variable",
+        ),
+        (["+hydra.launcher.container.secrets.A=s3/a/b"], 1, "secrets.A=s3/a/b: give a Secret of the namespace"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_sent(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from job import slurm
+from job.command import composed
 from job.launch.slurm import scheduler
 from job.launch.slurm.job_script import Executor
 
@@ -66,6 +68,15 @@ def test_one_task_per_gpu_and_all_gpus_visible_to_each(script: Script, tmp_path:
         f"--config-name mmdit_cycle_vae data=synthetic logging.save_dir={tmp_path}/runs logging.run_name=r "
         f"'hydra.run.dir='\"'\"'{tmp_path}/runs/r'\"'\"'' ;;"
     ]
+
+
+def test_data_of_a_store_reaches_the_ranks(script: Script) -> None:
+    (line,) = sruns(script("data=shards", "data.dir=s3://bucket/mine", "data.cache_dir=/local/cache"))
+    overrides = [word for word in shlex.split(line.removesuffix(";;")) if word.startswith("data")]
+    data = composed("mmdit_cycle_vae", overrides).data  # Hydra writes the colon its own way
+    assert (data.dir, data.cache_dir) == ("s3://bucket/mine", "/local/cache")
+    refused = script("data=shards", "data.dir=s3://bucket/mine", code=1)
+    assert refused.startswith("error: data.dir=s3://bucket/mine is copied to each node; set data.cache_dir")
 
 
 def test_a_sweep_is_an_array_named_after_what_varies(script: Script, tmp_path: Path) -> None:
