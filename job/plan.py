@@ -107,8 +107,14 @@ def memory_limit(options: argparse.Namespace) -> float | None:
 
 def with_largest(plan: Plan, config: Config, limit: float, where: str) -> Plan:
     """The plan with the largest batch that fits on paper."""
-    elsewhere = plan.peak - peak_on_paper(config, plan.data, plan.rows)  # what other shards hold, below 0
-    rows, _ = largest_fitting(lambda rows: peak_on_paper(config, plan.data, rows) + elsewhere, limit)
+    # A count takes seconds to a quarter of a minute.
+    known = {plan.rows: plan.peak}
+
+    def peak(rows: int) -> float:
+        known[rows] = known.get(rows) or peak_on_paper(config, plan.data, rows) - plan.elsewhere
+        return known[rows]
+
+    rows, _ = largest_fitting(peak, limit)
     refuse_none(rows)
     return dataclasses.replace(
         plan,

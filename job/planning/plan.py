@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from job.batch_sizes import batch_sizes
@@ -51,6 +51,11 @@ class Plan:
         return self.tokens / self.speed.tokens_per_second if self.speed else None
 
     @property
+    def elsewhere(self) -> int:
+        """Bytes of the state and of the gradients that other ranks hold: sharded ranks have a part of them each."""
+        return (self.sizes.state + self.sizes.gradients) * (self.shards - 1) // self.shards
+
+    @property
     def checkpoint_room(self) -> int:
         """Bytes that checkpoints take at most: those that are kept, and the one that is being written."""
         return (self.keep_last + 1 + self.keep_every_kept) * self.sizes.checkpoint
@@ -85,21 +90,20 @@ def plan_of(config: Config, data: PlannedData, ranks: int) -> Plan:
     counted = sizes(config, data, ranks)
     shards = (config.training.shard_size or ranks) if config.training.strategy == "fsdp" else 1
     rows = config.training.train_batch_size
-    # Sharded ranks hold a part of the state and of the gradients each. Activations are every rank's own.
-    elsewhere = (counted.state + counted.gradients) * (shards - 1) // shards
     steps, every = config.training.num_train_steps, config.logging.keep_every
-    return Plan(
+    plan = Plan(
         ranks=ranks,
         data=data,
         sizes=counted,
         rows=rows,
         shards=shards,
-        peak=peak_on_paper(config, data, rows) - elsewhere,
+        peak=peak_on_paper(config, data, rows),  # activations are every rank's own
         step=step_work(config, data, samples),
         steps=steps,
         keep_last=config.logging.keep_last,
         keep_every_kept=steps // every if every else 0,
     )
+    return replace(plan, peak=plan.peak - plan.elsewhere)
 
 
 def as_text(plan: Plan) -> str:
