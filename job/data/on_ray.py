@@ -20,6 +20,7 @@ import importlib.util
 import io
 import json
 import logging
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,9 +80,17 @@ def _connect(ray: Any, address: str) -> None:
     # What Ray itself says would stand between our lines: it is in its logs, and the progress on its dashboard.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
+        _knock(address)
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of many classes, as the cluster is not there, or of another version
         raise UserError(f"--ray {address}".rstrip() + f": no cluster to use ({_first_line(error)})") from error
+
+
+def _knock(address: str) -> None:
+    """OSError where nothing listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from job import prepare
 from job.data.on_ray import gpus_of_actor
 from job.data.options import LocalOptions
 from job.errors import ExitCode
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = ["--vocab-size", "300", "--validation-fraction", "0.2", "--shard-size", "100"]
 LSA = ["--latent-dim", "8"]
 STORE_BYTES = 80_000_000  # of each node, the least that Ray takes
@@ -71,8 +73,8 @@ class Lab:
         return subprocess.Popen(self.command(*arguments), env=self.environment, stderr=subprocess.PIPE, text=True)
 
 
-def run(lab: Lab, command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=lab.environment, capture_output=True, text=True, timeout=200)
+def run(lab: Lab, command: list[str], directory: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=lab.environment, cwd=directory, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     utils = pytest.importorskip("ray.cluster_utils", reason="needs Ray: make test-ray")
     library = tmp_path_factory.mktemp("library")
     (library / "sentence_transformers.py").write_text(STAND_IN)
-    path = os.pathsep.join([str(library), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(library), str(ROOT)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -127,12 +129,17 @@ def problem(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.splitlines()[-1]
 
 
-def test_the_bits_are_those_of_one_process(lab: Lab, prepared: Path, corpus: Path, tmp_path: Path) -> None:
-    done = lab.run(tmp_path / "out", corpus, *LSA, "--ray-actors", "2")
+def test_the_bits_are_those_of_one_process(lab: Lab, corpus: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "many.txt", tmp_path / "out"
+    sentences = corpus.read_text().splitlines()
+    source.write_text("".join(f"{sentence} {number}\n" for number in range(20) for sentence in sentences))
+    options = [*LSA, "--shard-size", "9000"]  # of three chunks, and of one
+    done = run(lab, lab.command(Path(out.name), source, *options, "--ray-actors", "2"), directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Ray: 2 nodes, 2 CPUs, 0 GPUs\n" in done.stderr
-    assert content(tmp_path / "out") == content(prepared)
-    again = lab.run(tmp_path / "out", corpus, *LSA, ray="127.0.0.1:1")  # a finished directory needs no cluster
+    assert len(list(out.glob("*.latents.npy"))) == 3
+    assert content(out) == without_ray(lab, tmp_path / "plain", source, *options)
+    again = lab.run(out, source, *options, ray="127.0.0.1:1")  # a finished directory needs no cluster
     assert "finished already" in again.stdout
 
 
@@ -220,8 +227,7 @@ def test_real_sentence_transformers_on_a_cluster_of_its_own(lab: Lab, corpus: Pa
     library.SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu").save(
         str(tmp_path / "model")
     )
-    others = [path for path in lab.environment["PYTHONPATH"].split(os.pathsep) if "library" not in path]
-    lab = Lab("local", lab.environment | {"PYTHONPATH": os.pathsep.join(others), "HF_HUB_OFFLINE": "1"})
+    lab = Lab("local", lab.environment | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
     options = slow(tmp_path / "model")
     done = lab.run(tmp_path / "out", corpus, *options)
     assert done.returncode == 0, done.stderr
@@ -244,7 +250,8 @@ def test_mistakes_are_named_in_one_line(lab: Lab, corpus: Path, tmp_path: Path, 
 
     for address, said in {
         "ray://127.0.0.1:10001": "a client outside of the cluster cannot do this; start",
-        "127.0.0.1:1": "no cluster to use (",
+        "127.0.0.1:1": "no cluster to use ([Errno 111] Connection refused)",
+        "nowhere": "no cluster to use (",
     }.items():
         done = lab.run(tmp_path / "nothing", corpus, *LSA, ray=address)
         assert done.returncode == ExitCode.FAILED
@@ -252,13 +259,24 @@ def test_mistakes_are_named_in_one_line(lab: Lab, corpus: Path, tmp_path: Path, 
         assert not (tmp_path / "nothing").exists()
 
 
+def test_processes_that_share_the_work_do_not_each_go_to_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert prepare.main(["--out", str(tmp_path / "out"), "--ray"]) == ExitCode.USAGE
+    assert "--ray: this is one of 2 processes that share the work" in capsys.readouterr().err
+
+
 def test_gpus_of_an_actor() -> None:
     """One for a model where there are any; what is asked for, in any case."""
     plan = {"encoder": {"name": "sentence_transformers"}}
-    none: dict[str, float] = {"CPU": 8.0}
-    assert gpus_of_actor(LocalOptions(), plan, none) == 0
-    assert gpus_of_actor(LocalOptions(), plan, {**none, "GPU": 4.0}) == 1
-    assert gpus_of_actor(LocalOptions(encoder_device="cpu"), plan, {**none, "GPU": 4.0}) == 0
-    assert gpus_of_actor(LocalOptions(encoder_device="cuda"), plan, none) == 1
-    assert gpus_of_actor(LocalOptions(ray_gpus_per_actor=0.5), plan, none) == 0.5
-    assert gpus_of_actor(LocalOptions(), {"encoder": {"name": "lsa"}}, {**none, "GPU": 4.0}) == 0
+    none = {"CPU": 8.0}
+    four = {**none, "GPU": 4.0}
+    asked = LocalOptions(None, False, None, "", None, None)
+    assert gpus_of_actor(asked, plan, none) == 0
+    assert gpus_of_actor(asked, plan, four) == 1
+    assert gpus_of_actor(replace(asked, encoder_device="cpu"), plan, four) == 0
+    assert gpus_of_actor(replace(asked, encoder_device="cuda"), plan, none) == 1
+    assert gpus_of_actor(replace(asked, ray_gpus_per_actor=0.5), plan, none) == 0.5
+    assert gpus_of_actor(asked, {"encoder": {"name": "lsa"}}, four) == 0
