@@ -22,6 +22,7 @@ import json
 import logging
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,6 +45,7 @@ from job.files import write_whole
 PACKAGE = "ray[data]"
 CLIENT = "ray://"
 NODE = "ray.io/node-id"  # label of a node that Ray gives it
+QUIET_SECONDS = 300
 
 Row = dict[str, Any]
 
@@ -77,8 +79,8 @@ def _connect(ray: Any, address: str) -> None:
             f"--ray {address}: a client outside of the cluster cannot do this; start the command on one of its nodes, "
             "as `ray job submit -- python -m job.prepare ... --ray` does"
         )
-    # What Ray itself says would stand between our lines: it is in its logs, and the progress on its dashboard.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What Ray itself says would stand between our lines, with a traceback for every loss. Its dashboard has it all.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         _knock(address)
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.CRITICAL)
@@ -147,8 +149,9 @@ def shards_with_latents(
         )
     )
     left: dict[int, set[int]] = {}  # chunks of each shard that has begun to come
-    with CountedWork("texts") as work:
+    with CountedWork("texts") as work, silence_told() as came:
         for row in rows.iter_rows():
+            came.set()
             if row["problem"]:
                 raise UserError(row["problem"])
             shard = shards[row["shard"]]
@@ -159,6 +162,30 @@ def shards_with_latents(
             missing.discard(row["chunk"])
             if not missing:
                 yield shard
+
+
+@contextmanager
+def silence_told(seconds: float = QUIET_SECONDS) -> Iterator[threading.Event]:
+    """An event to be set whenever something comes back; a line says so when nothing has come for long.
+
+    Ray waits without a word for room that no node has, and gives a chunk whose actor died to another one, for ever.
+    """
+    came, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            if not came.wait(seconds):
+                say(f"Ray: nothing came back for {seconds:g} seconds; its dashboard, or `ray status`, says why")
+            came.clear()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield came
+    finally:
+        ended.set()
+        came.set()
+        thread.join()
 
 
 def _write(content: bytes, file: BinaryIO) -> None:

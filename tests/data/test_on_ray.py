@@ -20,13 +20,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from job import prepare
-from job.data.on_ray import gpus_of_actor
+from job.data.on_ray import gpus_of_actor, silence_told
 from job.data.options import LocalOptions
 from job.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--vocab-size", "300", "--validation-fraction", "0.2", "--shard-size", "100"]
 LSA = ["--latent-dim", "8"]
+TEXTS = 12_800  # of `many`
+THREE_CHUNKS = ["--shard-size", "9000"]  # the first shard of training; the two others have one
 STORE_BYTES = 80_000_000  # of each node, the least that Ray takes
 # Stands in for sentence-transformers, since it must know what it has encoded, be slow, and die in the middle. The
 # model is a directory: it holds what was encoded, and what is to happen.
@@ -48,7 +50,7 @@ class SentenceTransformer(torch.nn.Linear):
         if (self.directory / "kill").exists():
             (self.directory / "kill").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.3)
+        time.sleep(0.2 + len(texts) / 4000)
         with (self.directory / "encoded").open("a") as file:
             file.write("".join(f"{text}\\n" for text in texts))
         return latents
@@ -129,11 +131,16 @@ def problem(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.splitlines()[-1]
 
 
+def many(corpus: Path, directory: Path) -> Path:
+    """TEXTS different texts and some twice."""
+    path, sentences = directory / "many.txt", corpus.read_text().splitlines()
+    path.write_text("".join(f"{sentence} {number}\n" for number in range(20) for sentence in sentences))
+    return path
+
+
 def test_the_bits_are_those_of_one_process(lab: Lab, corpus: Path, tmp_path: Path) -> None:
-    source, out = tmp_path / "many.txt", tmp_path / "out"
-    sentences = corpus.read_text().splitlines()
-    source.write_text("".join(f"{sentence} {number}\n" for number in range(20) for sentence in sentences))
-    options = [*LSA, "--shard-size", "9000"]  # of three chunks, and of one
+    source, out = many(corpus, tmp_path), tmp_path / "out"
+    options = [*LSA, *THREE_CHUNKS]
     done = run(lab, lab.command(Path(out.name), source, *options, "--ray-actors", "2"), directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Ray: 2 nodes, 2 CPUs, 0 GPUs\n" in done.stderr
@@ -156,23 +163,23 @@ def test_a_lost_worker_loses_nothing(lab: Lab, corpus: Path, tmp_path: Path, mod
 def test_what_came_before_a_kill_is_encoded_once(
     lab: Lab, corpus: Path, tmp_path: Path, model: Path, goes_on: str
 ) -> None:
-    out = tmp_path / "out"
-    process = lab.start(out, corpus, *slow(model))
-    while not list(out.glob("work/*.record.json")):
+    out, source = tmp_path / "out", many(corpus, tmp_path)
+    process = lab.start(out, source, *slow(model), *THREE_CHUNKS)
+    while not list(out.glob("work/train-00000.chunk-*.npy")):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
-    kept = sum(json.loads(path.read_bytes())["rows"] for path in out.glob("work/*.record.json"))
-    kept += sum(len(np.load(path)) for path in out.glob("work/*.chunk-*.npy"))
-    assert 0 < kept < 640
+    kept = sum(len(np.load(path)) for path in out.glob("work/*.chunk-*.npy"))
+    assert 0 < kept < TEXTS
+    kept += sum(json.loads(path.read_bytes())["rows"] for path in out.glob("work/*.record.json"))
     before = encoded_at_rest(model)
-    command = lab.command(out, corpus, *slow(model))
+    command = lab.command(out, source, *slow(model), *THREE_CHUNKS)
     done = run(lab, command if goes_on == "on Ray" else command[:-2])
     assert done.returncode == 0, done.stderr
     assert "going on with the work" in done.stderr
-    assert len(encoded(model)) - before == 640 - kept
-    assert content(out) == without_ray(lab, tmp_path / "plain", corpus, *slow(model))
+    assert len(encoded(model)) - before == TEXTS - kept
+    assert content(out) == without_ray(lab, tmp_path / "plain", source, *slow(model), *THREE_CHUNKS)
 
 
 def test_an_interrupt_ends_the_actors(lab: Lab, corpus: Path, tmp_path: Path, model: Path) -> None:
@@ -185,6 +192,23 @@ def test_an_interrupt_ends_the_actors(lab: Lab, corpus: Path, tmp_path: Path, mo
     assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in told
     assert encoded_at_rest(model) < 640
+
+
+def test_what_ray_waits_for_is_told(lab: Lab, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = lab.start(tmp_path / "out", corpus, *LSA, "--ray-gpus-per-actor", "0.5")
+    assert process.stderr
+    told = next(line for line in process.stderr if "GPUs, as every actor needs" in line)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert told.startswith("Ray: no node has 0.5 GPUs, as every actor needs; waiting")
+    with silence_told(0.1):
+        time.sleep(0.3)
+    with silence_told(0.3) as came:
+        for _ in range(10):
+            came.set()
+            time.sleep(0.05)
+    assert "nothing came back for 0.1 seconds" in (said := capsys.readouterr().err)
+    assert "for 0.3 seconds" not in said
 
 
 def encoded_at_rest(model: Path) -> int:
