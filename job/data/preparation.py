@@ -187,7 +187,7 @@ def _as_latents_come(
     if preparation.local.ray is None or plan["encoder"]["name"] == GIVEN:
         return shards
     alone = [shard for shard in shards if _is_text_alone(shard, plan)]
-    others = [shard for shard in shards if shard not in alone]
+    others = [shard for shard in shards if not _is_text_alone(shard, plan)]
     return chain(on_ray.shards_with_latents(preparation, plan, others) if others else (), alone)
 
 
