@@ -31,6 +31,7 @@ OPTIONS = ["--vocab-size", "300", "--validation-fraction", "0.2", "--shard-size"
 LSA = ["--latent-dim", "8"]
 TEXTS = 12_800  # of `many`
 THREE_CHUNKS = ["--shard-size", "9000"]  # the first shard of training; the two others have one
+NOBODY = "http://127.0.0.1:9"
 STORE_BYTES = 80_000_000  # of each node, the least that Ray takes
 # Stands in for sentence-transformers, since it must know what it has encoded, be slow, and die in the middle. The
 # model is a directory: it holds what was encoded, and what is to happen.
@@ -95,6 +96,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         patch.setenv("HOME", str(library))  # Ray keeps tokens there
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # A new cluster tells its makers even that it tells nothing, and asks whether it is in a cloud: nobody, here.
+        patch.setenv("RAY_USAGE_STATS_REPORT_URL", NOBODY)
+        patch.setenv("http_proxy", NOBODY)
         utils = importlib.import_module("ray.cluster_utils")  # it reads some of these variables
         nodes = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         cluster = utils.Cluster(initialize_head=True, head_node_args=nodes)
