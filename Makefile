@@ -57,6 +57,18 @@ test-remote: .venv-remote/ready       ## texts of remote stores, of a local serv
 	.venv-remote/bin/pip install --quiet datasets==5.2.0 s3fs==2026.9.0 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
 	touch $@
 
+# In an environment of their own, too: few need Ray and what it brings, and pip may take other releases for it.
+.PHONY: test-ray
+test-ray: .venv-ray/ready             ## latents made on a real Ray cluster of two nodes, on this machine
+	.venv-ray/bin/python -m pytest -rs tests/data/test_on_ray.py
+
+.venv-ray/ready: .venv/dev
+	$(BIN)/python -m venv .venv-ray
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	.venv-ray/bin/pip install --quiet 'ray[data]==2.60.0' sentence-transformers==6.2.0
+	touch $@
+
 generate: .venv/dev                   ## write dashboards, rules, runbook and manifests anew, which follow from code
 	$(BIN)/python docker/monitoring/generate_monitoring.py
 	$(BIN)/python k8s/generate.py
@@ -105,7 +117,7 @@ lock:                                 ## write requirements*.lock and docker/*.l
 	rm -rf .venv-lock
 
 clean:                                ## remove the environment, the demo's data and its run
-	rm -rf .venv .venv-trackers .venv-remote data/demo runs/demo
+	rm -rf .venv .venv-trackers .venv-remote .venv-ray data/demo runs/demo
 
 .PHONY: test-kernels
 test-kernels: .venv/triton/ready      ## the kernels for GPUs: computed by Triton's interpreter, and compiled for GPUs

@@ -23,7 +23,7 @@ from job.data.shards import DatasetInfo, ShardDataset
 from job.data.work import Preparation
 from job.errors import UsageError, UserError
 from job.row_kinds import LATENT
-from job.runtime.launcher_variables import array_placement, placement
+from job.runtime.launcher_variables import Placement, array_placement, keep_ray_quiet, placement
 
 DECLARED = [f for declaration in (Options, LocalOptions) for f in dataclasses.fields(declaration) if f.init]
 EXAMPLES = 3  # texts shown of a finished dataset
@@ -49,8 +49,12 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
         group.add_argument(name, action="store_true", default=default, help=text)
     elif isinstance(default, list):
         group.add_argument(name, nargs="+", default=default, metavar=declared["metavar"], help=text)
+    elif declared["alone"] is not None:
+        alone, metavar = declared["alone"], declared["metavar"]
+        group.add_argument(name, nargs="?", const=alone, default=default, metavar=metavar, help=text)
     elif low is not None:
-        group.add_argument(name, type=int, action=at_least(low), default=default, help=text)
+        kind, metavar = declared["number"], declared["metavar"]
+        group.add_argument(name, type=kind, action=at_least(low), default=default, metavar=metavar, help=text)
     elif declared["fraction"]:
         group.add_argument(name, type=float, action=Fraction, default=default, help=text)
     else:
@@ -126,6 +130,20 @@ def settle_given(arguments: argparse.Namespace) -> None:
     arguments.encoder = GIVEN
 
 
+def settle_ray(arguments: argparse.Namespace, here: Placement) -> None:
+    """UsageError where options of Ray, or processes that share the work in another way, do not go together."""
+    if arguments.ray is None:
+        for name in ("ray_actors", "ray_gpus_per_actor"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"{flag(name)} has no effect without --ray; leave it out or give --ray")
+        return
+    if here.world_size > 1:
+        raise UsageError(
+            f"--ray: this is one of {here.world_size} processes that share the work; start one, or leave out --ray"
+        )
+    keep_ray_quiet()
+
+
 def taken(declaration: type[T], arguments: argparse.Namespace) -> T:
     """The options of one declaration."""
     names = [f.name for f in dataclasses.fields(declaration) if f.init]
@@ -171,6 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
     resolve(arguments, pattern)
     here = array_placement(os.environ, arguments.array_tasks) if arguments.array_tasks else None
     here = here or placement(os.environ, alone=True)
+    settle_ray(arguments, here)
     if arguments.dry_run:
         if here.rank == 0:
             print(preview(taken(Options, arguments), taken(LocalOptions, arguments), pattern))

@@ -90,6 +90,7 @@ OWNERS = {
     "sklearn": {"data"},
     "tokenizers": {"data"},
     "duckdb": {"data"},
+    "ray": {"data"},
     "jinja2": {"pages"},
     "plotly": {"pages"},
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from job.data import tokenizer as tokenizers
 from job.data.console import CountedWork
-from job.data.encoders import Encoder
+from job.data.encoders import Encoder, Resources, load_encoder
 from job.data.fitting import chunks, fits
 from job.data.work import TextShard
 from job.files import write_whole
@@ -24,6 +25,19 @@ class Encoded:
     rows: list[np.ndarray]
     latents: np.ndarray
     without_latent: int  # texts left out since their latent is zero
+
+
+class LoadedWhenNeeded:
+    """A dataset's encoder, loaded for the first text whose latent is not there already."""
+
+    def __init__(self, directory: Path, description: dict[str, Any], resources: Resources) -> None:
+        self.directory, self.description, self.resources = directory, description, resources
+        self._encoder: Encoder | None = None
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [len(texts), D]. UserError when the encoder is not at hand."""
+        self._encoder = self._encoder or load_encoder(self.directory, self.description, self.resources)
+        return self._encoder.encode(texts)
 
 
 class KeptLatents:

@@ -33,15 +33,19 @@ def option(
     fraction: bool = False,
     read_if: tuple[str, str | tuple[str, ...]] | None = None,
     from_like: bool = False,
+    alone: str | None = None,
+    number: type[int] | type[float] = int,
 ) -> Any:
     """An option: its default, its help, the group of the help it stands in, and what it may be.
 
     A value lies in `choices` where there are any; it is at least `low`, or between 0 and 1 for a `fraction`. `read_if`
     names the option, and its value, without which nothing reads this one: it is then None, and giving it is refused.
-    So it is with --like for an option that is `from_like`: the model or dataset named there settles it.
+    So it is with --like for an option that is `from_like`: the model or dataset named there settles it. An option that
+    may stand without a value has the value `alone` then. `number` is what a `low` one is.
     """
+    shown = {"default": default, "help": help, "group": group, "metavar": metavar}
     limits = {"choices": choices, "low": low, "fraction": fraction, "read_if": read_if, "from_like": from_like}
-    return dataclasses.field(metadata={"default": default, "help": help, "group": group, "metavar": metavar, **limits})
+    return dataclasses.field(metadata={**shown, **limits, "alone": alone, "number": number})
 
 
 @dataclass
@@ -201,6 +205,25 @@ class LocalOptions:
         "shards; at least two of them must run at a time",
         low=1,
         metavar="N",
+    )
+    ray: str | None = option(
+        None,
+        "make the latents on a Ray cluster: the one at ADDRESS (host:port); without it the one that this command was "
+        "submitted to, or that runs on this machine; if there is none, or `local` is given, one of this machine alone",
+        group="Ray",
+        metavar="ADDRESS",
+        alone="",
+    )
+    ray_actors: int | None = option(
+        None, "actors, each with an encoder (as many as there is work and room for)", group="Ray", low=1, metavar="N"
+    )
+    ray_gpus_per_actor: float | None = option(
+        None,
+        "GPUs of an actor, or the share of one (1 for sentence_transformers where the cluster has GPUs, else 0)",
+        group="Ray",
+        low=0,
+        number=float,
+        metavar="GPUS",
     )
 
 

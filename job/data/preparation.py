@@ -16,16 +16,17 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from job.data import failed, lock, source_files
+from job.data import failed, lock, on_ray, source_files
 from job.data.console import CountedWork, say
 from job.data.earlier import earlier_plan, finished, is_whole, refuse_other_options
-from job.data.encoders import ENCODER_FILE, GIVEN, LSA, SENTENCE_TRANSFORMERS, Encoder, load_encoder
-from job.data.encoding import KeptLatents, encode_shard
+from job.data.encoders import ENCODER_FILE, GIVEN, LSA, SENTENCE_TRANSFORMERS, Encoder
+from job.data.encoding import KeptLatents, LoadedWhenNeeded, encode_shard
 from job.data.fitting import Fitting
 from job.data.given import GivenEncoder, GivenLatents, description
 from job.data.reading import read_into, refuse_empty
@@ -65,8 +66,9 @@ def _prepare(preparation: Preparation) -> DatasetInfo | None:
         failed.forget(preparation.out)
         if info := finished(preparation):  # by a preparation that held the lock until now
             return info
-        plan = earlier_plan(preparation) or _plan(preparation)
-        _write_shards(preparation, plan)
+        with on_ray.connected(preparation.local):
+            plan = earlier_plan(preparation) or _plan(preparation)
+            _write_shards(preparation, plan)
         return _finish(preparation, plan)
 
 
@@ -152,7 +154,7 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
     read_json(left[0].texts_file)
     encoder: Encoder | None = None
     tokenizer = preparation.tokenizer(plan)
-    for shard in left:
+    for shard in _as_latents_come(preparation, plan, left):
         texts = read_json(shard.texts_file)
         name = f"{shard.split} shard {shard.number}"
         if _is_text_alone(shard, plan):
@@ -160,9 +162,10 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
             continue
         if plan["encoder"]["name"] == GIVEN:
             encoder = GivenEncoder(texts, np.load(shard.latents_file))
-        encoder = encoder or load_encoder(preparation.out, plan["encoder"], preparation.resources)
+        encoder = encoder or LoadedWhenNeeded(preparation.out, plan["encoder"], preparation.resources)
         # An encoder that is fitted or given is as fast as the files that would keep its latents.
-        kept = KeptLatents(shard) if plan["encoder"]["name"] == SENTENCE_TRANSFORMERS else None
+        is_kept = plan["encoder"]["name"] == SENTENCE_TRANSFORMERS or preparation.local.ray is not None
+        kept = KeptLatents(shard) if is_kept else None
         with CountedWork(name, len(texts)) as work:
             encoded = encode_shard(texts, tokenizer, encoder, preparation.options.max_length, work, kept)
         # Half precision overflows in some models. Written down, such a latent would show only in training, as a loss
@@ -178,6 +181,17 @@ def _write_shards(preparation: Preparation, plan: dict[str, Any]) -> None:
         if kept:
             kept.remove()
         say(f"{name}: {record.rows} rows")
+
+
+def _as_latents_come(
+    preparation: Preparation, plan: dict[str, Any], shards: Sequence[TextShard]
+) -> Iterable[TextShard]:
+    """The shards in their order, or as Ray gets done with their latents; those that need none come last then."""
+    if preparation.local.ray is None or plan["encoder"]["name"] == GIVEN:
+        return shards
+    alone = [shard for shard in shards if _is_text_alone(shard, plan)]
+    others = [shard for shard in shards if not _is_text_alone(shard, plan)]
+    return chain(on_ray.shards_with_latents(preparation, plan, others) if others else (), alone)
 
 
 def _is_text_alone(shard: TextShard, plan: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
 Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END,
 CYCLEVAE_THREADS.
 Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE, PYTORCH_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG, OMP_NUM_THREADS,
-OMP_WAIT_POLICY, GOMP_SPINCOUNT, TORCH_CPP_LOG_LEVEL.
+OMP_WAIT_POLICY, GOMP_SPINCOUNT, TORCH_CPP_LOG_LEVEL, RAY_USAGE_STATS_ENABLED.
 """
 
 from __future__ import annotations
@@ -247,6 +247,11 @@ def let_products_repeat() -> None:
 def let_hydra_raise() -> None:
     """Make Hydra raise its errors, which `job.command.guarded` explains, where it would print them and exit with 1."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+
+def keep_ray_quiet() -> None:
+    """Before Ray is imported: no usage statistics, which it would send to its makers, unless the user wants them."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def share_address(here: Placement) -> None:

@@ -310,6 +310,9 @@ BAD_COMMANDS = {
     "--validation-fraction 1": "between 0 and 1",
     "--vocab-size 10": "give at least 260",
     "--max-length 0": "give at least 1",
+    "--ray-actors 2": "--ray-actors has no effect without --ray",
+    "--ray-gpus-per-actor 0.5": "--ray-gpus-per-actor has no effect without --ray",
+    "--ray --ray-gpus-per-actor -1": "give at least 0",
 }
 
 
