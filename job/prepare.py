@@ -116,6 +116,9 @@ def resolve(arguments: argparse.Namespace, pattern: Pattern | None) -> None:
         raise UsageError("--mask-token and --pad-token have no effect with --tokenizer train; leave them out")
     if not pattern and arguments.encoder in WITH_A_MODEL[1] and not arguments.encoder_model:
         raise UsageError(f"--encoder {arguments.encoder} needs --encoder-model NAME or DIRECTORY")
+    model = arguments.encoder_model or ""
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # the hub's libraries take it for a name there
+        raise UsageError(f"--encoder-model {model}: no such directory")
 
 
 def settle_given(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from typing import Any
 
 from job.errors import UserError
@@ -13,4 +14,5 @@ def import_optional(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"the Python package {package} is not installed: pip install {package}") from error
+        command = f"pip install {shlex.quote(package)}"  # a shell would read the brackets of `ray[data]`
+        raise UserError(f"the Python package {package} is not installed: {command}") from error

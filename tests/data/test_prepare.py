@@ -304,6 +304,7 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, capsys: pyte
 BAD_COMMANDS = {
     "--encoder-model x": "--encoder-model has no effect with --encoder lsa",
     "--encoder sentence_transformers": "needs --encoder-model",
+    "--encoder sentence_transformers --encoder-model ./none": "./none: no such directory",
     "--encoder sentence_transformers --encoder-model x --latent-dim 3": "--latent-dim has no effect",
     "--tokenizer x --vocab-size 300": "--vocab-size has no effect with --tokenizer x",
     "--mask-token x": "no effect with --tokenizer train",
