@@ -200,6 +200,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.docs
+@pytest.mark.timeout(900)  # a page takes a minute or two, and a machine may have other work
 @pytest.mark.parametrize("blocks", in_order(long=True))
 def test_long_blocks_run(blocks: list[Block], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if any(block.needs_demo for block in blocks):
