@@ -20,6 +20,7 @@ import importlib.util
 import io
 import json
 import logging
+import signal
 import socket
 import tempfile
 import threading
@@ -63,14 +64,48 @@ def connected(local: LocalOptions) -> Iterator[None]:
     import_optional("ray.data", PACKAGE)
     _connect(ray, local.ray)
     try:
-        _refuse_bare_nodes(ray)
-        yield
+        with interrupts_kept():
+            _refuse_bare_nodes(ray)
+            yield
     except ray.exceptions.RayTaskError:
         raise  # a mistake in this program, which the traceback shows
     except ray.exceptions.RayError as error:
         raise RetryError(f"Ray: {_first_line(error)}; give the same command again, it goes on") from error
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Let Ctrl-C end what is done meanwhile, where Ray loses it.
+
+    Python raises KeyboardInterrupt wherever the main thread is. In one of Ray's destructors or callbacks it would be
+    printed, or not even that, and the work would go on: so it is raised again every second until it comes out.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked, out = threading.Event(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        asked.set()
+        raise KeyboardInterrupt
+
+    def insist() -> None:
+        asked.wait()
+        while not out.wait(1):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    thread = threading.Thread(target=insist, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        out.set()
+        asked.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def _connect(ray: Any, address: str) -> None:

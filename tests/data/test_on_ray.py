@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from job import prepare
-from job.data.on_ray import gpus_of_actor, silence_told
+from job.data.on_ray import gpus_of_actor, interrupts_kept, silence_told
 from job.data.options import LocalOptions
 from job.errors import ExitCode
 
@@ -194,15 +194,27 @@ def test_what_came_before_a_kill_is_encoded_once(
 
 
 def test_an_interrupt_ends_the_actors(lab: Lab, corpus: Path, tmp_path: Path, model: Path) -> None:
-    process = lab.start(tmp_path / "out", corpus, *slow(model))
+    process = lab.start(tmp_path / "out", many(corpus, tmp_path), *slow(model))
     while not (model / "encoded").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in told
-    assert encoded_at_rest(model) < 640
+    assert encoded_at_rest(model) < TEXTS
+
+
+def test_an_interrupt_that_is_swallowed_comes_again() -> None:
+    def waits_in_a_destructor() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt), interrupts_kept():
+        waits_in_a_destructor()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_ray_waits_for_is_told(lab: Lab, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +222,8 @@ def test_what_ray_waits_for_is_told(lab: Lab, corpus: Path, tmp_path: Path, caps
     assert process.stderr
     told = next(line for line in process.stderr if "GPUs, as every actor needs" in line)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
     assert told.startswith("Ray: no node has 0.5 GPUs, as every actor needs; waiting")
     with silence_told(0.1):
         time.sleep(0.3)
