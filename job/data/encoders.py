@@ -14,6 +14,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from job.data.encoder_models import described_model, noted_directory, refuse_other, refuse_wider
 from job.data.optional import import_optional
 from job.data.static_encoder import MODEL2VEC, Model2VecEncoder
 from job.data.truncated_svd import truncated_svd
@@ -137,7 +138,7 @@ class LsaEncoder:
             ) from None
         except (SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{path}: damaged or no fitted encoder ({error}); prepare the data again") from error
-        _refuse_other(encoder, description, str(path))
+        refuse_other(encoder.description, description, str(path))
         return encoder
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -178,12 +179,7 @@ class SentenceTransformersEncoder:
             problem = str(error).splitlines()[0]
             raise UserError(f"--encoder-model {model}: cannot be loaded ({problem})") from error
         self.batch_size, self.prompt, self.normalize = resources.batch_size, prompt, normalize
-        # The library keeps quiet about more dimensions than there are, and so would dataset.json.
-        width = self.encode(["width"]).shape[1]
-        if truncate_dim and truncate_dim > width:
-            raise UserError(
-                f"--truncate-dim {truncate_dim}: {model} has only {width} dimensions; give fewer or leave it out"
-            )
+        refuse_wider(model, truncate_dim, self.encode(["width"]).shape[1])
         self.description: dict[str, Any] = {
             "name": SENTENCE_TRANSFORMERS,
             "model": model,
@@ -195,14 +191,12 @@ class SentenceTransformersEncoder:
             self.description["prompt"] = prompt
         if normalize:
             self.description["normalize"] = True
-        if Path(model).is_dir():
-            self.description["directory"] = str(Path(model).resolve())  # `model` may be relative to where that was
+        self.description |= noted_directory(model)
 
     @classmethod
     def load(cls, description: dict[str, Any], resources: Resources) -> SentenceTransformersEncoder:
         """The encoder that a description names. UserError if there is another one under its name now."""
-        directory = description.get("directory")
-        model = directory if directory and Path(directory).is_dir() else description["model"]
+        model = described_model(description)
         encoder = cls(
             model,
             description["truncate_dim"],
@@ -211,7 +205,7 @@ class SentenceTransformersEncoder:
             prompt=description.get("prompt"),
             normalize=description.get("normalize", False),
         )
-        _refuse_other(encoder, description, model)
+        refuse_other(encoder.description, description, model)
         return encoder
 
     def _hash(self, truncate_dim: int | None) -> str:
@@ -240,16 +234,6 @@ class SentenceTransformersEncoder:
         return latents.float().cpu().numpy()
 
 
-def _refuse_other(encoder: Encoder, description: dict[str, Any], where: str) -> None:
-    """UserError where an encoder is not the described one; data of older versions does not say."""
-    wanted = description.get("sha256")
-    if wanted and encoder.description["sha256"] != wanted:
-        raise UserError(
-            f"{where}: not the encoder that made the latents (SHA-256 {encoder.description['sha256'][:12]}..., "
-            f"theirs was {wanted[:12]}...)"
-        )
-
-
 def load_encoder(directory: Path, description: dict[str, Any], resources: Resources | None = None) -> Encoder:
     """The encoder that `description` (`encoder` of a dataset.json) names; encoder.safetensors is in `directory`.
 
@@ -261,9 +245,7 @@ def load_encoder(directory: Path, description: dict[str, Any], resources: Resour
     if name == SENTENCE_TRANSFORMERS:
         return SentenceTransformersEncoder.load(description, resources or Resources())
     if name == MODEL2VEC:
-        static = Model2VecEncoder.load(description, (resources or Resources()).local_files_only)
-        _refuse_other(static, description, static.description["model"])
-        return static
+        return Model2VecEncoder.load(description, (resources or Resources()).local_files_only)
     if name == GIVEN:
         where = description.get("file") or f"the key {description['key']!r}"
         raise UserError(

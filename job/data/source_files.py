@@ -72,8 +72,8 @@ def left_out(sources: Sequence[str]) -> list[str]:
             names = ", ".join(str(path.relative_to(source)) for path in others[:NAMED])
             more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
             lines.append(
-                f"--source {source}: left out {names}{more}; of a directory {', '.join(DIRECTORY_SUFFIXES)} are read, "
-                f"name other files beside it: --source {source} {others[0]}"
+                f"{source}: left out {names}{more}; of a directory {', '.join(DIRECTORY_SUFFIXES)} are read, "
+                f"name other files beside it: {source} {others[0]}"
             )
     return lines
 

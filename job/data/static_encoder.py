@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from job.data.encoder_models import described_model, noted_directory, refuse_other, refuse_wider
 from job.data.optional import import_optional
 from job.errors import UserError
 
@@ -44,10 +45,7 @@ class Model2VecEncoder:
         except Exception as error:  # the hub's kinds, those of safetensors and tokenizers, and its own
             problem = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise UserError(f"--encoder-model {model}: cannot be loaded ({problem})") from error
-        if truncate_dim and truncate_dim > width:
-            raise UserError(
-                f"--truncate-dim {truncate_dim}: {model} has only {width} dimensions; give fewer or leave it out"
-            )
+        refuse_wider(model, truncate_dim, width)
         self.normalize = normalize or bool(self.model.normalize)
         self.description: dict[str, Any] = {
             "name": MODEL2VEC,
@@ -57,20 +55,20 @@ class Model2VecEncoder:
         }
         if normalize:
             self.description["normalize"] = True
-        if Path(model).is_dir():
-            self.description["directory"] = str(Path(model).resolve())  # `model` may be relative to where that was
+        self.description |= noted_directory(model)
 
     @classmethod
     def load(cls, description: dict[str, Any], local_files_only: bool) -> Model2VecEncoder:
-        """The encoder that a description names, or another one that is under its name now."""
-        directory = description.get("directory")
-        model = directory if directory and Path(directory).is_dir() else description["model"]
-        return cls(
+        """The encoder that a description names. UserError if there is another one under its name now."""
+        model = described_model(description)
+        encoder = cls(
             model,
             description["truncate_dim"],
             local_files_only=local_files_only,
             normalize=description.get("normalize", False),
         )
+        refuse_other(encoder.description, description, model)
+        return encoder
 
     def _hash(self) -> str:
         """SHA-256 of the table, of the vocabulary, of what the tokenizer does, and of what is made of the means.

@@ -51,8 +51,8 @@ def test_what_a_directory_holds_and_is_not_read_is_said(tmp_path: Path, monkeypa
     for name in ("b.csv", "a.csv.gz", ".git/HEAD"):
         (tmp_path / "texts" / name).write_text("text\none\n")
     (line,) = left_out(["texts/"])
-    assert line.startswith("--source texts/: left out a.csv.gz, b.csv; of a directory .txt, .jsonl, .parquet are read")
-    assert line.endswith("--source texts/ texts/a.csv.gz")
+    assert line.startswith("texts/: left out a.csv.gz, b.csv; of a directory .txt, .jsonl, .parquet are read")
+    assert line.endswith("beside it: texts/ texts/a.csv.gz")
     (line,) = left_out(["texts", "texts/a.csv.gz"])
     assert "left out b.csv;" in line, "what is named is read"
     for number in range(5):

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import time
 import uuid
 from pathlib import Path
 
 import build
+import pytest
 
+MISSING = [program for program in build.PROGRAMS if shutil.which(program) is None]
+MARKS = [  # of every file that builds the image
+    pytest.mark.skipif(
+        "CYCLEVAE_TEST_IMAGE" not in os.environ, reason="builds an image, minutes: `make image-tools test-image`"
+    ),
+    pytest.mark.skipif(
+        bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(MISSING)}: `make image-tools`"
+    ),
+    pytest.mark.timeout(1200),
+]
 IMAGE = "localhost/cyclevae:tested"  # not build.IMAGE, which others may build at the same time
 USER = "123456"  # no such user, and of group 0: what OpenShift gives
 LOCKED = (

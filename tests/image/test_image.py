@@ -17,21 +17,12 @@ from typing import Any
 
 import build
 import pytest
-from container import IMAGE, USER, Container
+from container import IMAGE, MARKS, USER, Container
 
 from job.__main__ import COMMANDS
 from job.errors import ExitCode
 
-MISSING = [program for program in build.PROGRAMS if shutil.which(program) is None]
-pytestmark = [
-    pytest.mark.skipif(
-        "CYCLEVAE_TEST_IMAGE" not in os.environ, reason="builds an image, minutes: `make image-tools test-image`"
-    ),
-    pytest.mark.skipif(
-        bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(MISSING)}: `make image-tools`"
-    ),
-    pytest.mark.timeout(1200),
-]
+pytestmark = MARKS
 STEPS = 200
 SMALL = f"""
     --config-name demo model.hidden_size=32 model.n_blocks=1 model.n_heads=2 model.head_dim=16 model.cond_dim=32

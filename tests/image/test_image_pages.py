@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import build
-import pytest
+from container import MARKS
 from doc_blocks import ROOT, SMALLER, SMALLER_DEMO, blocks_of, run, smaller, times_printed
 
-MISSING = [program for program in build.PROGRAMS if shutil.which(program) is None]
-pytestmark = [
-    pytest.mark.skipif(
-        "CYCLEVAE_TEST_IMAGE" not in os.environ, reason="builds an image, minutes: `make image-tools test-image`"
-    ),
-    pytest.mark.skipif(
-        bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(MISSING)}: `make image-tools`"
-    ),
-    pytest.mark.timeout(1200),
-]
+pytestmark = MARKS
 # What this machine cannot do as printed, and what is done instead.
 HERE = {
     "docker run": "podman run",
