@@ -212,9 +212,10 @@ def test_an_interrupt_that_is_swallowed_comes_again() -> None:
         except KeyboardInterrupt:
             time.sleep(30)
 
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interrupts_kept():
         waits_in_a_destructor()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_ray_waits_for_is_told(lab: Lab, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
