@@ -79,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--values", type=int, nargs="+", help="places along the axis of --grow")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of --targets")
-    p.add_argument("--peak-tflops", type=float, help="the device's peak for the model FLOPs utilization")
+    peak = "the device's peak, for the model FLOPs utilization (MFU); without it known of the GPU, else measured"
+    p.add_argument("--peak-tflops", type=float, help=peak)
     p.add_argument("--out", type=Path, help="write the figures as JSON here, and the plot of --grow beside it")
     instead = p.add_argument_group("instead of the speed of settings")
     told = "the speed-ups of docs/explanation/speed.md, over the plain and the stock model, in float32 and in bf16"

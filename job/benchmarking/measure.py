@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from job.benchmarking.stock import become
 from job.config import Config, from_dict
 from job.config_checks import validate
+from job.monitoring.device import peak_flops
 from job.monitoring.flops import pass_flops
 from job.objective.build import build_objective
 from job.runtime.compiler import refuse_without_compiler
 from job.runtime.optimizer import Optimizer
 from job.runtime.parallel import reduction_of_gradients
-from job.runtime.precision import autocast, set_up
+from job.runtime.precision import autocast, compute_dtype, set_up
 
 MASK = 3
 STEP_PARTS = ("forward", "backward", "optimizer")
@@ -125,19 +127,24 @@ class Case:
         of_pass = pass_flops(self.config.model, np.array(self.shape.lengths()), self.shape.vocab, self.shape.latent_dim)
         return sum(count * of_pass[name] for name, count in self.objective.plan.passes(0).items())
 
+    @cached_property
+    def peak_flops(self) -> float:
+        return peak_flops(self.device, compute_dtype(self.config.training.dtype, self.device))
+
 
 def compare(
     settings: dict[str, dict[str, Any]],
     shape: Shape,
     device: torch.device,
     repeats: int,
-    peak_flops: float | None = None,
+    peak: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures of each setting by name: seconds, tokens a second, operations, memory, and the speed-up over the first.
 
-    The speed-up is the median of the pairs of steps taken in turn. peak_flops: what the device can do in a second.
+    The speed-up is the median of the pairs of steps taken in turn. peak: what the device can do in a second; None: what
+    it is known to do, or does in a matrix product of the setting's type.
     """
-    figures = _step_in_turn(settings, shape, device, repeats, peak_flops)
+    figures = _step_in_turn(settings, shape, device, repeats, peak)
     if device.type != "cuda":
         # The models that were timed contain cycles, which only the collector frees.
         gc.collect()
@@ -151,7 +158,7 @@ def _step_in_turn(
     shape: Shape,
     device: torch.device,
     repeats: int,
-    peak_flops: float | None,
+    peak: float | None,
 ) -> dict[str, dict[str, Any]]:
     """The figures of `compare` but for memory. All models are alive until it returns."""
     cases: dict[str, Case] = {}
@@ -182,7 +189,7 @@ def _step_in_turn(
             "tokens_per_second": sum(shape.lengths()) / median,
             "flops_per_step": case.flops,
             "flops_per_second": case.flops / median,
-            "mfu": case.flops / median / peak_flops if peak_flops else None,
+            "mfu": case.flops / median / (peak or case.peak_flops),
             "speedup": statistics.median(ratios),
             "speedup_min": min(ratios),
             "speedup_max": max(ratios),

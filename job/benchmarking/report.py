@@ -22,18 +22,17 @@ def short(name: str) -> str:
 def table(figures: Figures) -> str:
     """A line per setting: seconds of a step with their spread, rates, memory, speed-up, and the parts of a step."""
     lines = [
-        f"{'setting':<{NAME}} {'step s':>8} {'(min-max)':>17} {'tokens/s':>9} {'GFLOP/s':>8} {'GiB':>6} "
+        f"{'setting':<{NAME}} {'step s':>8} {'(min-max)':>17} {'tokens/s':>9} {'GFLOP/s':>8} {'MFU':>6} {'GiB':>6} "
         f"{'speed-up (min-max)':>20}  forward backward optimizer"
     ]
     for name, f in figures.items():
         spread = f"({f['step_seconds_min']:.3f}-{f['step_seconds_max']:.3f})"
         speedup = f"{f['speedup']:.2f} ({f['speedup_min']:.2f}-{f['speedup_max']:.2f})"
         parts = " ".join(f"{seconds:8.3f}" for seconds in f["parts"].values())
-        line = (
+        lines.append(
             f"{short(name):<{NAME}} {f['step_seconds']:8.3f} {spread:>17} {f['tokens_per_second']:9.0f} "
-            f"{f['flops_per_second'] / 1e9:8.1f} {f['peak_memory_gib']:6.2f} {speedup:>20} {parts}"
+            f"{f['flops_per_second'] / 1e9:8.1f} {f['mfu']:6.1%} {f['peak_memory_gib']:6.2f} {speedup:>20} {parts}"
         )
-        lines.append(f"{line}  MFU {f['mfu']:.1%}" if f["mfu"] else line)
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ def test_plain_and_fast_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert plain["speedup"] == 1
     assert fast["flops_per_step"] == plain["flops_per_step"] > 0
     assert sum(fast["parts"].values()) == pytest.approx(fast["step_seconds"], rel=1)
+    assert 0 < fast["mfu"] < 1
     assert fast["peak_memory_gib"] > 0
     assert "\nfast " in capsys.readouterr().out
 
