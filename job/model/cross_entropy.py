@@ -38,12 +38,7 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    weight, bias = head.weight.to(dtype), head.bias.to(dtype)
-    missing = -len(weight) % VOCABULARY_MULTIPLE[device]
-    if missing:
-        # Words that no token can be: their logits are -inf, their probabilities and gradients 0.
-        weight, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=-math.inf)
-    inputs = [hidden.to(dtype), weight, bias]
+    inputs = (hidden.to(dtype), head.weight, head.bias)
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(*inputs, targets, pick, uniform, weights, torch.is_grad_enabled())
 
@@ -52,6 +47,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The forward pass makes the gradients too, while a chunk's logits are there; the backward pass only scales them.
 
     Kept for the backward pass, the logits would need the memory that chunks save; made anew, a third product.
+
+    Weight and bias come in their own type and are cast here: autograd would round the gradient of a weight that was
+    cast outside to the type that it was cast to.
     """
 
     @staticmethod
@@ -66,6 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor | None,
         gradients: bool,
     ) -> tuple[Tensor, Tensor]:
+        n_words = len(weight)
+        weight, bias = _padded(weight.to(hidden.dtype), bias.float())
         total = torch.zeros((), device=hidden.device)
         picked = targets.new_empty(len(targets) if pick else 0)
         # Of hidden, weight and bias; the last two are made by the first chunk.
@@ -94,7 +94,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if row_weights is not None:
                     to_logits.mul_(row_weights)
                 _add_gradients(grads, part, rows, weight, to_logits)
-        ctx.save_for_backward(*grads)
+        if grads:
+            ctx.save_for_backward(grads[0], *(gradient[:n_words] for gradient in grads[1:]))
         ctx.mark_non_differentiable(picked)
         return total, picked
 
@@ -102,6 +103,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         return hidden * gradient.to(hidden.dtype), weight.mul_(gradient), bias * gradient, None, None, None, None, None
+
+
+def _padded(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [V, H] and bias [V] with words that no token can be: their logits are -inf, their gradients 0."""
+    missing = -len(weight) % VOCABULARY_MULTIPLE[weight.device.type]
+    if not missing:
+        return weight, bias
+    return F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=-math.inf)
 
 
 def _product(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -49,6 +49,17 @@ def test_draws_invert_the_distribution_function(monkeypatch: pytest.MonkeyPatch,
     assert picked.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_the_gradient_of_the_weight_is_summed_in_float32_and_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 11 * 4)
+    head = nn.Linear(6, 11)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = linear_cross_entropy(torch.randn(20, 6), head, torch.arange(20) % 11)
+    loss.backward()
+    gradient = head.weight.grad
+    assert gradient is not None
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
 def test_large_logits_do_not_overflow() -> None:
     head = nn.Linear(1, 2, bias=True)
     with torch.no_grad():
