@@ -63,6 +63,14 @@ def test_a_baseline_that_is_not_there_is_refused(name: str) -> None:
         Case(setting(["model.hidden_size=32", "model.n_blocks=1"], name, shape), shape, CPU)
 
 
+def test_the_utilization_is_of_the_peak_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: 1.0)
+    shape = Shape(1, 16, 64, 8, 1.0)
+    values = setting(["model.hidden_size=32", "model.n_blocks=1", "model.cond_dim=32"], "", shape)
+    figures = measure.compare({"mine": values}, shape, CPU, repeats=1, peak=1e6)["mine"]
+    assert figures["mfu"] == pytest.approx(figures["flops_per_second"] / 1e6)
+
+
 def test_row_lengths_have_the_mean_asked_for() -> None:
     assert Shape(4, 100, 64, 8, 1.0).lengths() == [100] * 4
     lengths = Shape(8, 100, 64, 8, 0.6).lengths()
