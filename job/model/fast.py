@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from job.config import ModelConfig
 from job.model import block_operations, fused_blocks
 from job.model.block_operations import Streams
+from job.model.conditioned import Conditioned, Stacked, conditioned_layers, prepare
 from job.model.cross_entropy import linear_cross_entropy
 from job.model.fused_blocks import Unwritten
 from job.model.graphs import Graphs, filled
@@ -45,6 +46,8 @@ class FastMMDiT(MultimodalMMDiT):
         self.compiled = False  # torch.compile the blocks, in training: an evaluation is over before it pays
         self.recording = False  # replay the blocks' kernels as CUDA graphs, in training on a GPU
         self.graphs: Graphs | None = None
+        # Compute what blocks take from the conditions for all at once; not where each gathers its weights for its call.
+        self.preparing = True
         self.dropout = config.dropout
         self.fits_kernels = config.num_residual_streams == STREAMS and config.hidden_size <= MAX_WIDTH
         self.checkpointing = False  # keep no activations inside blocks, compute them again in backward
@@ -56,7 +59,8 @@ class FastMMDiT(MultimodalMMDiT):
         if not self._records(padding):
             return Encoded(*self._trunk(self._text_input(groups, padding), groups, padding))
         if self.graphs is None:
-            self.graphs = Graphs(self, self._trunk)
+            blocks: Any = self.mmdit.blocks
+            self.graphs = Graphs(self, self._trunk, conditioned_layers(blocks))
         filled_groups, filled_padding = filled(groups, padding)
         text, latent = self.graphs.run(self._text_input(filled_groups, filled_padding), filled_groups, filled_padding)
         return Encoded(text[: sum(padding.lengths)], latent[: len(padding.lengths)])
@@ -81,7 +85,9 @@ class FastMMDiT(MultimodalMMDiT):
             return "compiled"
         return "kernels" if self.fits_kernels and kernels_serve(device) else "operations"
 
-    def _trunk(self, text: Tensor, groups: Sequence[Group], padding: Padding) -> tuple[Tensor, Tensor]:
+    def _trunk(
+        self, text: Tensor, groups: Sequence[Group], padding: Padding, stacked: Stacked | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The text head's inputs [T, H] and predictions [B, D] of the latent head, for texts [T, H] of all groups."""
         layout = Layout(groups, padding)
         cond = self._conditions(groups)
@@ -89,9 +95,11 @@ class FastMMDiT(MultimodalMMDiT):
         unwritten: Unwritten = None
         way = self.way(text.device)
         blocks: Any = self.mmdit.blocks
-        for block in blocks:
+        whole = way == "kernels" and self.preparing
+        given: Sequence[Tensor | Conditioned] = prepare(blocks, cond, stacked) if whole else [cond] * len(blocks)
+        for block, of_block in zip(blocks, given, strict=True):
             last = block is blocks[-1]
-            arguments = (*streams, unwritten, cond, layout, last, way)
+            arguments = (*streams, unwritten, of_block, layout, last, way)
             if self.checkpointing and torch.is_grad_enabled():
                 streams, unwritten = checkpoint(block.encode, *arguments, use_reentrant=False)
             else:
@@ -139,12 +147,22 @@ class FastMMDiT(MultimodalMMDiT):
 
 
 def encode_block(
-    block: Any, text: Tensor, latent: Tensor, unwritten: Unwritten, cond: Tensor, layout: Layout, last: bool, way: str
+    block: Any,
+    text: Tensor,
+    latent: Tensor,
+    unwritten: Unwritten,
+    given: Tensor | Conditioned,
+    layout: Layout,
+    last: bool,
+    way: str,
 ) -> tuple[Streams, Unwritten]:
     """Both streams through one block, in one of the ways of FastMMDiT.way.
 
-    What the feed-forwards gave may be left to the next block to write.
+    `given` are the conditions [C, cond_dim] or what was made of them. What the feed-forwards gave may be left to the
+    next block to write.
     """
     if way == "kernels":
-        return fused_blocks.encode(block, text, latent, unwritten, cond, layout, last)
-    return block_operations.encode(block, text, latent, cond, layout, last, way == "compiled"), None
+        (of_block,) = [given] if isinstance(given, Conditioned) else prepare([block], given)
+        return fused_blocks.encode(block, text, latent, unwritten, of_block, layout, last)
+    assert isinstance(given, Tensor)
+    return block_operations.encode(block, text, latent, given, layout, last, way == "compiled"), None

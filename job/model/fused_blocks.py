@@ -4,42 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from job.model.block_operations import LATENT, TEXT, Streams, split_heads
+from job.model.conditioned import Conditioned
 from job.model.elementwise import biased_gelu
 from job.model.heads import join_heads
 from job.model.packed import Layout
-from job.model.sublayer import Branch, Reading, connection_weights, read_streams, write_and_read, write_streams
+from job.model.sublayer import Branch, Reading, read_streams, write_and_read, write_streams
 
 Unwritten = list[Branch] | None  # of text and latents: what feed-forwards gave that is not yet in the streams
 
 
 def encode(
-    block: Any, text: Tensor, latent: Tensor, unwritten: Unwritten, cond: Tensor, layout: Layout, last: bool
+    block: Any, text: Tensor, latent: Tensor, unwritten: Unwritten, given: Conditioned, layout: Layout, last: bool
 ) -> tuple[Streams, Unwritten]:
     """Both streams through one block, [T, s, H] and [R, s, H]; in the last, only the tokens that a head reads come out.
 
     The kernel that writes a feed-forward's output reads the next branch's input meanwhile, so each block but the last
     leaves the writing to the next.
     """
-    weights = connection_weights([*block.attn_residual_fns, *block.ff_residual_fns])
-    sizes = block.dim_modalities
-    gains = block.to_post_branch_gammas[-1](cond).split([*sizes, *sizes], dim=-1)
+    norms = (*block.attn_layernorms, *block.ff_layernorms)
+    readings = [
+        Reading(*connection, modulation, norm.ln.eps)
+        for connection, modulation, norm in zip(given.connections, given.modulations, norms, strict=True)
+    ]
     streams, spans = [text, latent], [layout.text, layout.latent]
     mixings, inputs = [], []
     for modality in (TEXT, LATENT):
         index = spans[modality].index
-        reading = _reading(block.attn_layernorms[modality], cond, weights[modality])
         if unwritten:
-            streams[modality], x, mixing = write_and_read(streams[modality], index, unwritten[modality], reading)
+            branch = unwritten[modality]
+            streams[modality], x, mixing = write_and_read(streams[modality], index, branch, readings[modality])
         else:
-            streams[modality], x, mixing = read_streams(streams[modality], index, reading)
+            streams[modality], x, mixing = read_streams(streams[modality], index, readings[modality])
         inputs.append(x)
         mixings.append(mixing)
-    attended = _attend(block.joint_attn, inputs, layout, last)
+    attended = _attend(block.joint_attn, inputs, given.head_gains, layout, last)
     if last:
         for modality, part in ((TEXT, layout.read_text), (LATENT, layout.read_latent)):
             streams[modality], mixings[modality] = streams[modality][part], mixings[modality][part]
@@ -49,17 +51,18 @@ def encode(
         if not len(streams[modality]):
             continue
         index = spans[modality].index
-        branch = Branch(block.joint_attn.to_out[modality](attended[modality]), gains[modality], mixings[modality])
-        reading = _reading(block.ff_layernorms[modality], cond, weights[2 + modality])
-        streams[modality], x, mixing = write_and_read(streams[modality], index, branch, reading)
-        branch = Branch(_feed_forward(block.feedforwards[modality], x), gains[2 + modality], mixing)
+        branch = Branch(block.joint_attn.to_out[modality](attended[modality]), given.gains[modality], mixings[modality])
+        streams[modality], x, mixing = write_and_read(streams[modality], index, branch, readings[2 + modality])
+        branch = Branch(_feed_forward(block.feedforwards[modality], x), given.gains[2 + modality], mixing)
         if last:
             streams[modality] = write_streams(streams[modality], index, branch)
         branches.append(branch)
     return (streams[TEXT], streams[LATENT]), None if last else branches
 
 
-def _attend(attention: Any, inputs: list[Tensor], layout: Layout, last: bool) -> tuple[Tensor, Tensor]:
+def _attend(
+    attention: Any, inputs: list[Tensor], gains: list[Tensor | None], layout: Layout, last: bool
+) -> tuple[Tensor, Tensor]:
     """Attention's outputs [T, h * d] and [R, h * d] for its inputs [T, H] and [R, H]."""
     text, latent = inputs
     n_heads = attention.split_heads.axes_lengths["h"]
@@ -68,12 +71,8 @@ def _attend(attention: Any, inputs: list[Tensor], layout: Layout, last: bool) ->
         asking = layout.read_text if last else slice(0, len(text))
         of_latent = split_heads(attention, LATENT, latent, slice(0, len(latent)))
         return layout.attend(split_heads(attention, TEXT, text, asking), of_latent, last)
-    head_gains: list[Tensor | None] = [None, None]
-    if attention.qk_rmsnorm:
-        norms = zip(attention.q_rmsnorms, attention.k_rmsnorms, strict=True)
-        head_gains = [torch.stack([q.gamma[:, 0], k.gamma[:, 0]]) * q.scale for q, k in norms]
     text_qkv, latent_qkv = (F.linear(x, to_qkv.weight) for x, to_qkv in zip(inputs, attention.to_qkv, strict=True))
-    joined = join_heads(text_qkv, latent_qkv, head_gains[TEXT], head_gains[LATENT], layout.end_to_end[1], n_heads)
+    joined = join_heads(text_qkv, latent_qkv, gains[TEXT], gains[LATENT], layout.end_to_end[1], n_heads)
     return layout.attend_joined(joined)
 
 
@@ -81,8 +80,3 @@ def _feed_forward(feedforward: Any, x: Tensor) -> Tensor:
     """The stock feed-forward's output [N, H] for x [N, H], its first bias and its GELU in one kernel."""
     (into, _), dropout, out = feedforward.ff
     return out(dropout(biased_gelu(F.linear(x, into.weight), into.bias)))
-
-
-def _reading(norm: Any, cond: Tensor, weights: tuple[Tensor, Tensor]) -> Reading:
-    """How a branch whose adaptive norm is `norm` reads the streams."""
-    return Reading(*weights, norm.to_cond[-1](cond), norm.ln.eps)

@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from job.model.accumulation import Accumulation
+from job.model.conditioned import Stacked
 from job.model.elementwise import add_to
 from job.model.groups import Group, Padding
 
 SIZES = 32  # sizes of ragged batches: a batch is filled up to the next 1/32 of what full rows have
 WARM_UPS = 2  # runs before a recording, in which libraries choose their kernels and take their memory
 Key = tuple[Any, ...]
-# From texts [G * T, H], the groups (without tokens) and their padding to what both heads give.
-Body = Callable[[Tensor, Sequence[Group], Padding], tuple[Tensor, Tensor]]
+# From texts [G * T, H], the groups (without tokens), their padding and stacked layers to what both heads give.
+Body = Callable[[Tensor, Sequence[Group], Padding, Stacked | None], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -39,6 +41,19 @@ class Recording:
     used: list[int] = field(default_factory=list)  # numbers of the parameters that get a gradient
     forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
     backward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+
+
+@dataclass
+class Casts:
+    """Linear layers' weights and biases in autocast's type, and the stacked ones as one.
+
+    All are cast at once, where autocast would start a kernel for each. All recordings share them.
+    """
+
+    of_parameters: dict[int, Tensor]  # by the parameter's number
+    stacked: Stacked | None
+    numbers: dict[int, list[int]]  # of the parameters that lie in a tensor, by its id()
+    versions: list[int] = field(default_factory=list)  # of the parameters when they were cast
 
 
 class _Body(nn.Module):
@@ -55,21 +70,28 @@ class _Body(nn.Module):
 class Graphs:
     """Recordings of a model's `body` by shape. The gradients of its parameters are added up in memory that all share.
 
-    Only one forward pass may wait for its backward pass: recordings share the rest of their memory too. A second one
-    meanwhile is not for a graph.
+    `stacked` are layers of one input that `body` computes as one. Only one forward pass may wait for its backward pass:
+    recordings share the rest of their memory too. A second one meanwhile is not for a graph.
     """
 
-    def __init__(self, model: nn.Module, body: Body) -> None:
+    def __init__(self, model: nn.Module, body: Body, stacked: Sequence[nn.Linear] = ()) -> None:
         self.body = _Body(model, body)
         named = [(name, p) for name, p in self.body.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.sums: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}  # by the parameter's number; parts of whole ones where layers are stacked
+        self._whole_sums: dict[int, Tensor] = {}
         # Under DDP gradients must pass through autograd, whose hooks reduce them; else they go where autograd would put
         # them, a few kernels in place of one for each of a thousand parameters.
         self.through_autograd = dist.is_available() and dist.is_initialized()
         self.waiting = False
+        number_of = {id(p): number for number, p in enumerate(self.parameters)}
+        stacks = [
+            [number_of.get(id(p), -1) for p in (getattr(layer, kind) for layer in stacked)]
+            for kind in ("weight", "bias")
+        ]
+        self._stacks = [] if not stacked or any(-1 in stack for stack in stacks) else stacks
         self._recordings: dict[Key, Recording] = {}
-        self._casts: dict[torch.dtype, dict[int, Tensor]] = {}
+        self._casts: dict[torch.dtype, Casts] = {}
         self._places: list[int] = []
         self._pool: Any = None
 
@@ -83,6 +105,7 @@ class Graphs:
         for group in groups:
             inputs += [group.latents, group.text_t, group.latent_t]
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
+        self.cast_parameters(dtype)
         key = (dtype, padding.full, *(group.heads for group in groups), *((x.shape, x.requires_grad) for x in inputs))
         if key not in self._recordings:
             self._recordings[key] = self._record(inputs, groups, padding, dtype)
@@ -106,67 +129,120 @@ class Graphs:
 
     def _record(self, given: list[Tensor], groups: Sequence[Group], padding: Padding, dtype: torch.dtype) -> Recording:
         recording = Recording([x.detach().clone().requires_grad_(x.requires_grad) for x in given])
-        inputs = recording.inputs
-        lengths = any_lengths(sum(padding.lengths), len(padding.lengths), padding.mask.shape[1])
-        parts = [inputs[place : place + 3] for place in range(2, len(inputs), 3)]
-        recorded = [
-            replace(group, latents=latents, text_t=text_t, latent_t=latent_t)
-            for group, (latents, text_t, latent_t) in zip(groups, parts, strict=True)
-        ]
-        cast = self.cast_parameters(dtype)
-        weights = [cast.get(number, p) for number, p in enumerate(self.parameters)]
-        wanted = [*(x for x in inputs if x.requires_grad), *weights]
-
-        def forward() -> tuple[Tensor, ...]:
-            if cast:
-                sources = [self.parameters[number].detach() for number in cast]
-                torch._foreach_copy_([x.detach() for x in cast.values()], sources)
-            arguments = (inputs[0], recorded, Padding(inputs[1], False, lengths))
-            return functional_call(self.body, dict(zip(self.names, weights, strict=True)), arguments)
-
+        passes = Passes(self, recording.inputs, groups, padding, dtype)
         with _recording_mode():
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(WARM_UPS):
-                    read = [x for x in forward() if x.requires_grad]
-                    gradients = _gradients(read, [torch.zeros_like(x) for x in read], wanted)
+                    read = [x for x in passes.forward() if x.requires_grad]
+                    # Zeros, since it adds to sums of gradients that may be under way.
+                    passes.backward(read, [torch.zeros_like(x) for x in read])
             torch.cuda.synchronize()
-            of_parameters = gradients[len(wanted) - len(weights) :]
-            recording.used = [number for number, gradient in enumerate(of_parameters) if gradient is not None]
-            for number in recording.used:
-                if number not in self.sums:
-                    self.sums[number] = torch.zeros_like(self.parameters[number])
-            del read, gradients, of_parameters
+            recording.used = sorted(passes.used)
+            del read
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(recording.forward, self._pool, capture_error_mode="thread_local"):
-                recording.outputs = forward()
+                recording.outputs = passes.forward()
             read = [x for x in recording.outputs if x.requires_grad]
             recording.to_outputs = [torch.zeros_like(x) for x in read]
             with torch.cuda.graph(recording.backward, self._pool, capture_error_mode="thread_local"):
-                gradients = _gradients(read, recording.to_outputs, wanted)
-                sums = [self.sums[number] for number in recording.used]
                 if self.through_autograd:
-                    torch._foreach_zero_(sums)
-                of_parameters = gradients[len(wanted) - len(weights) :]
-                add_to(sums, [of_parameters[number] for number in recording.used])
-            of_inputs = iter(gradients)
-            recording.to_inputs = [next(of_inputs) if x.requires_grad else None for x in inputs]
+                    torch._foreach_zero_([self.sums[number] for number in recording.used])
+                recording.to_inputs = passes.backward(read, recording.to_outputs)
         return recording
 
-    def cast_parameters(self, dtype: torch.dtype) -> dict[int, Tensor]:
-        """Memory for the weights and biases of linear layers in autocast's type, by the parameter's number.
+    def sum_of(self, numbers: list[int]) -> Tensor:
+        """Memory for the gradient of a parameter, or for those of a whole stack, one below the other."""
+        if numbers[0] not in self.sums:
+            together = next((stack for stack in self._stacks if numbers[0] in stack), numbers)
+            whole, parts = _one_below_the_other([self.parameters[number] for number in together], torch.float32)
+            self._whole_sums[together[0]] = whole.zero_()
+            self.sums.update(zip(together, parts, strict=True))
+        return self.sums[numbers[0]] if len(numbers) == 1 else self._whole_sums[numbers[0]]
 
-        All are cast at once, and their gradients are added up without being cast first; autocast would start a kernel
-        for each of both. All recordings share it: each casts anew, and weights do not change between its two passes.
-        """
-        if dtype != torch.float32 and dtype not in self._casts:
-            layers = [module for module in self.body.modules() if isinstance(module, nn.Linear)]
-            linear = {id(p) for layer in layers for p in layer.parameters()}
-            self._casts[dtype] = {
-                number: torch.empty_like(p, dtype=dtype).requires_grad_()
-                for number, p in enumerate(self.parameters)
-                if id(p) in linear
-            }
-        return self._casts.get(dtype, {})
+    def casts(self, dtype: torch.dtype) -> Casts:
+        """Memory for the weights and biases of linear layers in autocast's type; none for float32."""
+        if dtype not in self._casts:
+            self._casts[dtype] = Casts({}, None, {}) if dtype == torch.float32 else self._make_casts(dtype)
+        return self._casts[dtype]
+
+    def _make_casts(self, dtype: torch.dtype) -> Casts:
+        layers = [module for module in self.body.modules() if isinstance(module, nn.Linear)]
+        linear = {id(p) for layer in layers for p in layer.parameters()}
+        in_stacks = {number for stack in self._stacks for number in stack}
+        alone = [[n] for n, p in enumerate(self.parameters) if id(p) in linear and n not in in_stacks]
+        of_parameters: dict[int, Tensor] = {}
+        wholes = []
+        for numbers in [*self._stacks, *alone]:
+            whole, parts = _one_below_the_other([self.parameters[number] for number in numbers], dtype)
+            of_parameters.update(zip(numbers, (part.requires_grad_() for part in parts), strict=True))
+            wholes.append(whole.requires_grad_() if len(numbers) > 1 else of_parameters[numbers[0]])
+        numbers_of = {id(whole): numbers for whole, numbers in zip(wholes, [*self._stacks, *alone], strict=True)}
+        return Casts(of_parameters, (wholes[0], wholes[1]) if self._stacks else None, numbers_of)
+
+    def cast_parameters(self, dtype: torch.dtype) -> Casts:
+        """The casts for a type, up to date."""
+        casts = self.casts(dtype)
+        versions = [self.parameters[number]._version for number in casts.of_parameters]
+        # Fused optimizers leave versions as they are. But whoever steps lets go of the gradients that he stepped by.
+        has_stepped = all(self.parameters[number].grad is None for number in casts.of_parameters)
+        if casts.of_parameters and (has_stepped or versions != casts.versions):
+            casts.versions = versions
+            sources = [self.parameters[number].detach() for number in casts.of_parameters]
+            torch._foreach_copy_([x.detach() for x in casts.of_parameters.values()], sources)
+        return casts
+
+
+def _one_below_the_other(parameters: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Uninitialized memory for the parameters' first dimensions end to end, and the part of each."""
+    like = parameters[0].detach()
+    if len(parameters) == 1:
+        whole = torch.empty_like(like, dtype=dtype)
+        return whole, [whole]
+    whole = like.new_empty(sum(len(p) for p in parameters), *like.shape[1:], dtype=dtype)
+    return whole, [part.detach() for part in whole.split([len(p) for p in parameters])]
+
+
+class Passes:
+    """The forward and the backward pass that a recording is made of, on memory that stays."""
+
+    def __init__(
+        self, graphs: Graphs, inputs: list[Tensor], groups: Sequence[Group], padding: Padding, dtype: torch.dtype
+    ) -> None:
+        self.graphs, self.inputs, self.casts = graphs, inputs, graphs.casts(dtype)
+        self.used: set[int] = set()  # numbers of the parameters that got a gradient
+        parts = [inputs[place : place + 3] for place in range(2, len(inputs), 3)]
+        self.groups = [
+            replace(group, latents=latents, text_t=text_t, latent_t=latent_t)
+            for group, (latents, text_t, latent_t) in zip(groups, parts, strict=True)
+        ]
+        self.lengths = any_lengths(sum(padding.lengths), len(padding.lengths), padding.mask.shape[1])
+        self.weights = [self.casts.of_parameters.get(number, p) for number, p in enumerate(graphs.parameters)]
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """What the body gives for the inputs."""
+        arguments = (self.inputs[0], self.groups, Padding(self.inputs[1], False, self.lengths), self.casts.stacked)
+        with Accumulation(self.casts.numbers, self._sum_of_cast):
+            weights = dict(zip(self.graphs.names, self.weights, strict=True))
+            return functional_call(self.graphs.body, weights, arguments)
+
+    def backward(self, outputs: list[Tensor], to_outputs: list[Tensor]) -> list[Tensor | None]:
+        """The inputs' gradients; those of the parameters are added to their sums."""
+        leaves = [x for x in self.inputs if x.requires_grad]
+        # No gradient comes for a weight whose layer adds it to the sum, but only what leads to a leaf is gone through.
+        wanted = [*leaves, *self.weights, *(self.casts.stacked or ())]
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            gradients = torch.autograd.grad(outputs, wanted, to_outputs, allow_unused=True)
+        of_parameters = gradients[len(leaves) : len(leaves) + len(self.weights)]
+        left = {number: gradient for number, gradient in enumerate(of_parameters) if gradient is not None}
+        add_to([self.graphs.sum_of([number]) for number in left], list(left.values()))
+        self.used.update(left)
+        of_inputs = iter(gradients)
+        return [next(of_inputs) if x.requires_grad else None for x in self.inputs]
+
+    def _sum_of_cast(self, cast: Tensor) -> Tensor:
+        numbers = self.casts.numbers[id(cast)]
+        self.used.update(numbers)
+        return self.graphs.sum_of(numbers)
 
 
 @contextmanager
@@ -179,11 +255,6 @@ def _recording_mode() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
-
-
-def _gradients(outputs: list[Tensor], to_outputs: list[Tensor], wanted: list[Tensor]) -> tuple[Any, ...]:
-    with torch.autocast("cuda", enabled=False):
-        return torch.autograd.grad(outputs, wanted, to_outputs, allow_unused=True)
 
 
 class _Replay(torch.autograd.Function):

@@ -75,21 +75,26 @@ def connection_weights(connections: list[Any]) -> list[tuple[Tensor, Tensor]]:
     """
     with torch.autocast(connections[0].static_alpha.device.type, enabled=False):
         scales = torch.cat(
-            [
-                scale.reshape(1)
-                for c in connections
-                for scale in (c.pre_branch_scale, c.residual_scale, c.residual_scale, c.h_post_scale)
-            ]
-        )
-        gain = (torch.stack([c.norm.gamma for c in connections]) + 1) * connections[0].norm.scale
-        of_alpha = torch.stack([c.dynamic_alpha_fn[0] for c in connections])
-        of_post = torch.stack([c.dynamic_beta_fn for c in connections])
+            [x.reshape(1) for c in connections for x in (c.pre_branch_scale, c.residual_scale, c.h_post_scale)]
+        ).view(-1, 3)
+        scales = torch.cat([scales[:, :2], scales[:, 1:]], dim=-1)  # there are two mixing logits
+        gain = (_stack([c.norm.gamma for c in connections]) + 1) * connections[0].norm.scale
+        of_alpha = _stack([c.dynamic_alpha_fn.squeeze(0) for c in connections])
+        of_post = _stack([c.dynamic_beta_fn for c in connections])
         columns = torch.cat([of_alpha, of_post], dim=-1).mT
-        weights = (columns * scales.view(-1, 4, 1)).contiguous() * gain[:, None]
-        alpha = torch.stack([c.static_alpha for c in connections])
-        post = torch.stack([c.static_beta[:, 0] for c in connections])
+        weights = (columns * scales[..., None]).contiguous() * gain[:, None]
+        alpha = _stack([c.static_alpha for c in connections])
+        post = _stack([c.static_beta.squeeze(1) for c in connections])
         biases = torch.cat([alpha, post], dim=-1)
     return list(zip(weights.float().unbind(), biases.float().unbind(), strict=True))
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """The tensors in one, whose gradient comes in one piece: hundreds of small ones are then added by one kernel."""
+    stacked = torch.stack(tensors)
+    if stacked.requires_grad:
+        stacked.register_hook(Tensor.contiguous)
+    return stacked
 
 
 def read_streams(streams: Tensor, index: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ def build_objective(config: Config, data: DataShape) -> Objective:
     model = build_model(config.model, vocabulary_size(config.model, data.vocab_size), latent_dim, config.training.seed)
     if isinstance(model, FastMMDiT):
         model.compiled = config.training.compile_model
+        model.preparing = config.training.strategy != "fsdp"
         model.recording = config.training.cuda_graphs and config.training.strategy != "fsdp"
         model.checkpointing = config.training.activation_checkpointing
     return Objective(model, config, data.mask_token_id, data.pad_token_id)

@@ -38,10 +38,7 @@ def test_weights_cast_beforehand_give_what_autocast_gives() -> None:
     groups = [Group(batch["input_ids"], batch["latent"], time, time, ("text", "latent"))]
     arguments = (model._text_input(groups, padding).detach(), groups, padding)
     graphs = Graphs(model, model._trunk)
-    cast = graphs.cast_parameters(torch.bfloat16)
-    with torch.no_grad():
-        for number, weight in cast.items():
-            weight.copy_(graphs.parameters[number])
+    cast = graphs.cast_parameters(torch.bfloat16).of_parameters
     weights = [cast.get(number, p) for number, p in enumerate(graphs.parameters)]
     with torch.autocast("cpu", torch.bfloat16):
         expected = model._trunk(*arguments)
@@ -55,6 +52,32 @@ def test_weights_cast_beforehand_give_what_autocast_gives() -> None:
     for name, ours, theirs in zip(graphs.names, *gradients, strict=True):
         assert (ours is None) == (theirs is None), name
         assert ours is None or torch.equal(ours.float(), theirs), name
+
+
+def test_weights_are_cast_anew_after_a_step() -> None:
+    """Fused optimizers do not count their changes, so a step is told by the gradients that are gone after it."""
+    model = formula_model(model_config())
+    graphs = Graphs(model, model._trunk)  # type: ignore[operator, arg-type]
+    weight = model.mmdit.blocks[0].joint_attn.to_qkv[0].weight  # type: ignore[union-attr, index]
+    (number,) = (number for number, parameter in enumerate(graphs.parameters) if parameter is weight)
+
+    def is_up_to_date() -> bool:
+        cast = graphs.cast_parameters(torch.bfloat16).of_parameters[number]
+        return torch.equal(cast, graphs.parameters[number].bfloat16())
+
+    optimizer = torch.optim.AdamW([weight], lr=1.0, fused=True)
+    assert is_up_to_date()
+    weight.grad = torch.ones_like(weight)
+    version = weight._version
+    optimizer.step()
+    assert weight._version == version
+    assert not is_up_to_date()
+    optimizer.zero_grad()
+    assert is_up_to_date()
+    weight.grad = torch.ones_like(weight)
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert is_up_to_date()
 
 
 @settings(max_examples=200, deadline=None)

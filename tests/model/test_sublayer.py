@@ -15,9 +15,10 @@ from objective_cases import formula_batch, formula_model, model_config
 from torch import Tensor
 
 from job.model import elementwise, heads, sublayer
+from job.model.conditioned import conditioned_layers
 from job.model.end_to_end import EndToEnd
 from job.model.fast import FastMMDiT
-from job.model.graphs import any_lengths
+from job.model.graphs import Graphs, Passes, any_lengths
 from job.model.groups import Group, Padding
 from job.model.packed import Spans
 from job.model.streams import Mixing, read, write
@@ -161,6 +162,50 @@ def test_a_model_by_kernels_reads_no_lengths_of_the_host(monkeypatch: pytest.Mon
     assert any_lengths(19, 3, 10) != [10, 6, 3]
     for ours in found[1:]:
         torch.testing.assert_close(ours, found[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_passes_of_a_recording_add_up_what_autograd_gives(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Over two batches, with the weights cast once, and for inputs as for parameters."""
+    monkeypatch.setattr("job.model.fast.kernels_serve", lambda _: True)
+    model = formula_model(model_config(hidden_size=16, head_dim=8, cond_dim=16, n_blocks=3))
+    assert isinstance(model, FastMMDiT)
+    parameters = list(model.parameters())
+    graphs = Graphs(model, model._trunk, conditioned_layers(model.mmdit.blocks))  # type: ignore[arg-type]
+    expected = [torch.zeros_like(p) for p in parameters]
+    for lengths in ((10, 6, 3), (4, 10)):
+        batch, times = formula_batch(lengths), torch.linspace(0.2, 0.8, len(lengths))
+        padding = Padding(batch["attention_mask"], False, list(lengths))
+        groups = [
+            Group(batch["input_ids"], batch["latent"], times, 0 * times, ("text",)),
+            Group(batch["input_ids"], batch["latent"], 0 * times, times, ("latent",)),
+        ]
+        text = model._text_input(groups, padding).detach().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            outputs = model._trunk(text, groups, padding)
+        weights = [torch.randn_like(x) for x in outputs]
+        to_text, *gradients = torch.autograd.grad(outputs, [text, *parameters], weights, materialize_grads=True)
+        for total, gradient in zip(expected, gradients, strict=True):
+            total += gradient
+        inputs = [text, padding.mask]
+        for group in groups:
+            inputs += [group.latents, group.text_t, group.latent_t]
+        graphs.cast_parameters(dtype)
+        passes = Passes(graphs, inputs, groups, padding, dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = list(passes.forward())
+        to_inputs = passes.backward(found, weights)
+        assert to_inputs[0] is not None
+        for ours, theirs in [*zip(found, outputs, strict=True), (to_inputs[0], to_text)]:
+            assert (ours.float() - theirs).norm() <= tolerance * theirs.norm()
+        for number, parameter in enumerate(graphs.parameters):
+            parameter.grad = graphs.sums.get(number)
+    assert (graphs.casts(dtype).stacked is None) == (dtype == torch.float32)
+    for parameter, theirs, (name, _) in zip(parameters, expected, model.named_parameters(), strict=True):
+        ours = torch.zeros_like(theirs) if parameter.grad is None else parameter.grad
+        assert (ours - theirs).norm() <= tolerance * theirs.norm(), name
 
 
 def test_where_kernels_cannot_run_one_line_says_why(
