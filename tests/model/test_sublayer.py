@@ -226,16 +226,17 @@ def test_where_kernels_cannot_run_one_line_says_why(
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from job.model import elementwise_kernels, head_kernels, sublayer_kernels
+from job.model import cross_entropy_kernels, elementwise_kernels, head_kernels, sublayer_kernels
 import sys
 
 SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "WRITE": True, "READ": True}
 HEADS = {"D": 64, "COLUMNS": 64, "ROWS": 32, "NORM": True}
 GELU = {"H": 4096, "COLUMNS": 512, "ROWS": 4}
+WORDS = {"W": 30528, "COLUMNS": 2048, "ROWS": 2, "GRADIENTS": True}
 BF16 = {"branch", "gains", "modulation", "x", "to_x", "to_branch"}
-BF16 |= {"qkv", "q", "k", "v", "to_q", "to_k", "to_v", "to_qkv", "out", "to_out", "part"}
-TYPES = {"eps": "fp32", "index": "*i64", "place": "*i64", "owner": "*i32"}
-TYPES |= dict.fromkeys(["gains_stride", "modulation_stride", "n_rows", "chunk", "n_heads", "count"], "i32")
+BF16 |= {"qkv", "q", "k", "v", "to_q", "to_k", "to_v", "to_qkv", "out", "to_out", "part", "logits"}
+TYPES = {"eps": "fp32", "index": "*i64", "place": "*i64", "owner": "*i32", "targets": "*i64", "picked": "*i64"}
+TYPES |= dict.fromkeys(["gains_stride", "modulation_stride", "stride", "n_rows", "chunk", "n_heads", "count"], "i32")
 for kernel, sizes in (
     (sublayer_kernels.sublayer_forward, SUBLAYER),
     (sublayer_kernels.sublayer_backward, SUBLAYER),
@@ -244,6 +245,7 @@ for kernel, sizes in (
     (elementwise_kernels.biased_gelu_forward, GELU),
     (elementwise_kernels.biased_gelu_backward, GELU),
     (elementwise_kernels.add_kernel, {"BLOCK": 4096}),
+    (cross_entropy_kernels.cross_entropy_rows, WORDS),
 ):
     types = {name: TYPES.get(name, "*bf16" if name in BF16 else "*fp32") for name in kernel.arg_names}
     types |= dict.fromkeys(sizes, "constexpr")
@@ -260,4 +262,4 @@ def test_the_kernels_compile_for_gpus(capability: str) -> None:
     command = [sys.executable, "-c", COMPILE, capability]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 8
