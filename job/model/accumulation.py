@@ -7,6 +7,7 @@ passes over memory more.
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,14 +16,30 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a [M, K] @ b [K, N], of a type of their own, to total [M, N] float32."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # a CPU has no product of bf16 with a float32 sum
-        total += a @ b
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total [M, N] + a [M, K] @ b [K, N] in float32, in place; a @ b without a total."""
+    if a.dtype == torch.float32:
+        return a @ b if total is None else total.addmm_(a, b)
+    if _multiplies_into_float32(a.device, a.dtype):
+        # Without rounding the product to bf16, and without a pass over memory that only adds.
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    product = a @ b
+    return product.float() if total is None else total.add_(product)
+
+
+@cache
+def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch can add a product of this type to a float32 matrix: on CUDA, of bf16 and fp16."""
+    if device.type != "cuda":
+        return False
+    a, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # another build, such as for ROCm, or another type
+        return False
+    return True
 
 
 class Accumulation(TorchFunctionMode):

@@ -11,13 +11,13 @@ PyTorch's operations pass over a chunk's logits a dozen times, and most of them 
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from job.model.accumulation import add_product
 from job.model.sublayer import ceil_div, kernels_serve
 
 CHUNK_ELEMENTS = 1 << 25  # logits at a time, of which operations hold a copy in float32
@@ -212,33 +212,7 @@ def _add_gradients(grads: list[Tensor], part: slice, rows: Tensor, weight: Tenso
     to_logits = to_logits.to(rows.dtype)
     grads[0][part] = to_logits @ weight
     if len(grads) == 1:  # the first chunk: sums need no zeros to start from
-        grads += [_add_product(None, to_logits.T, rows), to_bias]
+        grads += [add_product(None, to_logits.T, rows), to_bias]
         return
     grads[2] += to_bias
-    _add_product(grads[1], to_logits.T, rows)
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in float32, in place; a @ b without a total."""
-    if a.dtype == torch.float32:
-        return a @ b if total is None else total.addmm_(a, b)
-    if _multiplies_into_float32(a.device, a.dtype):
-        # Without rounding the product to bf16, and without a pass over memory that only adds.
-        if total is None:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    product = a @ b
-    return product.float() if total is None else total.add_(product)
-
-
-@cache
-def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch can add a product of this type to a float32 matrix: on CUDA, of bf16 and fp16."""
-    if device.type != "cuda":
-        return False
-    a, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):  # another build, such as for ROCm, or another type
-        return False
-    return True
+    add_product(grads[1], to_logits.T, rows)
