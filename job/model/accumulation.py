@@ -81,9 +81,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         weight_sum, bias_sum = ctx.sums
-        to_x = gradient @ weight if ctx.needs_input_grad[0] else None
         of_rows = gradient.flatten(0, -2)
-        add_product(weight_sum, of_rows.T, x.flatten(0, -2))
+        # Before the products: cuBLAS warns of a missing context where it is the first that a thread calls.
         if bias_sum is not None:
             bias_sum += of_rows.sum(0, dtype=bias_sum.dtype)
+        add_product(weight_sum, of_rows.T, x.flatten(0, -2))
+        to_x = gradient @ weight if ctx.needs_input_grad[0] else None
         return to_x, None, None, None, None

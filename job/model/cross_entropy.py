@@ -22,8 +22,8 @@ from job.model.sublayer import ceil_div, kernels_serve
 
 CHUNK_ELEMENTS = 1 << 25  # logits at a time, of which operations hold a copy in float32
 # For the kernel, which holds none; of rows a multiple, since a GPU's products work on tiles of 128.
-CHUNK_BYTES, CHUNK_ROWS = 1 << 27, 128
-ROWS, COLUMNS, WARPS = 2, 2048, 8  # of the kernel's tile: the rows share the bias that they read
+CHUNK_BYTES, CHUNK_ROWS = 1 << 28, 128
+ROWS, COLUMNS, WARPS = 1, 2048, 8  # of the kernel's tile; of a dozen the fastest on an H200
 CACHE_LINE = 64  # elements: rows of logits start at a multiple of it
 # Words are padded to a multiple of this: products of another width, such as 30,522, take a GPU several times as long,
 # since 16 bytes are what it reads at once. The weights themselves keep their shape, and checkpoints with them.
