@@ -12,7 +12,7 @@ from job.model.conditioned import Conditioned
 from job.model.elementwise import biased_gelu
 from job.model.heads import join_heads
 from job.model.packed import Layout
-from job.model.sublayer import Branch, Reading, read_streams, write_and_read, write_streams
+from job.model.sublayer import Branch, Reading, cut, read_streams, write_and_read, write_streams
 
 Unwritten = list[Branch] | None  # of text and latents: what feed-forwards gave that is not yet in the streams
 
@@ -30,32 +30,36 @@ def encode(
         Reading(*connection, modulation, norm.ln.eps)
         for connection, modulation, norm in zip(given.connections, given.modulations, norms, strict=True)
     ]
-    streams, spans = [text, latent], [layout.text, layout.latent]
+    streams, segments = [text, latent], list(layout.segments(text.shape[-1]))
     mixings, inputs = [], []
     for modality in (TEXT, LATENT):
-        index = spans[modality].index
+        rows, reading = segments[modality], readings[modality]
         if unwritten:
-            branch = unwritten[modality]
-            streams[modality], x, mixing = write_and_read(streams[modality], index, branch, readings[modality])
+            streams[modality], x, mixing = write_and_read(streams[modality], rows, unwritten[modality], reading)
         else:
-            streams[modality], x, mixing = read_streams(streams[modality], index, readings[modality])
+            streams[modality], x, mixing = read_streams(streams[modality], rows, reading)
         inputs.append(x)
         mixings.append(mixing)
     attended = _attend(block.joint_attn, inputs, given.head_gains, layout, last)
     if last:
         for modality, part in ((TEXT, layout.read_text), (LATENT, layout.read_latent)):
             streams[modality], mixings[modality] = streams[modality][part], mixings[modality][part]
-            spans[modality] = spans[modality].select(part)
+            conditions, _, firsts = segments[modality]
+            segments[modality] = cut(conditions[part], len(firsts) - 1, text.shape[-1])
     branches = []
     for modality in (TEXT, LATENT):
         if not len(streams[modality]):
             continue
-        index = spans[modality].index
-        branch = Branch(block.joint_attn.to_out[modality](attended[modality]), given.gains[modality], mixings[modality])
-        streams[modality], x, mixing = write_and_read(streams[modality], index, branch, readings[2 + modality])
-        branch = Branch(_feed_forward(block.feedforwards[modality], x), given.gains[2 + modality], mixing)
+        rows, reading = segments[modality], readings[2 + modality]
+        to_out = block.joint_attn.to_out[modality]
+        output = F.linear(attended[modality], to_out.weight)
+        branch = Branch(output, given.gains[modality], mixings[modality], to_out.bias)
+        streams[modality], x, mixing = write_and_read(streams[modality], rows, branch, reading)
+        feedforward = block.feedforwards[modality]
+        output = _feed_forward(feedforward, x)
+        branch = Branch(output, given.gains[2 + modality], mixing, feedforward.ff[-1].bias)
         if last:
-            streams[modality] = write_streams(streams[modality], index, branch)
+            streams[modality] = write_streams(streams[modality], rows, branch)
         branches.append(branch)
     return (streams[TEXT], streams[LATENT]), None if last else branches
 
@@ -77,6 +81,6 @@ def _attend(
 
 
 def _feed_forward(feedforward: Any, x: Tensor) -> Tensor:
-    """The stock feed-forward's output [N, H] for x [N, H], its first bias and its GELU in one kernel."""
+    """The stock feed-forward's output [N, H] for x [N, H], without its last bias; the first and GELU are one kernel."""
     (into, _), dropout, out = feedforward.ff
-    return out(dropout(biased_gelu(F.linear(x, into.weight), into.bias)))
+    return F.linear(dropout(biased_gelu(F.linear(x, into.weight), into.bias)), out.weight)

@@ -23,6 +23,7 @@ from torch import Tensor
 from job.model.end_to_end import Ends, EndToEnd, attend_end_to_end, has_varlen_kernel
 from job.model.groups import Group, Padding
 from job.model.streams import Mixing
+from job.model.sublayer import Segments, cut
 
 SHORT = 64  # tokens: rows up to this length attend side by side, padded, on a CPU
 FEW = 8  # spans: up to so many are gone through one by one on a GPU
@@ -109,8 +110,15 @@ class Layout:
         # Short rows attend side by side also on a CPU: a call costs more than their padding.
         self.long = seq_len > SHORT
         self.text, self.latent = self._spans(groups)
+        self._segments: list[Segments] = []
         self.read_text = self._read("text", size=sum(padding.lengths))
         self.read_latent = self._read("latent", size=rows)
+
+    def segments(self, width: int) -> list[Segments]:
+        """Of texts and of latents, for the kernels of their streams [N, s, width]; cut once for all blocks."""
+        if not self._segments:
+            self._segments = [cut(spans.index, len(spans.counts), width) for spans in (self.text, self.latent)]
+        return self._segments
 
     @cached_property
     def key_mask(self) -> Tensor | None:

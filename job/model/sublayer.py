@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from job.model.streams import whole_float32
-
-FORWARD_ROWS, BACKWARD_ROWS = 1, 1  # rows of a tile
-WARPS_PER_PROCESSOR = 16  # of the backward kernel: with the sums that it keeps in registers no more fit
+ROWS = 1  # of a tile
+FORWARD_STAGES, BACKWARD_STAGES = 2, 2  # rows under way at a time
+COLUMNS_PER_WARP = 128
+WARPS_PER_PROCESSOR = 16  # of a GPU: with the sums that the backward kernel keeps in registers no more fit
+SUMMED_COLUMNS, SUMMED_SEGMENTS = 16, 128  # of a tile
 MAX_WIDTH = 2048  # columns: a row must fit the registers of one program
 STREAMS = 2
 
@@ -32,6 +33,7 @@ class Branch(NamedTuple):
     output: Tensor  # [N, H]
     gains: Tensor  # [C, H] by condition
     mixing: Tensor  # [N, 3] float32, which came with the branch's input
+    bias: Tensor | None = None  # [H]: to be added to the output
 
 
 class Reading(NamedTuple):
@@ -41,6 +43,25 @@ class Reading(NamedTuple):
     bias: Tensor  # [2, 4] float32
     modulation: Tensor  # [C, 2H] by condition: the norm's gain, then its bias
     eps: float
+
+
+class Segments(NamedTuple):
+    """Rows cut into segments whose rows share one condition, each for a program, without asking the device anything."""
+
+    conditions: Tensor  # [N] int64: of each row; it never falls
+    bounds: Tensor  # [segments + 1] int32: where they begin, and N; some may be empty
+    firsts: Tensor  # [C + 1] int32: the first segment of each condition, and their number
+
+
+def cut(index: Tensor, conditions: int, width: int) -> Segments:
+    """Rows [N, .., width] of conditions `index` [N], of so many, cut into about as many as a GPU computes at once."""
+    n_rows = len(index)
+    programs = min(n_rows, _programs(width, index.device))
+    chunk = ceil_div(n_rows, max(1, programs))
+    starts = torch.searchsorted(index, torch.arange(conditions + 1, device=index.device))
+    chunks = torch.arange(0, n_rows, max(1, chunk), device=index.device)
+    bounds = torch.cat([chunks, starts]).sort().values
+    return Segments(index, bounds.int(), torch.searchsorted(bounds, starts).int())
 
 
 @cache
@@ -54,7 +75,7 @@ def kernels_serve(device: torch.device) -> bool:
     try:
         streams, index = torch.zeros(1, 2, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         reading = Reading(streams.new_zeros(4, 16), streams.new_zeros(2, 4), streams.new_zeros(1, 32), 1e-5)
-        read_streams(streams, index, reading)
+        read_streams(streams, cut(index, 1, 16), reading)
     except Exception as error:  # what is missing shows in many ways: a compiler, Python's headers, a driver too old
         reason = str(error).strip().splitlines() or [type(error).__name__]
         print(
@@ -97,36 +118,39 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return stacked
 
 
-def read_streams(streams: Tensor, index: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+def read_streams(streams: Tensor, segments: Segments, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
     """The streams [N, 2, H] float32 as they are, a branch's input [N, H] of autocast's type, and its mixing [N, 3].
 
-    index [N] int64 is each row's condition and never falls. The streams must be used as they come back: their gradient
-    passes through here.
+    The streams must be used as they come back: their gradient passes through here.
     """
-    return _apply(streams, index, None, reading)
+    return _apply(streams, segments, None, reading)
 
 
-def write_and_read(streams: Tensor, index: Tensor, branch: Branch, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+def write_and_read(
+    streams: Tensor, segments: Segments, branch: Branch, reading: Reading
+) -> tuple[Tensor, Tensor, Tensor]:
     """The streams after `branch` was written, the next branch's input, and its mixing; shapes as in `read_streams`."""
-    return _apply(streams, index, branch, reading)
+    return _apply(streams, segments, branch, reading)
 
 
-def write_streams(streams: Tensor, index: Tensor, branch: Branch) -> Tensor:
+def write_streams(streams: Tensor, segments: Segments, branch: Branch) -> Tensor:
     """The streams after `branch` was written; shapes as in `read_streams`."""
-    return _apply(streams, index, branch, None)[0]
+    return _apply(streams, segments, branch, None)[0]
 
 
-def _apply(streams: Tensor, index: Tensor, branch: Branch | None, reading: Reading | None) -> Any:
+def _apply(streams: Tensor, segments: Segments, branch: Branch | None, reading: Reading | None) -> Any:
     device = streams.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    output = gains = mixing = weight = bias = modulation = None
+    output = gains = mixing = branch_bias = weight = bias = modulation = None
     eps = 0.0
     if branch:
-        output, gains, mixing = branch.output.contiguous(), branch.gains, branch.mixing.contiguous()
+        output, gains, mixing, branch_bias = branch
+        output, mixing = output.contiguous(), mixing.contiguous()
     if reading:
         weight, bias, modulation, eps = reading
+    given = (streams.contiguous(), output, branch_bias, gains, mixing, weight, bias, modulation)
     with torch.autocast(device, enabled=False):
-        return _Sublayer.apply(streams.contiguous(), index, output, gains, mixing, weight, bias, modulation, eps, dtype)
+        return _Sublayer.apply(*given, segments, eps, dtype)
 
 
 class _Sublayer(torch.autograd.Function):
@@ -134,13 +158,14 @@ class _Sublayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         streams: Tensor,
-        index: Tensor,
         output: Tensor | None,
+        branch_bias: Tensor | None,
         gains: Tensor | None,
         mixing: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         modulation: Tensor | None,
+        segments: Segments,
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -153,86 +178,81 @@ class _Sublayer(torch.autograd.Function):
         if reads:
             x = streams.new_empty(n_rows, width, dtype=dtype)
             next_mixing, stats = streams.new_empty(n_rows, 3), streams.new_empty(n_rows, 12)
-        given = _in_order(streams, output, gains, mixing, index, weight, bias, modulation, written)
+        given = (streams, output, branch_bias, gains, mixing, weight, bias, modulation, written)
         if n_rows:
-            sublayer_forward[(ceil_div(n_rows, FORWARD_ROWS),)](
-                *given,
+            sublayer_forward[(len(segments.bounds) - 1,)](
+                *_in_order(segments, *given),
                 x,
                 next_mixing,
                 stats,
-                n_rows,
                 eps,
-                **_shape(width, FORWARD_ROWS),
+                **_shape(width),
+                STAGES=FORWARD_STAGES,
                 WRITE=writes,
                 READ=reads,
             )
-        ctx.save_for_backward(streams, index, output, gains, mixing, weight, bias, modulation, written, stats)
+        ctx.save_for_backward(*given, stats, *segments)
         ctx.set_materialize_grads(False)
         return written, x, next_mixing
 
     @staticmethod
-    @whole_float32()
     def backward(
         ctx: Any, to_written: Tensor | None, to_x: Tensor | None, to_next_mixing: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        from job.model.sublayer_kernels import sublayer_backward
+        from job.model.sublayer_kernels import sublayer_backward, sum_parts
 
-        streams, index, output, gains, mixing, weight, bias, modulation, written, stats = ctx.saved_tensors
+        *given, stats, index, bounds, firsts = ctx.saved_tensors
+        segments = Segments(index, bounds, firsts)
+        streams, output, branch_bias, gains, mixing, weight, bias, modulation, _ = given
         n_rows, _, width = streams.shape
         writes, reads = output is not None, weight is not None
-        conditions = len(modulation) if reads else len(gains)
-        programs = min(ceil_div(n_rows, BACKWARD_ROWS), _programs(width, streams.device))
-        chunk = ceil_div(ceil_div(n_rows, max(1, programs)), BACKWARD_ROWS) * BACKWARD_ROWS
-        programs = ceil_div(n_rows, max(1, chunk))
+        conditions, programs = len(firsts) - 1, len(bounds) - 1
         to_written = torch.zeros_like(streams) if to_written is None else to_written.contiguous()
         to_streams = torch.empty_like(streams)
-        to_output = to_mixing = to_logits = weight_parts = None
-        if writes:
-            to_output, to_mixing = torch.empty_like(output), torch.empty_like(mixing)
+        to_output, to_branch_bias, to_gains, to_mixing, to_weight, to_bias, to_modulation = (
+            None if x is None else x.new_empty(x.shape)
+            for x in (output, branch_bias, gains, mixing, weight, bias, modulation)
+        )
         if reads:
             to_x = torch.zeros_like(streams[:, 0]) if to_x is None else to_x.contiguous()
             to_next_mixing = streams.new_zeros(n_rows, 3) if to_next_mixing is None else to_next_mixing.contiguous()
-            to_logits, weight_parts = streams.new_empty(n_rows, 8), streams.new_empty(programs, 4, width)
-        parts = streams.new_zeros(programs + conditions, 3, width)
-        owner = torch.full((programs + conditions,), -1, dtype=torch.int32, device=streams.device)
-        given = _in_order(streams, output, gains, mixing, index, weight, bias, modulation, written)
-        if n_rows:
-            sublayer_backward[(programs,)](
-                to_written,
-                to_x,
-                to_next_mixing,
-                *given,
-                stats,
-                to_streams,
-                to_output,
-                to_mixing,
-                to_logits,
-                weight_parts,
-                parts,
-                owner,
-                n_rows,
-                chunk,
-                **_shape(width, BACKWARD_ROWS),
-                WRITE=writes,
-                READ=reads,
-            )
-        owned = (torch.arange(conditions, device=owner.device)[:, None] == owner).float()
-        by_condition = (owned @ parts.flatten(1)).unflatten(1, (3, width))
-        to_gains = to_weight = to_bias = to_modulation = None
-        if writes:
-            to_gains = by_condition[:, 2].to(gains.dtype)
-        if weight_parts is not None and to_logits is not None:
-            to_weight, to_bias = weight_parts.sum(0), to_logits.sum(0).view(2, 4)
-            to_modulation = by_condition[:, :2].flatten(1).to(modulation.dtype)
-        return to_streams, None, to_output, to_gains, to_mixing, to_weight, to_bias, to_modulation, None, None
+        parts, logit_parts = streams.new_empty(programs, 7, width), streams.new_empty(programs, 8)
+        ways = {"WRITE": writes, "READ": reads}
+        sublayer_backward[(programs,)](
+            to_written,
+            to_x,
+            to_next_mixing,
+            *_in_order(segments, *given),
+            stats,
+            to_streams,
+            to_output,
+            to_mixing,
+            parts,
+            logit_parts,
+            **_shape(width),
+            STAGES=BACKWARD_STAGES,
+            **ways,
+        )
+        sum_parts[(conditions + 1, ceil_div(width, SUMMED_COLUMNS))](
+            *(parts, logit_parts, firsts, conditions, programs),
+            *(to_modulation, to_gains, to_branch_bias, to_weight, to_bias),
+            H=width,
+            COLUMNS=SUMMED_COLUMNS,
+            SEGMENTS=SUMMED_SEGMENTS,
+            **ways,
+            num_warps=4,
+        )
+        of_branch = (to_output, to_branch_bias, to_gains, to_mixing)
+        return to_streams, *of_branch, to_weight, to_bias, to_modulation, None, None, None
 
 
 def _in_order(
+    segments: Segments,
     streams: Tensor,
     output: Tensor | None,
+    branch_bias: Tensor | None,
     gains: Tensor | None,
     mixing: Tensor | None,
-    index: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     modulation: Tensor | None,
@@ -240,21 +260,25 @@ def _in_order(
 ) -> tuple[Any, ...]:
     """The arguments that both kernels take, tables with the elements from one of their rows to the next behind them."""
     gains_stride, modulation_stride = (0 if table is None else table.stride(0) for table in (gains, modulation))
-    return streams, output, gains, gains_stride, mixing, index, weight, bias, modulation, modulation_stride, written
+    of_branch = (output, branch_bias, gains, gains_stride, mixing)
+    return streams, *of_branch, *segments[:2], weight, bias, modulation, modulation_stride, written
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _shape(width: int, rows: int) -> dict[str, int]:
+def _warps(width: int) -> int:
+    return min(16, max(1, (1 << (width - 1).bit_length()) // COLUMNS_PER_WARP))
+
+
+def _shape(width: int) -> dict[str, int]:
     """Sizes of a tile of whole rows, and the warps that share it."""
-    columns = 1 << (width - 1).bit_length()
-    return {"H": width, "COLUMNS": columns, "ROWS": rows, "num_warps": min(16, max(1, columns // 128))}
+    return {"H": width, "COLUMNS": 1 << (width - 1).bit_length(), "ROWS": ROWS, "num_warps": _warps(width)}
 
 
 @cache
 def _programs(width: int, device: torch.device) -> int:
-    """Backward programs that fit a GPU at once; for another device, where Triton's interpreter runs, one processor."""
+    """Programs for rows of a width; for another device than a GPU, where Triton's interpreter runs, one processor's."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return processors * max(1, WARPS_PER_PROCESSOR // _shape(width, BACKWARD_ROWS)["num_warps"])
+    return processors * max(1, WARPS_PER_PROCESSOR // _warps(width))

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hyper_connections.mHCv2 import ManifoldConstrainedHyperConnections
+from hypothesis import given
+from hypothesis import strategies as st
 from objective_cases import formula_batch, formula_model, model_config
 from torch import Tensor
 
@@ -46,12 +49,21 @@ class Case:
             parameter.data += 0.5 * torch.randn_like(parameter)
         self.streams = torch.randn(rows, 2, width, requires_grad=True)
         self.branch = torch.randn(rows, width, requires_grad=True)
+        self.bias = torch.randn(width, requires_grad=True)
         self.gains = torch.randn(conditions, width, requires_grad=True)
         self.modulation = torch.randn(conditions, 2 * width, requires_grad=True)
         self.mixing = torch.rand(rows, 3, requires_grad=True)
 
     def leaves(self) -> list[Tensor]:
-        return [self.streams, self.branch, self.gains, self.modulation, self.mixing, *self.connection.parameters()]
+        return [
+            self.streams,
+            self.branch,
+            self.bias,
+            self.gains,
+            self.modulation,
+            self.mixing,
+            *self.connection.parameters(),
+        ]
 
     def by_operations(self, writes: bool, reads: bool) -> list[Tensor]:
         streams = self.streams
@@ -59,7 +71,7 @@ class Case:
             keep = self.mixing[:, 0]
             mix = torch.stack([keep, 1 - keep, 1 - keep, keep], dim=-1).view(-1, 2, 2)
             mixing = Mixing(mix, self.mixing[:, 1:, None])
-            streams = write(streams, mixing, self.spans.scale(self.branch, self.gains))
+            streams = write(streams, mixing, self.spans.scale(self.branch + self.bias, self.gains))
         if not reads:
             return [streams]
         x, next_mixing = read(self.connection, streams)
@@ -70,13 +82,14 @@ class Case:
 
     def by_kernels(self, writes: bool, reads: bool) -> list[Tensor]:
         ((weight, bias),) = sublayer.connection_weights([self.connection])
-        branch = sublayer.Branch(self.branch, self.gains, self.mixing)
+        branch = sublayer.Branch(self.branch, self.gains, self.mixing, self.bias)
+        segments = sublayer.cut(self.spans.index, len(self.spans.counts), self.streams.shape[-1])
         reading = sublayer.Reading(weight, bias, self.modulation, EPS)
         if not reads:
-            return [sublayer.write_streams(self.streams, self.spans.index, branch)]
+            return [sublayer.write_streams(self.streams, segments, branch)]
         if not writes:
-            return list(sublayer.read_streams(self.streams, self.spans.index, reading))
-        return list(sublayer.write_and_read(self.streams, self.spans.index, branch, reading))
+            return list(sublayer.read_streams(self.streams, segments, reading))
+        return list(sublayer.write_and_read(self.streams, segments, branch, reading))
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], leaves: list[Tensor]) -> None:
@@ -93,16 +106,32 @@ def assert_same(found: list[Tensor], expected: list[Tensor], leaves: list[Tensor
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(("writes", "reads"), [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize(("counts", "width"), [([3, 4], 8), ([1, 1, 2, 1, 3, 1, 1], 12)])
+@pytest.mark.parametrize(("counts", "width"), [([3, 4], 8), ([1, 1, 0, 2, 1, 3, 0], 12)])
 def test_a_sublayer(
     monkeypatch: pytest.MonkeyPatch, counts: list[int], width: int, writes: bool, reads: bool, rows: int
 ) -> None:
-    """Widths that are no power of two, and conditions that change within a program's rows and between them."""
-    monkeypatch.setattr(sublayer, "FORWARD_ROWS", rows)
-    monkeypatch.setattr(sublayer, "BACKWARD_ROWS", rows)
+    """Widths that are no power of two, conditions that change within a program's rows, and such without rows."""
+    monkeypatch.setattr(sublayer, "ROWS", rows)
+    monkeypatch.setattr(sublayer, "SUMMED_SEGMENTS", 2)
     monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)  # several rows each
     case = Case(counts, width)
     assert_same(case.by_kernels(writes, reads), case.by_operations(writes, reads), case.leaves())
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(1, 9))
+def test_segments_are_all_rows_of_one_condition_each(counts: list[int], programs: int) -> None:
+    index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sublayer, "_programs", lambda *_: programs)
+        segments = sublayer.cut(index, len(counts), 8)
+    bounds, firsts = segments.bounds.tolist(), segments.firsts.tolist()
+    assert (bounds[0], bounds[-1]) == (0, len(index))
+    assert bounds == sorted(bounds)
+    assert len(bounds) - 1 <= programs + len(counts)
+    assert max(end - start for start, end in pairwise(bounds)) <= -(-len(index) // programs)
+    for condition, (first, after) in enumerate(pairwise(firsts)):
+        rows = [row for segment in range(first, after) for row in range(bounds[segment], bounds[segment + 1])]
+        assert rows == (index == condition).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -169,8 +198,10 @@ def test_the_passes_of_a_recording_add_up_what_autograd_gives(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
 ) -> None:
     """Over two batches, with the weights cast once, and for inputs as for parameters."""
+    monkeypatch.setattr(heads, "HEAD_ROWS", 8)
+    monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)
     monkeypatch.setattr("job.model.fast.kernels_serve", lambda _: True)
-    model = formula_model(model_config(hidden_size=16, head_dim=8, cond_dim=16, n_blocks=3))
+    model = formula_model(model_config(hidden_size=16, head_dim=8, cond_dim=16, n_blocks=2))
     assert isinstance(model, FastMMDiT)
     parameters = list(model.parameters())
     graphs = Graphs(model, model._trunk, conditioned_layers(model.mmdit.blocks))  # type: ignore[arg-type]
@@ -205,7 +236,7 @@ def test_the_passes_of_a_recording_add_up_what_autograd_gives(
     assert (graphs.casts(dtype).stacked is None) == (dtype == torch.float32)
     for parameter, theirs, (name, _) in zip(parameters, expected, model.named_parameters(), strict=True):
         ours = torch.zeros_like(theirs) if parameter.grad is None else parameter.grad
-        assert (ours - theirs).norm() <= tolerance * theirs.norm(), name
+        assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6, name
 
 
 def test_where_kernels_cannot_run_one_line_says_why(
@@ -229,17 +260,21 @@ from triton.compiler import ASTSource, compile
 from job.model import cross_entropy_kernels, elementwise_kernels, head_kernels, sublayer_kernels
 import sys
 
-SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "WRITE": True, "READ": True}
+SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "STAGES": 2, "WRITE": True, "READ": True}
+SUMS = {"H": 1024, "COLUMNS": 16, "SEGMENTS": 128, "WRITE": True, "READ": True}
 HEADS = {"D": 64, "COLUMNS": 64, "ROWS": 32, "NORM": True}
 GELU = {"H": 4096, "COLUMNS": 512, "ROWS": 4}
 WORDS = {"W": 30528, "COLUMNS": 2048, "ROWS": 2, "GRADIENTS": True}
-BF16 = {"branch", "gains", "modulation", "x", "to_x", "to_branch"}
+BF16 = {"branch", "branch_bias", "gains", "modulation", "x", "to_x", "to_branch", "to_modulation", "to_gains"}
 BF16 |= {"qkv", "q", "k", "v", "to_q", "to_k", "to_v", "to_qkv", "out", "to_out", "part", "logits"}
-TYPES = {"eps": "fp32", "index": "*i64", "place": "*i64", "owner": "*i32", "targets": "*i64", "picked": "*i64"}
+TYPES = {"eps": "fp32", "index": "*i64", "place": "*i64", "targets": "*i64", "picked": "*i64"}
+TYPES |= dict.fromkeys(["bounds", "first_segments"], "*i32")
+TYPES |= dict.fromkeys(["conditions", "n_segments"], "i32")
 TYPES |= dict.fromkeys(["gains_stride", "modulation_stride", "stride", "n_rows", "chunk", "n_heads", "count"], "i32")
 for kernel, sizes in (
     (sublayer_kernels.sublayer_forward, SUBLAYER),
     (sublayer_kernels.sublayer_backward, SUBLAYER),
+    (sublayer_kernels.sum_parts, SUMS),
     (head_kernels.heads_forward, HEADS),
     (head_kernels.heads_backward, HEADS),
     (elementwise_kernels.biased_gelu_forward, GELU),
@@ -262,4 +297,4 @@ def test_the_kernels_compile_for_gpus(capability: str) -> None:
     command = [sys.executable, "-c", COMPILE, capability]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 9
