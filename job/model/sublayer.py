@@ -21,6 +21,8 @@ from torch import Tensor
 ROWS = 1  # of a tile
 FORWARD_STAGES, BACKWARD_STAGES = 2, 2  # rows under way at a time
 COLUMNS_PER_WARP = 128
+HOIST_F = HOIST_B = True
+REGS_F, REGS_B = 80, 128
 WARPS_PER_PROCESSOR = 16  # of a GPU: with the sums that the backward kernel keeps in registers no more fit
 SUMMED_COLUMNS, SUMMED_SEGMENTS = 16, 128  # of a tile
 MAX_WIDTH = 2048  # columns: a row must fit the registers of one program
@@ -188,6 +190,7 @@ class _Sublayer(torch.autograd.Function):
                 eps,
                 **_shape(width),
                 STAGES=FORWARD_STAGES,
+                HOIST=HOIST_F, maxnreg=REGS_F,
                 WRITE=writes,
                 READ=reads,
             )
@@ -231,6 +234,7 @@ class _Sublayer(torch.autograd.Function):
             logit_parts,
             **_shape(width),
             STAGES=BACKWARD_STAGES,
+            HOIST=HOIST_B, maxnreg=REGS_B,
             **ways,
         )
         sum_parts[(conditions + 1, ceil_div(width, SUMMED_COLUMNS))](

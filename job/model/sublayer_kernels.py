@@ -133,25 +133,37 @@ def sublayer_forward(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
     WRITE: tl.constexpr,
     READ: tl.constexpr,
 ):
     start, end, condition, column, is_column = _segment(bounds, index, H, COLUMNS)
-    if WRITE:
-        branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
-        if branch_bias is not None:
-            shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
-    if READ:
-        w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
-        of_condition = modulation + condition * modulation_stride + column
-        gain = tl.load(of_condition, is_column, 0.0).to(tl.float32)
-        shift = tl.load(of_condition + H, is_column, 0.0).to(tl.float32)
+    if HOIST:
+        if WRITE:
+            branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
+            if branch_bias is not None:
+                shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
+        if READ:
+            w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
+            of_condition = modulation + condition * modulation_stride + column
+            gain = tl.load(of_condition, is_column, 0.0).to(tl.float32)
+            shift = tl.load(of_condition + H, is_column, 0.0).to(tl.float32)
     for begin in tl.range(start, end, ROWS, num_stages=STAGES):
         row = (begin + tl.arange(0, ROWS)).to(tl.int64)
         is_row = row < end
         inside = is_row[:, None] & is_column
         of_first = row[:, None] * (2 * H) + column
         of_row = row[:, None] * H + column
+        if not HOIST:
+            if WRITE:
+                branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
+                if branch_bias is not None:
+                    shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
+            if READ:
+                w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
+                of_condition = modulation + condition * modulation_stride + column
+                gain = tl.load(of_condition, is_column, 0.0).to(tl.float32)
+                shift = tl.load(of_condition + H, is_column, 0.0).to(tl.float32)
         first = tl.load(streams + of_first, inside, 0.0)
         second = tl.load(streams + of_first + H, inside, 0.0)
         if WRITE:
@@ -301,6 +313,7 @@ def sublayer_backward(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
     WRITE: tl.constexpr,
     READ: tl.constexpr,
 ):
@@ -310,20 +323,30 @@ def sublayer_backward(
     to_w0, to_w1, to_w3 = nothing, nothing, nothing
     none = tl.zeros([ROWS], tl.float32)
     to_a0, to_across, to_a3, to_b0, to_b3 = none, none, none, none, none
-    if WRITE:
-        branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
-        if branch_bias is not None:
-            shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
-    if READ:
-        w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
-        w1 -= w2
-        gain = tl.load(modulation + condition * modulation_stride + column, is_column, 0.0).to(tl.float32)
+    if HOIST:
+        if WRITE:
+            branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
+            if branch_bias is not None:
+                shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
+        if READ:
+            w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
+            w1 -= w2
+            gain = tl.load(modulation + condition * modulation_stride + column, is_column, 0.0).to(tl.float32)
     for begin in tl.range(start, end, ROWS, num_stages=STAGES):
         row = (begin + tl.arange(0, ROWS)).to(tl.int64)
         is_row = row < end
         inside = is_row[:, None] & is_column
         of_first = row[:, None] * (2 * H) + column
         of_row = row[:, None] * H + column
+        if not HOIST:
+            if WRITE:
+                branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
+                if branch_bias is not None:
+                    shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
+            if READ:
+                w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
+                w1 -= w2
+                gain = tl.load(modulation + condition * modulation_stride + column, is_column, 0.0).to(tl.float32)
         to_first = tl.load(to_written + of_first, inside, 0.0)
         to_second = tl.load(to_written + of_first + H, inside, 0.0)
         if READ:
@@ -402,7 +425,7 @@ def sublayer_backward(
         tl.store(of_logits + 7, tl.sum(to_b3, 0))
     if WRITE:
         tl.store(of_parts + 2 * H, tl.sum(to_gains, 0)[None, :], is_column)
-        tl.store(of_parts + 3 * H, tl.sum(to_scaled, 0)[None, :] * branch_gain, is_column)
+        tl.store(of_parts + 3 * H, tl.sum(to_scaled, 0)[None, :] * tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32), is_column)
 
 
 @triton.jit
@@ -448,12 +471,12 @@ def sum_parts(
             tl.store(of_condition, to_gain.to(to_modulation.dtype.element_ty), is_column)
             tl.store(of_condition + H, to_shift.to(to_modulation.dtype.element_ty), is_column)
         if WRITE:
-            total = _sum_of_segments(at + 2 * H, 7 * H, start, end, is_column, SEGMENTS, COLUMNS)
-            tl.store(to_gains + condition * H + column, total.to(to_gains.dtype.element_ty), is_column)
+            of_gains = _sum_of_segments(at + 2 * H, 7 * H, start, end, is_column, SEGMENTS, COLUMNS)
+            tl.store(to_gains + condition * H + column, of_gains.to(to_gains.dtype.element_ty), is_column)
     else:
         if WRITE and to_branch_bias is not None:
-            total = _sum_of_segments(at + 3 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
-            tl.store(to_branch_bias + column, total.to(to_branch_bias.dtype.element_ty), is_column)
+            to_shift = _sum_of_segments(at + 3 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
+            tl.store(to_branch_bias + column, to_shift.to(to_branch_bias.dtype.element_ty), is_column)
         if READ:
             to_w0 = _sum_of_segments(at + 4 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
             to_w1 = _sum_of_segments(at + 5 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
@@ -464,5 +487,5 @@ def sum_parts(
             tl.store(to_weight + 3 * H + column, to_w3, is_column)
             if tl.program_id(1) == 0:
                 logit = tl.arange(0, 8)
-                total = _sum_of_segments(logit_parts + logit, 8, 0, n_segments, logit < 8, SEGMENTS, 8)
-                tl.store(to_bias + logit, total)
+                of_logits = _sum_of_segments(logit_parts + logit, 8, 0, n_segments, logit < 8, SEGMENTS, 8)
+                tl.store(to_bias + logit, of_logits)

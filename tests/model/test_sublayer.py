@@ -193,7 +193,7 @@ def test_a_model_by_kernels_reads_no_lengths_of_the_host(monkeypatch: pytest.Mon
         torch.testing.assert_close(ours, found[0], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_the_passes_of_a_recording_add_up_what_autograd_gives(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -260,7 +260,7 @@ from triton.compiler import ASTSource, compile
 from job.model import cross_entropy_kernels, elementwise_kernels, head_kernels, sublayer_kernels
 import sys
 
-SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "STAGES": 2, "WRITE": True, "READ": True}
+SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "STAGES": 2, "HOIST": True, "WRITE": True, "READ": True}
 SUMS = {"H": 1024, "COLUMNS": 16, "SEGMENTS": 128, "WRITE": True, "READ": True}
 HEADS = {"D": 64, "COLUMNS": 64, "ROWS": 32, "NORM": True}
 GELU = {"H": 4096, "COLUMNS": 512, "ROWS": 4}
