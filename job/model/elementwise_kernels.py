@@ -10,6 +10,19 @@ INVERSE_ROOT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_ROOT_2_PI = tl.constexpr(0.3989422804014327)
 
 
+@triton.jit
+def _normal(x, EXACT: tl.constexpr):
+    """Distribution function and density of the normal distribution at x."""
+    density = INVERSE_ROOT_2_PI * tl.exp(-0.5 * x * x)
+    if EXACT:
+        return 0.5 + 0.5 * tl.erf(x * INVERSE_ROOT_2), density
+    # Abramowitz & Stegun 1964, 26.2.17 (error below 7.5e-8), a fourth of erf's instructions: for outputs of 8 bits.
+    t = 1 / (1 + 0.2316419 * tl.abs(x))
+    tail = 1.781477937 + t * (-1.821255978 + t * 1.330274429)
+    tail = density * t * (0.31938153 + t * (-0.356563782 + t * tail))
+    return tl.where(x < 0, tail, 1 - tail), density
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def biased_gelu_forward(
     x,  # [N, H]
@@ -26,7 +39,7 @@ def biased_gelu_forward(
     at = row[:, None] * H + column[None, :]
     value = tl.load(x + at, inside, 0.0).to(tl.float32)
     value += tl.load(bias + column, column < H, 0.0).to(tl.float32)[None, :]
-    share = 0.5 + 0.5 * tl.erf(value * INVERSE_ROOT_2)
+    share, _ = _normal(value, x.dtype.element_ty == tl.float32)
     tl.store(out + at, (value * share).to(out.dtype.element_ty), inside)
 
 
@@ -54,8 +67,8 @@ def biased_gelu_backward(
         inside = (row < end)[:, None] & is_column[None, :]
         at = row[:, None] * H + column[None, :]
         value = tl.load(x + at, inside, 0.0).to(tl.float32) + shift
-        share = 0.5 + 0.5 * tl.erf(value * INVERSE_ROOT_2)
-        slope = share + value * INVERSE_ROOT_2_PI * tl.exp(-0.5 * value * value)
+        share, density = _normal(value, x.dtype.element_ty == tl.float32)
+        slope = share + value * density
         gradient = tl.load(to_out + at, inside, 0.0).to(tl.float32) * slope
         tl.store(to_x + at, gradient.to(to_x.dtype.element_ty), inside)
         total += gradient

@@ -190,7 +190,8 @@ class _Sublayer(torch.autograd.Function):
                 eps,
                 **_shape(width),
                 STAGES=FORWARD_STAGES,
-                HOIST=HOIST_F, maxnreg=REGS_F,
+                HOIST=HOIST_F,
+                maxnreg=REGS_F,
                 WRITE=writes,
                 READ=reads,
             )
@@ -234,7 +235,8 @@ class _Sublayer(torch.autograd.Function):
             logit_parts,
             **_shape(width),
             STAGES=BACKWARD_STAGES,
-            HOIST=HOIST_B, maxnreg=REGS_B,
+            HOIST=HOIST_B,
+            maxnreg=REGS_B,
             **ways,
         )
         sum_parts[(conditions + 1, ceil_div(width, SUMMED_COLUMNS))](

@@ -425,7 +425,12 @@ def sublayer_backward(
         tl.store(of_logits + 7, tl.sum(to_b3, 0))
     if WRITE:
         tl.store(of_parts + 2 * H, tl.sum(to_gains, 0)[None, :], is_column)
-        tl.store(of_parts + 3 * H, tl.sum(to_scaled, 0)[None, :] * tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32), is_column)
+        tl.store(
+            of_parts + 3 * H,
+            tl.sum(to_scaled, 0)[None, :]
+            * tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32),
+            is_column,
+        )
 
 
 @triton.jit
