@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from job.model.attention import CuDNN, attend_full, cudnn_serves
 from job.model.block_operations import LATENT, TEXT, Streams, split_heads
 from job.model.conditioned import Conditioned
 from job.model.elementwise import biased_gelu
@@ -76,7 +77,10 @@ def _attend(
         of_latent = split_heads(attention, LATENT, latent, slice(0, len(latent)))
         return layout.attend(split_heads(attention, TEXT, text, asking), of_latent, last)
     text_qkv, latent_qkv = (F.linear(x, to_qkv.weight) for x, to_qkv in zip(inputs, attention.to_qkv, strict=True))
-    joined = join_heads(text_qkv, latent_qkv, gains[TEXT], gains[LATENT], layout.end_to_end[1], n_heads)
+    of_both = (gains[TEXT], gains[LATENT])
+    if layout.padding.full and cudnn_serves(text_qkv.view(*text_qkv.shape[:1], -1, head_size)):
+        return attend_full(text_qkv, latent_qkv, *of_both, n_heads, CuDNN)
+    joined = join_heads(text_qkv, latent_qkv, *of_both, layout.end_to_end[1], n_heads)
     return layout.attend_joined(joined)
 
 

@@ -17,7 +17,10 @@ def _places(place, n_rows, n_heads, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS
     is_row = row < n_rows
     of_head = tl.program_id(1) * D + column
     given = row[:, None] * (3 * n_heads * D) + of_head
-    joined = tl.load(place + row, is_row, 0)[:, None] * (n_heads * D) + of_head
+    at = row
+    if place is not None:
+        at = tl.load(place + row, is_row, 0)
+    joined = at[:, None] * (n_heads * D) + of_head
     return given, joined, is_row[:, None] & (column < D)
 
 
@@ -33,7 +36,7 @@ def _load_gains(gains, width, D: tl.constexpr, COLUMNS: tl.constexpr):
 def heads_forward(
     qkv,  # [N, 3, h, d]
     gains,  # [2, h, d] float32: of queries and of keys
-    place,  # [N] int64: where each row lies among the joined ones
+    place,  # [N] int64 or None: where each row lies among the joined ones
     q,  # out [M, h, d], and so k and v
     k,
     v,
@@ -60,7 +63,7 @@ def heads_forward(
 
 
 @triton.jit
-def _norm_backward(gradient, x, gain):
+def norm_backward(gradient, x, gain):
     """Gradients of x / |x| * gain [rows, columns], and of the gain before its sum over rows."""
     square, along = sums2(x * x, gradient * gain * x)
     inverse = tl.rsqrt(tl.maximum(square, 1e-24))
@@ -93,8 +96,8 @@ def heads_backward(
         query_gain, key_gain = _load_gains(gains, width, D, COLUMNS)
         query_given = tl.load(qkv + given, inside, 0.0).to(tl.float32)
         key_given = tl.load(qkv + given + width, inside, 0.0).to(tl.float32)
-        query, of_query = _norm_backward(query.to(tl.float32), query_given, query_gain)
-        key, of_key = _norm_backward(key.to(tl.float32), key_given, key_gain)
+        query, of_query = norm_backward(query.to(tl.float32), query_given, query_gain)
+        key, of_key = norm_backward(key.to(tl.float32), key_given, key_gain)
         column = tl.arange(0, COLUMNS)
         of_parts = gain_parts + tl.program_id(0).to(tl.int64) * (2 * width) + tl.program_id(1) * D + column
         tl.store(of_parts, tl.sum(of_query, 0), column < D)

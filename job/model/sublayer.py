@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 ROWS = 1  # of a tile
-FORWARD_STAGES, BACKWARD_STAGES = 2, 2  # rows under way at a time
-COLUMNS_PER_WARP = 128
-HOIST_F = HOIST_B = True
-REGS_F, REGS_B = 80, 128
+# Columns of a warp: the fewer warps share a row, the fewer instructions exchange its sums. Backward the sums over rows,
+# which stay in registers, need more warps.
+FORWARD_COLUMNS, BACKWARD_COLUMNS = 1024, 128
+STAGES = 3  # rows that are under way at a time, backward
+REGISTERS = 128
 WARPS_PER_PROCESSOR = 16  # of a GPU: with the sums that the backward kernel keeps in registers no more fit
 SUMMED_COLUMNS, SUMMED_SEGMENTS = 16, 128  # of a tile
 MAX_WIDTH = 2048  # columns: a row must fit the registers of one program
@@ -182,20 +183,14 @@ class _Sublayer(torch.autograd.Function):
             next_mixing, stats = streams.new_empty(n_rows, 3), streams.new_empty(n_rows, 12)
         given = (streams, output, branch_bias, gains, mixing, weight, bias, modulation, written)
         if n_rows:
-            sublayer_forward[(len(segments.bounds) - 1,)](
-                *_in_order(segments, *given),
-                x,
-                next_mixing,
-                stats,
-                eps,
-                **_shape(width),
-                STAGES=FORWARD_STAGES,
-                HOIST=HOIST_F,
-                maxnreg=REGS_F,
+            sublayer_forward[(ceil_div(n_rows, ROWS),)](
+                *(streams, output, branch_bias, gains, _stride(gains), mixing, segments.conditions),
+                *(weight, bias, modulation, _stride(modulation), written, x, next_mixing, stats, n_rows, eps),
+                **_shape(width, FORWARD_COLUMNS),
                 WRITE=writes,
                 READ=reads,
             )
-        ctx.save_for_backward(*given, stats, *segments)
+        ctx.save_for_backward(*given, next_mixing, stats, *segments)
         ctx.set_materialize_grads(False)
         return written, x, next_mixing
 
@@ -205,9 +200,8 @@ class _Sublayer(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from job.model.sublayer_kernels import sublayer_backward, sum_parts
 
-        *given, stats, index, bounds, firsts = ctx.saved_tensors
-        segments = Segments(index, bounds, firsts)
-        streams, output, branch_bias, gains, mixing, weight, bias, modulation, _ = given
+        *given, written, next_mixing, stats, of_rows, bounds, firsts = ctx.saved_tensors
+        streams, output, branch_bias, gains, mixing, weight, bias, modulation = given
         n_rows, _, width = streams.shape
         writes, reads = output is not None, weight is not None
         conditions, programs = len(firsts) - 1, len(bounds) - 1
@@ -223,20 +217,12 @@ class _Sublayer(torch.autograd.Function):
         parts, logit_parts = streams.new_empty(programs, 7, width), streams.new_empty(programs, 8)
         ways = {"WRITE": writes, "READ": reads}
         sublayer_backward[(programs,)](
-            to_written,
-            to_x,
-            to_next_mixing,
-            *_in_order(segments, *given),
-            stats,
-            to_streams,
-            to_output,
-            to_mixing,
-            parts,
-            logit_parts,
-            **_shape(width),
-            STAGES=BACKWARD_STAGES,
-            HOIST=HOIST_B,
-            maxnreg=REGS_B,
+            *(to_written, to_x, to_next_mixing, streams, output, branch_bias, gains, _stride(gains), mixing),
+            *(of_rows, bounds, weight, modulation, _stride(modulation), written, next_mixing, stats),
+            *(to_streams, to_output, to_mixing, parts, logit_parts),
+            **_shape(width, BACKWARD_COLUMNS),
+            STAGES=STAGES,
+            maxnreg=REGISTERS,
             **ways,
         )
         sum_parts[(conditions + 1, ceil_div(width, SUMMED_COLUMNS))](
@@ -252,39 +238,23 @@ class _Sublayer(torch.autograd.Function):
         return to_streams, *of_branch, to_weight, to_bias, to_modulation, None, None, None
 
 
-def _in_order(
-    segments: Segments,
-    streams: Tensor,
-    output: Tensor | None,
-    branch_bias: Tensor | None,
-    gains: Tensor | None,
-    mixing: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    modulation: Tensor | None,
-    written: Tensor,
-) -> tuple[Any, ...]:
-    """The arguments that both kernels take, tables with the elements from one of their rows to the next behind them."""
-    gains_stride, modulation_stride = (0 if table is None else table.stride(0) for table in (gains, modulation))
-    of_branch = (output, branch_bias, gains, gains_stride, mixing)
-    return streams, *of_branch, *segments[:2], weight, bias, modulation, modulation_stride, written
+def _stride(table: Tensor | None) -> int:
+    """Elements from one row of a table to the next."""
+    return 0 if table is None else table.stride(0)
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _warps(width: int) -> int:
-    return min(16, max(1, (1 << (width - 1).bit_length()) // COLUMNS_PER_WARP))
-
-
-def _shape(width: int) -> dict[str, int]:
-    """Sizes of a tile of whole rows, and the warps that share it."""
-    return {"H": width, "COLUMNS": 1 << (width - 1).bit_length(), "ROWS": ROWS, "num_warps": _warps(width)}
+def _shape(width: int, of_warp: int) -> dict[str, int]:
+    """Sizes of a tile of whole rows, and the warps that share it, each with about `of_warp` columns."""
+    columns = 1 << (width - 1).bit_length()
+    return {"H": width, "COLUMNS": columns, "ROWS": ROWS, "num_warps": min(16, max(1, columns // of_warp))}
 
 
 @cache
 def _programs(width: int, device: torch.device) -> int:
-    """Programs for rows of a width; for another device than a GPU, where Triton's interpreter runs, one processor's."""
+    """Segments of rows of a width; for another device than a GPU, where Triton's interpreter runs, one processor's."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return processors * max(1, WARPS_PER_PROCESSOR // _warps(width))
+    return processors * max(1, WARPS_PER_PROCESSOR // _shape(width, BACKWARD_COLUMNS)["num_warps"])

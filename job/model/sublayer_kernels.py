@@ -110,7 +110,7 @@ def _load_weights(weight, column, is_column, H: tl.constexpr):
     return w0, w1, w2, w3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def sublayer_forward(
     streams,  # [N, 2, H] float32
     branch,  # [N, H]: what the last branch gave
@@ -119,7 +119,6 @@ def sublayer_forward(
     gains_stride,
     mixing,  # [N, 3] float32: share that a stream keeps of itself, weight of the branch in each stream
     index,  # [N] int64: condition of each row
-    bounds,  # [programs + 1] int32: where each program's rows begin, and the next one's
     weight,  # [4, H] float32: of alpha, two mixing logits and post
     bias,  # [2, 4] float32
     modulation,  # [C, 2H], rows `modulation_stride` apart: gain and bias of the norm under each condition
@@ -127,79 +126,63 @@ def sublayer_forward(
     written,  # out [N, 2, H] float32
     x,  # out [N, H]: what the next branch reads
     next_mixing,  # out [N, 3] float32
-    stats,  # out [N, 12] float32: 1/|stream| of both, mean, 1/deviation, eight projections; for the backward pass
+    stats,  # out [N, 12] float32, for the backward pass: 1/|stream| of both, mean, 1/deviation, alpha of both, and of
+    #         each stream the projections of alpha, mixing (the difference of both) and post
+    n_rows,
     eps,
     H: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    HOIST: tl.constexpr,
     WRITE: tl.constexpr,
     READ: tl.constexpr,
 ):
-    start, end, condition, column, is_column = _segment(bounds, index, H, COLUMNS)
-    if HOIST:
-        if WRITE:
-            branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
-            if branch_bias is not None:
-                shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
-        if READ:
-            w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
-            of_condition = modulation + condition * modulation_stride + column
-            gain = tl.load(of_condition, is_column, 0.0).to(tl.float32)
-            shift = tl.load(of_condition + H, is_column, 0.0).to(tl.float32)
-    for begin in tl.range(start, end, ROWS, num_stages=STAGES):
-        row = (begin + tl.arange(0, ROWS)).to(tl.int64)
-        is_row = row < end
-        inside = is_row[:, None] & is_column
-        of_first = row[:, None] * (2 * H) + column
-        of_row = row[:, None] * H + column
-        if not HOIST:
-            if WRITE:
-                branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
-                if branch_bias is not None:
-                    shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
-            if READ:
-                w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
-                of_condition = modulation + condition * modulation_stride + column
-                gain = tl.load(of_condition, is_column, 0.0).to(tl.float32)
-                shift = tl.load(of_condition + H, is_column, 0.0).to(tl.float32)
-        first = tl.load(streams + of_first, inside, 0.0)
-        second = tl.load(streams + of_first + H, inside, 0.0)
-        if WRITE:
-            y = tl.load(branch + of_row, inside, 0.0).to(tl.float32)
-            if branch_bias is not None:
-                y += shift_of_branch
-            y *= branch_gain
-            keep, post_first, post_second = _load3(mixing + row * 3, is_row)
-            moved = (1 - keep[:, None]) * (second - first)
-            first += moved + post_first[:, None] * y
-            second += post_second[:, None] * y - moved
-            tl.store(written + of_first, first, inside)
-            tl.store(written + of_first + H, second, inside)
-        if READ:
-            sums = (first, second, first * first, second * second)
-            of_first_sums = (first * w0, first * w1, first * w2, first * w3)
-            of_second_sums = (second * w0, second * w1, second * w2, second * w3)
-            sum_first, sum_second, square_first, square_second, a0, a1, a2, a3, b0, b1, b2, b3 = tl.reduce(
-                sums + of_first_sums + of_second_sums, 1, _add12
-            )
-            inverse_first = tl.rsqrt(tl.maximum(square_first, 1e-24))
-            inverse_second = tl.rsqrt(tl.maximum(square_second, 1e-24))
-            a0, a1, a2, a3 = a0 * inverse_first, a1 * inverse_first, a2 * inverse_first, a3 * inverse_first
-            b0, b1, b2, b3 = b0 * inverse_second, b1 * inverse_second, b2 * inverse_second, b3 * inverse_second
-            alpha_first, alpha_second, keep, post_first, post_second = _weights_of_logits(
-                a0, a1, a2, a3, b0, b1, b2, b3, bias
-            )
-            _store3(next_mixing + row * 3, is_row, keep, post_first, post_second)
-            mixed = alpha_first[:, None] * first + alpha_second[:, None] * second
-            mean = (alpha_first * sum_first + alpha_second * sum_second) / H
-            centered = tl.where(is_column, mixed - mean[:, None], 0.0)
-            inverse = tl.rsqrt(tl.sum(centered * centered, 1) / H + eps)
-            tl.store(x + of_row, (centered * inverse[:, None] * gain + shift).to(x.dtype.element_ty), inside)
-            _store4(stats + row * 12, is_row, inverse_first, inverse_second, mean, inverse)
-            _store4(stats + row * 12 + 4, is_row, a0, a1, a2, a3)
-            _store4(stats + row * 12 + 8, is_row, b0, b1, b2, b3)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, COLUMNS)[None, :]
+    is_row, is_column = row < n_rows, column < H
+    inside = is_row[:, None] & is_column
+    of_first = row[:, None] * (2 * H) + column
+    of_row = row[:, None] * H + column
+    condition = tl.load(index + row, is_row, 0)
+    first = tl.load(streams + of_first, inside, 0.0)
+    second = tl.load(streams + of_first + H, inside, 0.0)
+    if WRITE:
+        y = tl.load(branch + of_row, inside, 0.0).to(tl.float32)
+        if branch_bias is not None:
+            y += tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
+        y *= tl.load(gains + condition[:, None] * gains_stride + column, inside, 0.0).to(tl.float32)
+        keep, post_first, post_second = _load3(mixing + row * 3, is_row)
+        moved = (1 - keep[:, None]) * (second - first)
+        first += moved + post_first[:, None] * y
+        second += post_second[:, None] * y - moved
+        tl.store(written + of_first, first, inside)
+        tl.store(written + of_first + H, second, inside)
+    if READ:
+        w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
+        sums = (first, second, first * first, second * second)
+        of_first_sums = (first * w0, first * w1, first * w2, first * w3)
+        of_second_sums = (second * w0, second * w1, second * w2, second * w3)
+        sum_first, sum_second, square_first, square_second, a0, a1, a2, a3, b0, b1, b2, b3 = tl.reduce(
+            sums + of_first_sums + of_second_sums, 1, _add12
+        )
+        inverse_first = tl.rsqrt(tl.maximum(square_first, 1e-24))
+        inverse_second = tl.rsqrt(tl.maximum(square_second, 1e-24))
+        a0, a1, a2, a3 = a0 * inverse_first, a1 * inverse_first, a2 * inverse_first, a3 * inverse_first
+        b0, b1, b2, b3 = b0 * inverse_second, b1 * inverse_second, b2 * inverse_second, b3 * inverse_second
+        alpha_first, alpha_second, keep, post_first, post_second = _weights_of_logits(
+            a0, a1, a2, a3, b0, b1, b2, b3, bias
+        )
+        _store3(next_mixing + row * 3, is_row, keep, post_first, post_second)
+        mixed = alpha_first[:, None] * first + alpha_second[:, None] * second
+        mean = (alpha_first * sum_first + alpha_second * sum_second) / H
+        centered = tl.where(is_column, mixed - mean[:, None], 0.0)
+        inverse = tl.rsqrt(tl.sum(centered * centered, 1) / H + eps)
+        of_condition = modulation + condition[:, None] * modulation_stride + column
+        gain = tl.load(of_condition, inside, 0.0).to(tl.float32)
+        shift = tl.load(of_condition + H, inside, 0.0).to(tl.float32)
+        tl.store(x + of_row, (centered * inverse[:, None] * gain + shift).to(x.dtype.element_ty), inside)
+        _store4(stats + row * 12, is_row, inverse_first, inverse_second, mean, inverse)
+        _store4(stats + row * 12 + 4, is_row, alpha_first, alpha_second, a0, a1 - a2)
+        _store4(stats + row * 12 + 8, is_row, a3, b0, b1 - b2, b3)
 
 
 @triton.jit
@@ -214,7 +197,7 @@ def _read_backward(
     w0,
     w1,
     w3,
-    bias,
+    next_mixing,
     stats,
     row,
     inside,
@@ -229,9 +212,9 @@ def _read_backward(
     difference of both mixing columns.
     """
     inverse_first, inverse_second, mean, inverse = _load4(stats + row * 12, is_row)
-    a0, a1, a2, a3 = _load4(stats + row * 12 + 4, is_row)
-    b0, b1, b2, b3 = _load4(stats + row * 12 + 8, is_row)
-    alpha_first, alpha_second, keep, post_first, post_second = _weights_of_logits(a0, a1, a2, a3, b0, b1, b2, b3, bias)
+    alpha_first, alpha_second, a0, a1 = _load4(stats + row * 12 + 4, is_row)
+    a3, b0, b1, b3 = _load4(stats + row * 12 + 8, is_row)
+    keep, post_first, post_second = _load3(next_mixing + row * 3, is_row)
     mixed = alpha_first[:, None] * first + alpha_second[:, None] * second
     normed = tl.where(inside, (mixed - mean[:, None]) * inverse[:, None], 0.0)
     to_normed = to_x * gain
@@ -252,8 +235,8 @@ def _read_backward(
     to_a3 *= post_first * (1 - post_first / 2)
     to_b3 *= post_second * (1 - post_second / 2)
     # The norm takes away the part of the gradient that lies along the stream.
-    along_first = (to_a0 * a0 + to_across * (a1 - a2) + to_a3 * a3) * inverse_first * inverse_first
-    along_second = (to_b0 * b0 + to_across * (b2 - b1) + to_b3 * b3) * inverse_second * inverse_second
+    along_first = (to_a0 * a0 + to_across * a1 + to_a3 * a3) * inverse_first * inverse_first
+    along_second = (to_b0 * b0 + to_b3 * b3 - to_across * b1) * inverse_second * inverse_second
     by_a0, by_a1, by_a3 = (to_a0 * inverse_first)[:, None], (to_across * inverse_first)[:, None], to_a3 * inverse_first
     by_b0, by_b2, by_b3 = to_b0 * inverse_second, (to_across * inverse_second)[:, None], to_b3 * inverse_second
     by_b0, by_a3, by_b3 = by_b0[:, None], by_a3[:, None], by_b3[:, None]
@@ -298,10 +281,10 @@ def sublayer_backward(
     index,
     bounds,
     weight,
-    bias,
     modulation,
     modulation_stride,
     written,  # as the forward pass wrote them; the streams themselves where it wrote none
+    next_mixing,
     stats,
     to_streams,  # out [N, 2, H] float32
     to_branch,  # out [N, H]
@@ -313,7 +296,6 @@ def sublayer_backward(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    HOIST: tl.constexpr,
     WRITE: tl.constexpr,
     READ: tl.constexpr,
 ):
@@ -323,30 +305,20 @@ def sublayer_backward(
     to_w0, to_w1, to_w3 = nothing, nothing, nothing
     none = tl.zeros([ROWS], tl.float32)
     to_a0, to_across, to_a3, to_b0, to_b3 = none, none, none, none, none
-    if HOIST:
-        if WRITE:
-            branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
-            if branch_bias is not None:
-                shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
-        if READ:
-            w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
-            w1 -= w2
-            gain = tl.load(modulation + condition * modulation_stride + column, is_column, 0.0).to(tl.float32)
+    if WRITE:
+        branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
+        if branch_bias is not None:
+            shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
+    if READ:
+        w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
+        w1 -= w2
+        gain = tl.load(modulation + condition * modulation_stride + column, is_column, 0.0).to(tl.float32)
     for begin in tl.range(start, end, ROWS, num_stages=STAGES):
         row = (begin + tl.arange(0, ROWS)).to(tl.int64)
         is_row = row < end
         inside = is_row[:, None] & is_column
         of_first = row[:, None] * (2 * H) + column
         of_row = row[:, None] * H + column
-        if not HOIST:
-            if WRITE:
-                branch_gain = tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32)
-                if branch_bias is not None:
-                    shift_of_branch = tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
-            if READ:
-                w0, w1, w2, w3 = _load_weights(weight, column, is_column, H)
-                w1 -= w2
-                gain = tl.load(modulation + condition * modulation_stride + column, is_column, 0.0).to(tl.float32)
         to_first = tl.load(to_written + of_first, inside, 0.0)
         to_second = tl.load(to_written + of_first + H, inside, 0.0)
         if READ:
@@ -365,7 +337,7 @@ def sublayer_backward(
                     w0,
                     w1,
                     w3,
-                    bias,
+                    next_mixing,
                     stats,
                     row,
                     inside,
@@ -425,12 +397,7 @@ def sublayer_backward(
         tl.store(of_logits + 7, tl.sum(to_b3, 0))
     if WRITE:
         tl.store(of_parts + 2 * H, tl.sum(to_gains, 0)[None, :], is_column)
-        tl.store(
-            of_parts + 3 * H,
-            tl.sum(to_scaled, 0)[None, :]
-            * tl.load(gains + condition * gains_stride + column, is_column, 0.0).to(tl.float32),
-            is_column,
-        )
+        tl.store(of_parts + 3 * H, tl.sum(to_scaled, 0)[None, :] * branch_gain, is_column)
 
 
 @triton.jit

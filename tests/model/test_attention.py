@@ -1,0 +1,78 @@
+"""Attention with the latents added by kernels is softmax attention over the tokens and the latent of each row."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from job.model import attention, heads
+from job.model.attention import Attended, attend_full
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(
+        find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+        reason="not by Triton's interpreter: make test-kernels",
+    ),
+]
+
+
+class OnCPU:
+    """PyTorch's flash attention for CPUs, in the place of cuDNN's."""
+
+    @staticmethod
+    def forward(*heads: Tensor) -> Attended:
+        return Attended(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads), rest=(7,))
+
+    @staticmethod
+    def backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended) -> tuple[Tensor, ...]:
+        assert attended.rest == (7,)
+        backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(gradient, q, k, v, attended.out, attended.lse, 0.0, False)
+
+
+def by_softmax(text: Tensor, latent: Tensor, gains: list[Tensor] | None, n_heads: int) -> tuple[Tensor, Tensor]:
+    rows = len(latent)
+    parts = [x.view(rows, -1, 3, n_heads, x.shape[1] // (3 * n_heads)) for x in (text, latent)]
+    if gains:
+        ones = torch.ones_like(gains[0][:1])
+        normed = [torch.cat([F.normalize(x[:, :, :2], dim=-1), x[:, :, 2:]], 2) for x in parts]
+        parts = [x * torch.cat([gain, ones]) for x, gain in zip(normed, gains, strict=True)]
+    q, k, v = torch.cat(parts, 1).permute(2, 0, 3, 1, 4)
+    shares = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    out = (shares @ v).transpose(1, 2).flatten(2)
+    return out[:, :-1].flatten(0, 1), out[:, -1]
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("strength", [1.0, 30.0])  # the latents' heads against the texts': one takes all, or nothing
+@pytest.mark.parametrize(("n_heads", "size", "tokens"), [(2, 8, 10), (3, 12, 4), (1, 8, 1)])
+def test_attention_of_full_rows(
+    monkeypatch: pytest.MonkeyPatch, n_heads: int, size: int, tokens: int, strength: float, normed: bool
+) -> None:
+    monkeypatch.setattr(attention, "TOKENS", 4)
+    monkeypatch.setattr(attention, "TILES", 2)
+    monkeypatch.setattr(heads, "HEAD_ROWS", 4)
+    torch.manual_seed(0)
+    rows = 2
+    text, latent = (torch.randn(n, 3 * n_heads * size) for n in (rows * tokens, rows))
+    gains = [3 * torch.rand(2, n_heads, size) for _ in range(2)]
+    gains[1][:] *= strength
+    latent = latent if normed else latent * strength
+    leaves = [x.requires_grad_() for x in (text, latent, *gains)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    of_texts, of_latents = gains if normed else (None, None)
+    found = attend_full(text, latent, of_texts, of_latents, n_heads, OnCPU)
+    expected = by_softmax(exact[0], exact[1], exact[2:] if normed else None, n_heads)
+    weights = [torch.randn_like(x) for x in found]
+    ours = torch.autograd.grad(found, leaves, weights, allow_unused=not normed)
+    theirs = torch.autograd.grad(expected, exact, [x.double() for x in weights], allow_unused=not normed)
+    for x, y in [*zip(found, expected, strict=True), *zip(ours, theirs, strict=True)]:
+        if y is not None:
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()) + 1e-6)
