@@ -18,7 +18,7 @@ from torch import Tensor
 from job.model.heads import heads_backward_of, heads_of
 from job.model.sublayer import ceil_div
 
-TOKENS, WARPS = 64, 8  # of a tile
+TOKENS, WARPS = 64, 4  # of a tile
 TILES = 32  # whose parts are summed at a time
 
 

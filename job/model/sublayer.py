@@ -21,10 +21,9 @@ from torch import Tensor
 ROWS = 1  # of a tile
 # Columns of a warp: the fewer warps share a row, the fewer instructions exchange its sums. Backward the sums over rows,
 # which stay in registers, need more warps.
-FORWARD_COLUMNS, BACKWARD_COLUMNS = 1024, 128
-STAGES = 3  # rows that are under way at a time, backward
-REGISTERS = 128
-WARPS_PER_PROCESSOR = 16  # of a GPU: with the sums that the backward kernel keeps in registers no more fit
+FORWARD_COLUMNS, BACKWARD_COLUMNS = 1024, 256
+STAGES = 3  # rows that are under way at a time, backward, where shared memory holds them
+WARPS_PER_PROCESSOR = 8  # of the backward kernel: with the sums that it keeps in registers no more fit
 SUMMED_COLUMNS, SUMMED_SEGMENTS = 16, 128  # of a tile
 MAX_WIDTH = 2048  # columns: a row must fit the registers of one program
 STREAMS = 2
@@ -221,8 +220,7 @@ class _Sublayer(torch.autograd.Function):
             *(of_rows, bounds, weight, modulation, _stride(modulation), written, next_mixing, stats),
             *(to_streams, to_output, to_mixing, parts, logit_parts),
             **_shape(width, BACKWARD_COLUMNS),
-            STAGES=STAGES,
-            maxnreg=REGISTERS,
+            STAGES=_stages(width, streams.device),
             **ways,
         )
         sum_parts[(conditions + 1, ceil_div(width, SUMMED_COLUMNS))](
@@ -258,3 +256,14 @@ def _programs(width: int, device: torch.device) -> int:
     """Segments of rows of a width; for another device than a GPU, where Triton's interpreter runs, one processor's."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return processors * max(1, WARPS_PER_PROCESSOR // _shape(width, BACKWARD_COLUMNS)["num_warps"])
+
+
+@cache
+def _stages(width: int, device: torch.device) -> int:
+    """Rows of a width under way at a time: one in registers, others in shared memory, six of streams and three of x."""
+    if device.type != "cuda":
+        return 1
+    from job.model.sublayer_kernels import shared_memory
+
+    of_row = 9 * 4 * _shape(width, BACKWARD_COLUMNS)["COLUMNS"]
+    return 1 + min(STAGES - 1, shared_memory(device.index or 0) // of_row)

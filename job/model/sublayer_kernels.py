@@ -1,9 +1,9 @@
 """Triton kernels of a sublayer's two residual streams; `job.model.sublayer` calls them.
 
-A program goes through the rows (tokens) of one segment, whose rows share one condition, and passes over memory once.
-What several programs add up is written by each into a place of its own and summed afterwards, so that a step gives the
-same bits every time; atomic sums would not. Sums over a row are taken together where they can be: it is for one another
-that a row's threads wait longest.
+Forward a program takes a few whole rows (tokens), backward those of one segment, which share a condition; both pass
+over memory once. What several programs add up is written by each into a place of its own and summed afterwards, so that
+a step gives the same bits every time; atomic sums would not. Sums over a row are taken together where they can be: it
+is for one another that a row's threads wait longest.
 """
 
 # Triton reads these functions' source; annotations other than tl.constexpr would be read as types of its own.
@@ -11,6 +11,12 @@ that a row's threads wait longest.
 
 import triton
 import triton.language as tl
+from triton.runtime import driver
+
+
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a program may have."""
+    return driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
 @triton.jit

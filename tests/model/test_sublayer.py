@@ -278,7 +278,7 @@ from job.model import attention_kernels, cross_entropy_kernels, elementwise_kern
 import sys
 
 SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "WRITE": True, "READ": True}
-BACK = {**SUBLAYER, "STAGES": 2}
+BACK = {**SUBLAYER, "STAGES": 3}
 SUMS = {"H": 1024, "COLUMNS": 16, "SEGMENTS": 128, "WRITE": True, "READ": True}
 HEADS = {"D": 64, "COLUMNS": 64, "ROWS": 32, "NORM": True}
 GELU = {"H": 4096, "COLUMNS": 512, "ROWS": 4}
