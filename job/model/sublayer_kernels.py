@@ -20,11 +20,6 @@ def shared_memory(device: int) -> int:
 
 
 @triton.jit
-def _add2(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
