@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from job.benchmarking.stock import become
@@ -33,6 +33,7 @@ from job.runtime.precision import autocast, compute_dtype, set_up
 
 MASK = 3
 STEP_PARTS = ("forward", "backward", "optimizer")
+STEPS_IN_A_ROW = 3  # on a GPU, timed together
 
 
 @dataclass(frozen=True)
@@ -97,25 +98,36 @@ class Case:
             "row_lengths": shape.lengths()
         }
 
+    def seconds(self) -> float:
+        """Of one training step, for which the host may run ahead of a GPU as it does in training."""
+        start = self._now()
+        for _ in range(STEPS_IN_A_ROW):
+            self._step(time.perf_counter)
+        return (self._now() - start) / STEPS_IN_A_ROW
+
     def step(self) -> tuple[dict[str, float], float]:
-        """Seconds of each part of one training step, and its loss."""
+        """Seconds of each part of one training step, after each of which the host waits for a GPU, and the step's loss."""
+        seconds, loss = self._step(self._now)
+        return seconds, float(loss.detach())
+
+    def _step(self, now: Callable[[], float]) -> tuple[dict[str, float], Tensor]:
         seconds = dict.fromkeys(STEP_PARTS, 0.0)
         self.objective.zero_grad()
         stages = self.objective.stages(0)
         base = None
         for stage in stages:
             with reduction_of_gradients(self.module, is_last=stage == stages[-1]):
-                start = self._now()
+                start = now()
                 with autocast(self.config.training.dtype, self.device):
                     loss, metrics, base = self.module(self.batch, 0, stage, base)
-                middle = self._now()
+                middle = now()
                 loss.backward()
                 seconds["forward"] += middle - start
-                seconds["backward"] += self._now() - middle
-        start = self._now()
+                seconds["backward"] += now() - middle
+        start = now()
         self.optimizer.step(0)
-        seconds["optimizer"] = self._now() - start
-        return seconds, float(torch.as_tensor(metrics["loss"]).detach())
+        seconds["optimizer"] = now() - start
+        return seconds, torch.as_tensor(metrics["loss"])
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -171,10 +183,12 @@ def _step_in_turn(
             cases[name].step()
         memory[name] = taken[0]
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    totals: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
-            steps[name].append(case.step()[0])
-    totals = {name: [sum(step.values()) for step in taken] for name, taken in steps.items()}
+            parts = case.step()[0]
+            steps[name].append(parts)
+            totals[name].append(case.seconds() if device.type == "cuda" else sum(parts.values()))
     baseline = next(iter(totals.values()))
     figures = {}
     for name, case in cases.items():

@@ -51,7 +51,7 @@ def cudnn_serves(x: Tensor) -> bool:
     """Whether cuDNN attends to heads [.., h, d] like these."""
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.are_deterministic_algorithms_enabled():
         return False
-    x = x.new_empty(1, 1, 64, x.shape[-1])
+    x = x.new_empty(1, 1, x.shape[-3], x.shape[-1])
     parameters = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
     return torch.backends.cuda.can_use_cudnn_attention(parameters)
 
@@ -87,7 +87,7 @@ class _AttendFull(torch.autograd.Function):
         out = attended.out.transpose(1, 2).contiguous()
         tiles = ceil_div(out.shape[1], TOKENS)
         parts = text.new_empty(rows * n_heads, tiles, size + 2, dtype=torch.float32)
-        merge_forward[(tiles, rows * n_heads)](
+        merge_forward[(rows * n_heads, tiles)](
             *(*of_text, out, attended.lse, *attended.lse.stride()[:3], *of_latent, parts),
             *(out.shape[1], n_heads, size**-0.5),
             **_shape(size),
@@ -128,13 +128,13 @@ class _AttendFull(torch.autograd.Function):
         latent_q, latent_k, latent_v = of_latent
         sizes = {**_shape(size), "TOKENS": TOKENS, "NORM": text_gains is not None}
         made, numbers = (to_qkv, gain_parts, parts), (out.shape[1], n_heads, size**-0.5)
-        queries_backward[(tiles, rows * n_heads)](
+        queries_backward[(rows * n_heads, tiles)](
             *(to_q, text, text_gains, out, lse, *lse.stride()[:3], to_text, latent_k, latent_v),
             *made,
             *numbers,
             **sizes,
         )
-        keys_backward[(tiles, rows * n_heads)](
+        keys_backward[(rows * n_heads, tiles)](
             *(to_k, to_v, text, text_gains, latent_q, latent_out, latent_lse, to_latent), *made, *numbers, **sizes
         )
         to_latents = parts.new_empty(3, rows, n_heads, size)

@@ -1,7 +1,8 @@
 """Triton kernels that add one latent to the attention among the tokens of its row; `job.model.attention` calls them.
 
 A program takes some tokens of one row and head: their part of the latent's attention to them, and the latent's part of
-theirs. [R, h, d] lies as [R * h, d], and a program's second number is the row's and head's place in it.
+theirs. [R, h, d] lies as [R * h, d], and a program's first number is the row's and head's place in it: of these there
+may be more than a GPU counts in the second.
 """
 
 # Triton reads these functions' source; annotations other than tl.constexpr would be read as types of its own.
@@ -16,8 +17,8 @@ from job.model.head_kernels import norm_backward
 @triton.jit
 def _tile(n_tokens, n_heads, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
     """A program's row and head, its tokens within the row and their places [tokens] in [R, S], and a head's columns."""
-    row, head = (tl.program_id(1) // n_heads).to(tl.int64), tl.program_id(1) % n_heads
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row, head = (tl.program_id(0) // n_heads).to(tl.int64), tl.program_id(0) % n_heads
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     return row, head, token, row * n_tokens + token, tl.arange(0, COLUMNS)
 
 
@@ -50,7 +51,7 @@ def merge_forward(
     row, head, token, place, column = _tile(n_tokens, n_heads, COLUMNS, TOKENS)
     is_token, is_column = token < n_tokens, column < D
     inside = is_token[:, None] & is_column[None, :]
-    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(1) * D + column
+    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(0) * D + column
     score = tl.sum(_load(q, at, inside) * _load(latent_k, of_latent, is_column)[None, :], 1) * scale
     at_lse = lse + row * lse_of_row + head * lse_of_head + token * lse_of_token
     before = tl.load(at_lse, is_token, 0.0)
@@ -66,7 +67,7 @@ def merge_forward(
     top = tl.max(score, 0)
     exponent = tl.exp(score - top)
     taken = tl.sum(exponent[:, None] * _load(v, at, inside), 0)
-    of_part = parts + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (D + 2)
+    of_part = parts + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D + 2)
     tl.store(of_part + column, taken, is_column)
     tl.store(of_part + D, top)
     tl.store(of_part + D + 1, tl.sum(exponent, 0))
@@ -156,7 +157,7 @@ def queries_backward(
     row, head, token, place, column = _tile(n_tokens, n_heads, COLUMNS, TOKENS)
     is_token, is_column = token < n_tokens, column < D
     inside = is_token[:, None] & is_column[None, :]
-    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(1) * D + column
+    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(0) * D + column
     width = n_heads * D
     given_at = place[:, None] * (3 * width) + head * D + column[None, :]
     gain = 1.0
@@ -171,13 +172,13 @@ def queries_backward(
     value = _load(latent_v, of_latent, is_column)[None, :] - _load(out, at, inside)
     to_score = share * tl.sum(gradient * value, 1) * scale
     to_query = _load(to_q, at, inside) + to_score[:, None] * key[None, :]
-    tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     part = parts + tile * (3 * D) + column
     tl.store(part + D, tl.sum(to_score[:, None] * query, 0), is_column)
     tl.store(part + 2 * D, tl.sum(share[:, None] * gradient, 0), is_column)
     if NORM:
         to_query, of_gain = norm_backward(to_query, given, gain[None, :])
-        of_parts = gain_parts + (row * tl.num_programs(0) + tl.program_id(0)) * (2 * width) + head * D
+        of_parts = gain_parts + (row * tl.num_programs(1) + tl.program_id(1)) * (2 * width) + head * D
         tl.store(of_parts + column, tl.sum(of_gain, 0), is_column)
     tl.store(to_qkv + given_at, to_query.to(to_qkv.dtype.element_ty), inside)
 
@@ -207,7 +208,7 @@ def keys_backward(
     row, head, token, place, column = _tile(n_tokens, n_heads, COLUMNS, TOKENS)
     is_token, is_column = token < n_tokens, column < D
     inside = is_token[:, None] & is_column[None, :]
-    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(1) * D + column
+    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(0) * D + column
     width = n_heads * D
     given_at = place[:, None] * (3 * width) + width + head * D + column[None, :]
     element = to_qkv.dtype.element_ty
@@ -216,17 +217,17 @@ def keys_backward(
         gain = tl.load(gains + width + head * D + column, is_column, 0.0)
     given, key = _normed(qkv, gain, given_at, inside, element, NORM)
     query, gradient = _load(latent_q, of_latent, is_column), _load(to_latent_out, of_latent, is_column)
-    share = tl.exp(tl.sum(key * query[None, :], 1) * scale - tl.load(latent_lse + tl.program_id(1)))
+    share = tl.exp(tl.sum(key * query[None, :], 1) * scale - tl.load(latent_lse + tl.program_id(0)))
     share = tl.where(is_token, share, 0.0)
     value = _load(qkv + width, given_at, inside) - _load(latent_out, of_latent, is_column)[None, :]
     to_score = share * tl.sum(value * gradient[None, :], 1) * scale
     to_key = _load(to_k, at, inside) + to_score[:, None] * query[None, :]
     to_value = _load(to_v, at, inside) + share[:, None] * gradient[None, :]
-    tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(parts + tile * (3 * D) + column, tl.sum(to_score[:, None] * key, 0), is_column)
     if NORM:
         to_key, of_gain = norm_backward(to_key, given, gain[None, :])
-        of_parts = gain_parts + (row * tl.num_programs(0) + tl.program_id(0)) * (2 * width) + width + head * D
+        of_parts = gain_parts + (row * tl.num_programs(1) + tl.program_id(1)) * (2 * width) + width + head * D
         tl.store(of_parts + column, tl.sum(of_gain, 0), is_column)
     tl.store(to_qkv + given_at, to_key.to(element), inside)
     tl.store(to_qkv + given_at + width, to_value.to(element), inside)

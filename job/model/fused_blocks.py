@@ -78,7 +78,7 @@ def _attend(
         return layout.attend(split_heads(attention, TEXT, text, asking), of_latent, last)
     text_qkv, latent_qkv = (F.linear(x, to_qkv.weight) for x, to_qkv in zip(inputs, attention.to_qkv, strict=True))
     of_both = (gains[TEXT], gains[LATENT])
-    if layout.padding.full and cudnn_serves(text_qkv.view(*text_qkv.shape[:1], -1, head_size)):
+    if layout.padding.full and cudnn_serves(text_qkv.view(len(latent), -1, 3 * n_heads, head_size)):
         return attend_full(text_qkv, latent_qkv, *of_both, n_heads, CuDNN)
     joined = join_heads(text_qkv, latent_qkv, *of_both, layout.end_to_end[1], n_heads)
     return layout.attend_joined(joined)

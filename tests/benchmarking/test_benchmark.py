@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_the_stock_model_computes_the_same_by_flash_attention_in_compiled_blocks
     blocks: list[Any] = [case.objective.model.get_submodule("mmdit.blocks.0") for case in cases]
     assert [block.joint_attn.attend.flash for block in blocks] == [False, True]
     assert [block._compiled_call_impl is not None for block in blocks] == [False, True]
+
+
+def test_on_a_gpu_the_host_waits_only_after_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(
+        setting(["model.hidden_size=32", "model.n_blocks=1"], "", Shape(2, 16, 64, 8, 1)), Shape(2, 16, 64, 8, 1), CPU
+    )
+    waits: list[str] = []
+    monkeypatch.setattr(case, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("wait"))
+    monkeypatch.setattr(measure, "autocast", lambda *_: nullcontext())
+    assert case.seconds() > 0
+    assert len(waits) == 2
 
 
 @pytest.mark.parametrize("name", ["model.implementation=plain,baseline=mine", "baseline=stock"])

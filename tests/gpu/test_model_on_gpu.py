@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from job.config import Config, LossConfig, TrainingConfig
+from job.model.attention import cudnn_serves
 from job.model.fast import FastMMDiT
 from job.objective.objective import Objective
 from job.runtime.optimizer import Optimizer
@@ -201,6 +202,9 @@ def test_bf16_attends_by_the_flash_kernel(lengths: tuple[int, ...]) -> None:
     attention = [name for name in kernels if any(word in name.lower() for word in ("flash", "fmha", "cudnn_sdpa"))]
     assert any("flash" in name.lower() for name in attention), sorted(kernels)
     assert not any("fmha_cutlass" in name for name in attention), attention
+    full_rows = torch.empty(len(lengths), 96, 1, LONG["head_dim"], dtype=torch.bfloat16, device=CUDA)
+    expected = lengths != RAGGED and cudnn_serves(full_rows)
+    assert any("merge_forward" in name for name in kernels) == expected, sorted(kernels)
 
 
 def test_a_deterministic_step_repeats_every_bit() -> None:

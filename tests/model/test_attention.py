@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from objective_cases import formula_batch, formula_model, model_config
 from torch import Tensor
 
-from job.model import attention, heads
+from job.model import attention, fused_blocks, heads, sublayer
 from job.model.attention import Attended, attend_full
+from job.model.fast import FastMMDiT
+from job.model.groups import Group, Padding
 
 pytestmark = [
     pytest.mark.kernels,
@@ -52,7 +55,7 @@ def by_softmax(text: Tensor, latent: Tensor, gains: list[Tensor] | None, n_heads
 
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 30.0])  # the latents' heads against the texts': one takes all, or nothing
-@pytest.mark.parametrize(("n_heads", "size", "tokens"), [(2, 8, 10), (3, 12, 4), (1, 8, 1)])
+@pytest.mark.parametrize(("n_heads", "size", "tokens"), [(2, 8, 10), (3, 12, 4), (1, 40, 7), (1, 8, 1)])
 def test_attention_of_full_rows(
     monkeypatch: pytest.MonkeyPatch, n_heads: int, size: int, tokens: int, strength: float, normed: bool
 ) -> None:
@@ -75,4 +78,42 @@ def test_attention_of_full_rows(
     theirs = torch.autograd.grad(expected, exact, [x.double() for x in weights], allow_unused=not normed)
     for x, y in [*zip(found, expected, strict=True), *zip(ours, theirs, strict=True)]:
         if y is not None:
-            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()) + 1e-6)
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4 * float(y.detach().abs().max()) + 1e-6)
+
+
+def test_attention_of_short_types() -> None:
+    """Heads are rounded when attention takes them, forward and backward alike."""
+    torch.manual_seed(0)
+    text, latent = (torch.randn(n, 3 * 2 * 8).half() for n in (2 * 70, 2))
+    leaves = [x.requires_grad_() for x in (text, latent, *(3 * torch.rand(2, 2, 2, 8)))]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    found, expected = attend_full(*leaves, 2, OnCPU), by_softmax(exact[0], exact[1], exact[2:], 2)
+    assert {x.dtype for x in found} == {torch.float16}
+    weights = [torch.randn_like(x) for x in found]
+    ours = torch.autograd.grad(found, leaves, weights)
+    theirs = torch.autograd.grad(expected, exact, [x.double() for x in weights])
+    for x, y in [*zip(found, expected, strict=True), *zip(ours, theirs, strict=True)]:
+        assert (x - y).norm() <= 2e-3 * y.norm()
+
+
+def test_a_model_attends_so_in_full_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every block but the last, with what operations give."""
+    monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)
+    monkeypatch.setattr(fused_blocks, "cudnn_serves", lambda heads: heads.shape == (6, 10, 6, 8))
+    monkeypatch.setattr(fused_blocks, "CuDNN", OnCPU)
+    calls = []
+    forward = attention._AttendFull.forward
+    monkeypatch.setattr(attention._AttendFull, "forward", staticmethod(lambda *x: calls.append(1) or forward(*x)))
+    model = formula_model(model_config(hidden_size=16, head_dim=8, cond_dim=16, n_blocks=3))
+    assert isinstance(model, FastMMDiT)
+    batch, times = formula_batch((10, 10, 10)), torch.tensor([0.2, 0.5, 0.8])
+    decoder = Group(batch["input_ids"], batch["latent"], times, 0 * times, ("text",))
+    encoder = Group(batch["input_ids"], batch["latent"], 0 * times, times, ("latent",))
+    padding, found, parameters = Padding(batch["attention_mask"], False, [10] * 3), [], list(model.parameters())
+    for serves in (False, True):
+        monkeypatch.setattr("job.model.fast.kernels_serve", lambda _, serves=serves: serves)
+        outputs = model._trunk(model._text_input([encoder, decoder], padding), [encoder, decoder], padding)
+        total = torch.stack([output.sin().sum() for output in outputs]).sum()
+        found.append([*outputs, *torch.autograd.grad(total, parameters, materialize_grads=True)])
+    assert len(calls) == 2
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
