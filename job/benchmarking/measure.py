@@ -106,7 +106,7 @@ class Case:
         return (self._now() - start) / STEPS_IN_A_ROW
 
     def step(self) -> tuple[dict[str, float], float]:
-        """Seconds of each part of one training step, after each of which the host waits for a GPU, and the step's loss."""
+        """Seconds of each part of one training step, after each of which the host waits for a GPU, and its loss."""
         seconds, loss = self._step(self._now)
         return seconds, float(loss.detach())
 
