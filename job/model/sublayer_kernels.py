@@ -238,9 +238,10 @@ def _read_backward(
     # The norm takes away the part of the gradient that lies along the stream.
     along_first = (to_a0 * a0 + to_across * a1 + to_a3 * a3) * inverse_first * inverse_first
     along_second = (to_b0 * b0 + to_b3 * b3 - to_across * b1) * inverse_second * inverse_second
-    by_a0, by_a1, by_a3 = (to_a0 * inverse_first)[:, None], (to_across * inverse_first)[:, None], to_a3 * inverse_first
-    by_b0, by_b2, by_b3 = to_b0 * inverse_second, (to_across * inverse_second)[:, None], to_b3 * inverse_second
-    by_b0, by_a3, by_b3 = by_b0[:, None], by_a3[:, None], by_b3[:, None]
+    by_a0, by_a1, by_a3 = to_a0 * inverse_first, to_across * inverse_first, to_a3 * inverse_first
+    by_b0, by_b2, by_b3 = to_b0 * inverse_second, to_across * inverse_second, to_b3 * inverse_second
+    by_a0, by_a1, by_a3 = by_a0[:, None], by_a1[:, None], by_a3[:, None]
+    by_b0, by_b2, by_b3 = by_b0[:, None], by_b2[:, None], by_b3[:, None]
     to_first += alpha_first[:, None] * to_mixed + by_a0 * w0 + by_a1 * w1 + by_a3 * w3 - along_first[:, None] * first
     to_second += alpha_second[:, None] * to_mixed + by_b0 * w0 - by_b2 * w1 + by_b3 * w3
     to_second -= along_second[:, None] * second
