@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ from job.trained import choose_device
 
 NOT_PREPARED = "not-prepared-yet"  # in the place of data.dir where the data's size is said by keys of the model
 NOT_COPIED = "not-copied"  # in the place of data.cache_dir: a plan reads the description in the store alone
+LONG = 3.0  # seconds of a count after which its result is told; a large model's take a quarter of a minute
 MFU = 0.3  # diffusion transformers and masked language models reach 0.36 to 0.48 where they are well tuned
 
 
@@ -40,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mean-tokens", type=float, help="tokens of a text, where the data is not prepared yet")
     p.add_argument("--tokens-per-second", type=float, help="speed of the whole run, for its time")
     p.add_argument("--device", metavar="NAME", help=f"for its time and memory: {', '.join(BF16_PEAK)}")
-    reached = "share of the device's peak that is reached (%(default)s; an H200: 0.28 with rows of 2048, 0.14 of 512)"
+    reached = "share of the device's peak that is reached (%(default)s; an H200: 0.34 with rows of 2048 tokens)"
     p.add_argument("--mfu", type=float, default=MFU, help=reached)
     p.add_argument("--memory-gib", type=float, help="memory that a batch must fit into, if not the device's")
     p.add_argument(
@@ -107,11 +109,14 @@ def memory_limit(options: argparse.Namespace) -> float | None:
 
 def with_largest(plan: Plan, config: Config, limit: float, where: str) -> Plan:
     """The plan with the largest batch that fits on paper."""
-    # A count takes seconds to a quarter of a minute.
     known = {plan.rows: plan.peak}
 
     def peak(rows: int) -> float:
-        known[rows] = known.get(rows) or peak_on_paper(config, plan.data, rows) - plan.elsewhere
+        if rows not in known:
+            start = time.monotonic()
+            known[rows] = peak_on_paper(config, plan.data, rows) - plan.elsewhere
+            if time.monotonic() - start > LONG:
+                print(f"on paper {rows} rows take {known[rows] / GIB:.3g} GiB", file=sys.stderr, flush=True)
         return known[rows]
 
     rows, _ = largest_fitting(peak, limit)
