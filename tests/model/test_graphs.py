@@ -57,7 +57,7 @@ def test_weights_cast_beforehand_give_what_autocast_gives() -> None:
 def test_weights_are_cast_anew_after_a_step() -> None:
     """Fused optimizers do not count their changes, so a step is told by the gradients that are gone after it."""
     model = formula_model(model_config())
-    graphs = Graphs(model, model._trunk)  # type: ignore[operator, arg-type]
+    graphs = Graphs(model, model._trunk)  # type: ignore[arg-type]
     weight = model.mmdit.blocks[0].joint_attn.to_qkv[0].weight  # type: ignore[union-attr, index]
     (number,) = (number for number, parameter in enumerate(graphs.parameters) if parameter is weight)
 
