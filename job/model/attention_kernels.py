@@ -15,11 +15,21 @@ from job.model.head_kernels import norm_backward
 
 
 @triton.jit
-def _tile(n_tokens, n_heads, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
-    """A program's row and head, its tokens within the row and their places [tokens] in [R, S], and a head's columns."""
+def _tile(n_tokens, n_heads, D: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
+    """A program's row, head and tokens, and a head's columns; places [tokens, columns] in [R, S, h, d] and which are
+    there; places [columns] in [R, h, d] and which are there."""
     row, head = (tl.program_id(0) // n_heads).to(tl.int64), tl.program_id(0) % n_heads
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    return row, head, token, row * n_tokens + token, tl.arange(0, COLUMNS)
+    token, column = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
+    is_column = column < D
+    at = ((row * n_tokens + token) * n_heads + head)[:, None] * D + column[None, :]
+    inside = (token < n_tokens)[:, None] & is_column[None, :]
+    return row, head, token, column, at, inside, tl.program_id(0) * D + column, is_column
+
+
+@triton.jit
+def _number():
+    """Of a program's tile among those of all rows and heads."""
+    return tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit
@@ -48,10 +58,8 @@ def merge_forward(
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    row, head, token, place, column = _tile(n_tokens, n_heads, COLUMNS, TOKENS)
-    is_token, is_column = token < n_tokens, column < D
-    inside = is_token[:, None] & is_column[None, :]
-    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(0) * D + column
+    row, head, token, column, at, inside, of_latent, is_column = _tile(n_tokens, n_heads, D, COLUMNS, TOKENS)
+    is_token = token < n_tokens
     score = tl.sum(_load(q, at, inside) * _load(latent_k, of_latent, is_column)[None, :], 1) * scale
     at_lse = lse + row * lse_of_row + head * lse_of_head + token * lse_of_token
     before = tl.load(at_lse, is_token, 0.0)
@@ -67,7 +75,7 @@ def merge_forward(
     top = tl.max(score, 0)
     exponent = tl.exp(score - top)
     taken = tl.sum(exponent[:, None] * _load(v, at, inside), 0)
-    of_part = parts + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D + 2)
+    of_part = parts + _number() * (D + 2)
     tl.store(of_part + column, taken, is_column)
     tl.store(of_part + D, top)
     tl.store(of_part + D + 1, tl.sum(exponent, 0))
@@ -154,12 +162,10 @@ def queries_backward(
     NORM: tl.constexpr,
 ):
     """The tokens' queries and the latent's key and value."""
-    row, head, token, place, column = _tile(n_tokens, n_heads, COLUMNS, TOKENS)
-    is_token, is_column = token < n_tokens, column < D
-    inside = is_token[:, None] & is_column[None, :]
-    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(0) * D + column
+    row, head, token, column, at, inside, of_latent, is_column = _tile(n_tokens, n_heads, D, COLUMNS, TOKENS)
+    is_token = token < n_tokens
     width = n_heads * D
-    given_at = place[:, None] * (3 * width) + head * D + column[None, :]
+    given_at = (row * n_tokens + token)[:, None] * (3 * width) + head * D + column[None, :]
     gain = 1.0
     if NORM:
         gain = tl.load(gains + head * D + column, is_column, 0.0)
@@ -172,8 +178,7 @@ def queries_backward(
     value = _load(latent_v, of_latent, is_column)[None, :] - _load(out, at, inside)
     to_score = share * tl.sum(gradient * value, 1) * scale
     to_query = _load(to_q, at, inside) + to_score[:, None] * key[None, :]
-    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    part = parts + tile * (3 * D) + column
+    part = parts + _number() * (3 * D) + column
     tl.store(part + D, tl.sum(to_score[:, None] * query, 0), is_column)
     tl.store(part + 2 * D, tl.sum(share[:, None] * gradient, 0), is_column)
     if NORM:
@@ -205,12 +210,10 @@ def keys_backward(
     NORM: tl.constexpr,
 ):
     """The tokens' keys and values and the latent's query."""
-    row, head, token, place, column = _tile(n_tokens, n_heads, COLUMNS, TOKENS)
-    is_token, is_column = token < n_tokens, column < D
-    inside = is_token[:, None] & is_column[None, :]
-    at, of_latent = (place * n_heads + head)[:, None] * D + column[None, :], tl.program_id(0) * D + column
+    row, head, token, column, at, inside, of_latent, is_column = _tile(n_tokens, n_heads, D, COLUMNS, TOKENS)
+    is_token = token < n_tokens
     width = n_heads * D
-    given_at = place[:, None] * (3 * width) + width + head * D + column[None, :]
+    given_at = (row * n_tokens + token)[:, None] * (3 * width) + width + head * D + column[None, :]
     element = to_qkv.dtype.element_ty
     gain = 1.0
     if NORM:
@@ -223,8 +226,7 @@ def keys_backward(
     to_score = share * tl.sum(value * gradient[None, :], 1) * scale
     to_key = _load(to_k, at, inside) + to_score[:, None] * query[None, :]
     to_value = _load(to_v, at, inside) + share[:, None] * gradient[None, :]
-    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(parts + tile * (3 * D) + column, tl.sum(to_score[:, None] * key, 0), is_column)
+    tl.store(parts + _number() * (3 * D) + column, tl.sum(to_score[:, None] * key, 0), is_column)
     if NORM:
         to_key, of_gain = norm_backward(to_key, given, gain[None, :])
         of_parts = gain_parts + (row * tl.num_programs(1) + tl.program_id(1)) * (2 * width) + width + head * D

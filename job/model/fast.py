@@ -4,7 +4,7 @@
 - Residual streams are read and written in few passes over memory (streams.py).
 - Groups of rows that differ only in inputs and timesteps go through the blocks as one batch.
 - A head sees only the rows that want it, and the last block computes only what a head reads.
-- The cross-entropy never holds the logits of more than some of the tokens (cross_entropy.py).
+- The cross-entropy holds the logits of some of the tokens at a time (cross_entropy.py).
 """
 
 from __future__ import annotations

@@ -110,15 +110,15 @@ class Layout:
         # Short rows attend side by side also on a CPU: a call costs more than their padding.
         self.long = seq_len > SHORT
         self.text, self.latent = self._spans(groups)
-        self._segments: list[Segments] = []
+        self._segments: dict[int, list[Segments]] = {}
         self.read_text = self._read("text", size=sum(padding.lengths))
         self.read_latent = self._read("latent", size=rows)
 
     def segments(self, width: int) -> list[Segments]:
         """Of texts and of latents, for the kernels of their streams [N, s, width]; cut once for all blocks."""
-        if not self._segments:
-            self._segments = [cut(spans.index, len(spans.counts), width) for spans in (self.text, self.latent)]
-        return self._segments
+        if width not in self._segments:
+            self._segments[width] = [cut(spans.index, len(spans.counts), width) for spans in (self.text, self.latent)]
+        return self._segments[width]
 
     @cached_property
     def key_mask(self) -> Tensor | None:

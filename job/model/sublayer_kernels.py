@@ -270,6 +270,26 @@ def _write_backward(to_first, to_second, difference, y, gain, mixing, to_branch,
 
 
 @triton.jit
+def _store_sum(at, x, is_column):
+    tl.store(at, tl.sum(x, 0)[None, :], is_column)
+
+
+@triton.jit
+def _store_sums_of_logits(logit_parts, to_a0, to_across, to_a3, to_b0, to_b3):
+    """Sums over rows, where the logits of both streams' alpha, two of mixing, and post lie."""
+    of_logits = logit_parts + tl.program_id(0).to(tl.int64) * 8
+    across = tl.sum(to_across, 0)
+    tl.store(of_logits, tl.sum(to_a0, 0))
+    tl.store(of_logits + 1, across)
+    tl.store(of_logits + 2, -across)
+    tl.store(of_logits + 3, tl.sum(to_a3, 0))
+    tl.store(of_logits + 4, tl.sum(to_b0, 0))
+    tl.store(of_logits + 5, -across)
+    tl.store(of_logits + 6, across)
+    tl.store(of_logits + 7, tl.sum(to_b3, 0))
+
+
+@triton.jit
 def sublayer_backward(
     to_written,  # [N, 2, H] float32: gradient of the streams that were written (or read)
     to_x,  # [N, H]: gradient of what the next branch read
@@ -379,27 +399,17 @@ def sublayer_backward(
             to_gains += row_scaled * y
         tl.store(to_streams + of_first, to_first, inside)
         tl.store(to_streams + of_first + H, to_second, inside)
-    program = tl.program_id(0).to(tl.int64)
-    of_parts = parts + program * (7 * H) + column
+    of_parts = parts + tl.program_id(0).to(tl.int64) * (7 * H) + column
     if READ:
-        tl.store(of_parts, tl.sum(to_gain, 0)[None, :], is_column)
-        tl.store(of_parts + H, tl.sum(to_shift, 0)[None, :], is_column)
-        tl.store(of_parts + 4 * H, tl.sum(to_w0, 0)[None, :], is_column)
-        tl.store(of_parts + 5 * H, tl.sum(to_w1, 0)[None, :], is_column)
-        tl.store(of_parts + 6 * H, tl.sum(to_w3, 0)[None, :], is_column)
-        across = tl.sum(to_across, 0)
-        of_logits = logit_parts + program * 8
-        tl.store(of_logits, tl.sum(to_a0, 0))
-        tl.store(of_logits + 1, across)
-        tl.store(of_logits + 2, -across)
-        tl.store(of_logits + 3, tl.sum(to_a3, 0))
-        tl.store(of_logits + 4, tl.sum(to_b0, 0))
-        tl.store(of_logits + 5, -across)
-        tl.store(of_logits + 6, across)
-        tl.store(of_logits + 7, tl.sum(to_b3, 0))
+        _store_sum(of_parts, to_gain, is_column)
+        _store_sum(of_parts + H, to_shift, is_column)
+        _store_sum(of_parts + 4 * H, to_w0, is_column)
+        _store_sum(of_parts + 5 * H, to_w1, is_column)
+        _store_sum(of_parts + 6 * H, to_w3, is_column)
+        _store_sums_of_logits(logit_parts, to_a0, to_across, to_a3, to_b0, to_b3)
     if WRITE:
-        tl.store(of_parts + 2 * H, tl.sum(to_gains, 0)[None, :], is_column)
-        tl.store(of_parts + 3 * H, tl.sum(to_scaled, 0)[None, :] * branch_gain, is_column)
+        _store_sum(of_parts + 2 * H, to_gains, is_column)
+        _store_sum(of_parts + 3 * H, to_scaled * branch_gain, is_column)
 
 
 @triton.jit

@@ -123,3 +123,15 @@ def test_a_model_attends_so_in_full_rows(monkeypatch: pytest.MonkeyPatch) -> Non
         found.append([*outputs, *torch.autograd.grad(total, parameters, materialize_grads=True)])
     assert len(calls) == 2
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_cudnn_is_called_as_pytorch_declares_it() -> None:
+    """Its operations are PyTorch's own, and another release may change them."""
+    forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default._schema
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default._schema
+    assert [x.name for x in forward.arguments][:5] == ["query", "key", "value", "attn_bias", "compute_log_sumexp"]
+    given = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset"]
+    assert [x.name for x in forward.returns] == ["output", "logsumexp", *given, "debug_attn_mask"]
+    of_attention = ["grad_out", "query", "key", "value", "out", "logsumexp", "philox_seed", "philox_offset"]
+    of_rows = ["attn_bias", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "scale"]
+    assert [x.name for x in backward.arguments] == [*of_attention, *of_rows]
