@@ -3,7 +3,7 @@
 Between two matrix products of a block lie: the branch's output times its gain, its addition to the streams, which are
 mixed meanwhile (streams.py), the mixture that the next branch reads, its norm and its modulation. One by one these pass
 over the streams some twenty times a sublayer, and over a GPU's memory each time; one kernel reads and writes them
-once forward, and another reads them twice and writes them once backward.
+once forward, and another reads them and their gradient and writes one backward.
 
 streams.py with Spans.norm and Spans.scale are what this must equal, and what runs wherever this does not.
 """
@@ -56,9 +56,14 @@ class Segments(NamedTuple):
 
 
 def cut(index: Tensor, conditions: int, width: int) -> Segments:
-    """Rows [N, .., width] of conditions `index` [N], of so many, cut into about as many as a GPU computes at once."""
-    n_rows = len(index)
-    programs = min(n_rows, _programs(width, index.device))
+    """Rows [N, .., width] of conditions `index` [N], of so many, cut into about as many as a GPU computes at once.
+
+    Chunks of one length, cut once more where a condition begins. So there are fewer chunks where there are more
+    conditions: what the GPU does not hold begins when something else ends, and all would wait for it. But conditions
+    may be more than it holds.
+    """
+    n_rows, held = len(index), _programs(width, index.device)
+    programs = min(n_rows, max(ceil_div(held, 2), held - conditions))
     chunk = ceil_div(n_rows, max(1, programs))
     starts = torch.searchsorted(index, torch.arange(conditions + 1, device=index.device))
     chunks = torch.arange(0, n_rows, max(1, chunk), device=index.device)
@@ -180,7 +185,7 @@ class _Sublayer(torch.autograd.Function):
         if reads:
             x = streams.new_empty(n_rows, width, dtype=dtype)
             next_mixing, stats = streams.new_empty(n_rows, 3), streams.new_empty(n_rows, 12)
-        given = (streams, output, branch_bias, gains, mixing, weight, bias, modulation, written)
+        given = (streams, output, branch_bias, gains, mixing, weight, bias, modulation)
         if n_rows:
             sublayer_forward[(ceil_div(n_rows, ROWS),)](
                 *(streams, output, branch_bias, gains, _stride(gains), mixing, segments.conditions),
@@ -199,7 +204,7 @@ class _Sublayer(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from job.model.sublayer_kernels import sublayer_backward, sum_parts
 
-        *given, written, next_mixing, stats, of_rows, bounds, firsts = ctx.saved_tensors
+        *given, next_mixing, stats, of_rows, bounds, firsts = ctx.saved_tensors
         streams, output, branch_bias, gains, mixing, weight, bias, modulation = given
         n_rows, _, width = streams.shape
         writes, reads = output is not None, weight is not None
@@ -217,13 +222,14 @@ class _Sublayer(torch.autograd.Function):
         ways = {"WRITE": writes, "READ": reads}
         sublayer_backward[(programs,)](
             *(to_written, to_x, to_next_mixing, streams, output, branch_bias, gains, _stride(gains), mixing),
-            *(of_rows, bounds, weight, modulation, _stride(modulation), written, next_mixing, stats),
+            *(of_rows, bounds, weight, modulation, _stride(modulation), next_mixing, stats),
             *(to_streams, to_output, to_mixing, parts, logit_parts),
             **_shape(width, BACKWARD_COLUMNS),
             STAGES=_stages(width, streams.device),
             **ways,
         )
-        sum_parts[(conditions + 1, ceil_div(width, SUMMED_COLUMNS))](
+        shared = 4 if reads else 1  # rows of the parts that all conditions share
+        sum_parts[(conditions + shared, ceil_div(width, SUMMED_COLUMNS))](
             *(parts, logit_parts, firsts, conditions, programs),
             *(to_modulation, to_gains, to_branch_bias, to_weight, to_bias),
             H=width,
@@ -260,10 +266,10 @@ def _programs(width: int, device: torch.device) -> int:
 
 @cache
 def _stages(width: int, device: torch.device) -> int:
-    """Rows of a width under way at a time: one in registers, others in shared memory, six of streams and three of x."""
+    """Rows of a width under way at a time: one in registers, others in shared memory, four of streams and two of x."""
     if device.type != "cuda":
         return 1
     from job.model.sublayer_kernels import shared_memory
 
-    of_row = 9 * 4 * _shape(width, BACKWARD_COLUMNS)["COLUMNS"]
+    of_row = 7 * 4 * _shape(width, BACKWARD_COLUMNS)["COLUMNS"]  # one more for what else is kept there
     return 1 + min(STAGES - 1, shared_memory(device.index or 0) // of_row)

@@ -93,12 +93,24 @@ def _weights_of_logits(a0, a1, a2, a3, b0, b1, b2, b3, bias):
 
 
 @triton.jit
+def _columns(H: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row's columns [1, columns], and which of them there are.
+
+    A thread takes four side by side of every tensor. Triton would choose by type, eight of bf16 but four of float32,
+    and where a thread has eight columns of a row, change from one order to the other through shared memory: seventeen
+    more barriers for a row of the backward kernel.
+    """
+    column = tl.max_contiguous(tl.arange(0, COLUMNS), 4)[None, :]
+    return column, column < H
+
+
+@triton.jit
 def _segment(bounds, index, H: tl.constexpr, COLUMNS: tl.constexpr):
     """First row, end and condition of a program's segment, and its columns [1, columns]."""
     start, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)
     condition = tl.load(index + start, start < end, 0)
-    column = tl.arange(0, COLUMNS)[None, :]
-    return start, end, condition, column, column < H
+    column, is_column = _columns(H, COLUMNS)
+    return start, end, condition, column, is_column
 
 
 @triton.jit
@@ -109,6 +121,13 @@ def _load_weights(weight, column, is_column, H: tl.constexpr):
     w2 = tl.load(weight + 2 * H + column, is_column, 0.0)
     w3 = tl.load(weight + 3 * H + column, is_column, 0.0)
     return w0, w1, w2, w3
+
+
+@triton.jit
+def _write(first, second, y, keep, post_first, post_second):
+    """Both streams after the scaled branch y was written, [rows, columns]."""
+    moved = (1 - keep[:, None]) * (second - first)
+    return first + moved + post_first[:, None] * y, second + post_second[:, None] * y - moved
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -138,8 +157,8 @@ def sublayer_forward(
     READ: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.arange(0, COLUMNS)[None, :]
-    is_row, is_column = row < n_rows, column < H
+    column, is_column = _columns(H, COLUMNS)
+    is_row = row < n_rows
     inside = is_row[:, None] & is_column
     of_first = row[:, None] * (2 * H) + column
     of_row = row[:, None] * H + column
@@ -151,10 +170,7 @@ def sublayer_forward(
         if branch_bias is not None:
             y += tl.load(branch_bias + column, is_column, 0.0).to(tl.float32)
         y *= tl.load(gains + condition[:, None] * gains_stride + column, inside, 0.0).to(tl.float32)
-        keep, post_first, post_second = _load3(mixing + row * 3, is_row)
-        moved = (1 - keep[:, None]) * (second - first)
-        first += moved + post_first[:, None] * y
-        second += post_second[:, None] * y - moved
+        first, second = _write(first, second, y, *_load3(mixing + row * 3, is_row))
         tl.store(written + of_first, first, inside)
         tl.store(written + of_first + H, second, inside)
     if READ:
@@ -252,12 +268,25 @@ def _read_backward(
 
 
 @triton.jit
-def _write_backward(to_first, to_second, difference, y, gain, mixing, to_branch, to_mixing, row, is_row, inside):
+def _write_backward(
+    to_first,
+    to_second,
+    difference,
+    y,
+    gain,
+    keep,
+    post_first,
+    post_second,
+    to_branch,
+    to_mixing,
+    row,
+    is_row,
+    inside,
+):
     """Gradients of both streams before they were written, and of the scaled branch; all [rows, columns].
 
     Stores those of the branch's output and of the mixing. difference is the first stream less the second, before.
     """
-    keep, post_first, post_second = _load3(mixing + row * 3, is_row)
     scaled = y * gain
     to_keep, to_post_first, to_post_second = tl.reduce(
         ((to_first - to_second) * difference, to_first * scaled, to_second * scaled), 1, _add3
@@ -305,7 +334,6 @@ def sublayer_backward(
     weight,
     modulation,
     modulation_stride,
-    written,  # as the forward pass wrote them; the streams themselves where it wrote none
     next_mixing,
     stats,
     to_streams,  # out [N, 2, H] float32
@@ -343,9 +371,17 @@ def sublayer_backward(
         of_row = row[:, None] * H + column
         to_first = tl.load(to_written + of_first, inside, 0.0)
         to_second = tl.load(to_written + of_first + H, inside, 0.0)
+        first = tl.load(streams + of_first, inside, 0.0)
+        second = tl.load(streams + of_first + H, inside, 0.0)
+        if WRITE:
+            difference = first - second
+            y = tl.load(branch + of_row, inside, 0.0).to(tl.float32)
+            if branch_bias is not None:
+                y += shift_of_branch
+            keep, post_first, post_second = _load3(mixing + row * 3, is_row)
+            # To write the streams once more takes less time than to read what was written.
+            first, second = _write(first, second, y * branch_gain, keep, post_first, post_second)
         if READ:
-            first = tl.load(written + of_first, inside, 0.0)
-            second = tl.load(written + of_first + H, inside, 0.0)
             to_read = tl.load(to_x + of_row, inside, 0.0).to(tl.float32)
             to_first, to_second, row_gain, row_w0, row_w1, row_w3, row_a0, row_across, row_a3, row_b0, row_b3 = (
                 _read_backward(
@@ -378,17 +414,15 @@ def sublayer_backward(
             to_b0 += row_b0
             to_b3 += row_b3
         if WRITE:
-            difference = tl.load(streams + of_first, inside, 0.0) - tl.load(streams + of_first + H, inside, 0.0)
-            y = tl.load(branch + of_row, inside, 0.0).to(tl.float32)
-            if branch_bias is not None:
-                y += shift_of_branch
             to_first, to_second, row_scaled = _write_backward(
                 to_first,
                 to_second,
                 difference,
                 y,
                 branch_gain,
-                mixing,
+                keep,
+                post_first,
+                post_second,
                 to_branch + of_row,
                 to_mixing,
                 row,
@@ -441,12 +475,16 @@ def sum_parts(
     WRITE: tl.constexpr,
     READ: tl.constexpr,
 ):
-    """A program sums some columns of what belongs to one condition; those after the last condition, what all share."""
+    """A program sums some columns of what belongs to one condition, or of one row of what all conditions share.
+
+    The shared rows are sums over all segments: one program for all of them would be the last to end.
+    """
     condition = tl.program_id(0).to(tl.int64)
+    shared = tl.program_id(0) - conditions
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < H
     at = parts + column
-    if condition < conditions:
+    if shared < 0:
         start, end = tl.load(first_segments + condition), tl.load(first_segments + condition + 1)
         if READ:
             to_gain = _sum_of_segments(at, 7 * H, start, end, is_column, SEGMENTS, COLUMNS)
@@ -457,19 +495,20 @@ def sum_parts(
         if WRITE:
             of_gains = _sum_of_segments(at + 2 * H, 7 * H, start, end, is_column, SEGMENTS, COLUMNS)
             tl.store(to_gains + condition * H + column, of_gains.to(to_gains.dtype.element_ty), is_column)
-    else:
+    elif shared == 0:
         if WRITE and to_branch_bias is not None:
             to_shift = _sum_of_segments(at + 3 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
             tl.store(to_branch_bias + column, to_shift.to(to_branch_bias.dtype.element_ty), is_column)
-        if READ:
-            to_w0 = _sum_of_segments(at + 4 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
-            to_w1 = _sum_of_segments(at + 5 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
-            to_w3 = _sum_of_segments(at + 6 * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
-            tl.store(to_weight + column, to_w0, is_column)
-            tl.store(to_weight + H + column, to_w1, is_column)
-            tl.store(to_weight + 2 * H + column, -to_w1, is_column)
-            tl.store(to_weight + 3 * H + column, to_w3, is_column)
-            if tl.program_id(1) == 0:
-                logit = tl.arange(0, 8)
-                of_logits = _sum_of_segments(logit_parts + logit, 8, 0, n_segments, logit < 8, SEGMENTS, 8)
-                tl.store(to_bias + logit, of_logits)
+        if READ and tl.program_id(1) == 0:
+            logit = tl.arange(0, 8)
+            of_logits = _sum_of_segments(logit_parts + logit, 8, 0, n_segments, logit < 8, SEGMENTS, 8)
+            tl.store(to_bias + logit, of_logits)
+    elif READ:
+        to_column = _sum_of_segments(at + (3 + shared) * H, 7 * H, 0, n_segments, is_column, SEGMENTS, COLUMNS)
+        if shared == 1:
+            tl.store(to_weight + column, to_column, is_column)
+        elif shared == 2:
+            tl.store(to_weight + H + column, to_column, is_column)
+            tl.store(to_weight + 2 * H + column, -to_column, is_column)
+        else:
+            tl.store(to_weight + 3 * H + column, to_column, is_column)

@@ -107,16 +107,26 @@ def assert_same(found: list[Tensor], expected: list[Tensor], leaves: list[Tensor
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(("writes", "reads"), [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize(("counts", "width"), [([3, 4], 8), ([1, 1, 0, 2, 1, 3, 0], 12)])
+@pytest.mark.parametrize(("counts", "width"), [([3, 4], 8), ([1, 1, 0, 2, 1, 3, 0], 12), ([1, 1, 1, 1], 8)])
 def test_a_sublayer(
     monkeypatch: pytest.MonkeyPatch, counts: list[int], width: int, writes: bool, reads: bool, rows: int
 ) -> None:
-    """Widths that are no power of two, conditions that change within a program's rows, and such without rows."""
+    """Widths that are no power of two; conditions that begin within a chunk, of one row, and without rows."""
     monkeypatch.setattr(sublayer, "ROWS", rows)
     monkeypatch.setattr(sublayer, "SUMMED_SEGMENTS", 2)
-    monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)  # several rows each
+    monkeypatch.setattr(sublayer, "_programs", lambda *_: 6)  # chunks of two or three rows
     case = Case(counts, width)
     assert_same(case.by_kernels(writes, reads), case.by_operations(writes, reads), case.leaves())
+
+
+def test_a_sublayer_without_rows() -> None:
+    """streams.py is for none; gradients are zeros of every leaf's shape."""
+    case = Case([0, 0], 8)
+    outputs = case.by_kernels(writes=True, reads=True)
+    leaves = case.leaves()
+    gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs], materialize_grads=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(leaf), rtol=0, atol=0)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(1, 9))
@@ -128,8 +138,9 @@ def test_segments_are_all_rows_of_one_condition_each(counts: list[int], programs
     bounds, firsts = segments.bounds.tolist(), segments.firsts.tolist()
     assert (bounds[0], bounds[-1]) == (0, len(index))
     assert bounds == sorted(bounds)
-    assert len(bounds) - 1 <= programs + len(counts)
-    assert max(end - start for start, end in pairwise(bounds)) <= -(-len(index) // programs)
+    chunks = max(-(-programs // 2), programs - len(counts))
+    assert len(bounds) - 1 <= chunks + len(counts)
+    assert max(end - start for start, end in pairwise(bounds)) <= -(-len(index) // chunks)
     for condition, (first, after) in enumerate(pairwise(firsts)):
         rows = [row for segment in range(first, after) for row in range(bounds[segment], bounds[segment + 1])]
         assert rows == (index == condition).nonzero().flatten().tolist()
