@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from job.model.heads import heads_backward_of, heads_of
 from job.model.sublayer import ceil_div
 
 TOKENS, WARPS = 64, 4  # of a tile
@@ -48,7 +47,7 @@ class CuDNN:
 
 
 def cudnn_serves(x: Tensor) -> bool:
-    """Whether cuDNN attends to heads [.., h, d] like these."""
+    """Whether cuDNN attends to rows of heads [.., S, h, d] like these: of one token, for instance, it does not."""
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.are_deterministic_algorithms_enabled():
         return False
     x = x.new_empty(1, 1, x.shape[-3], x.shape[-1])
@@ -78,75 +77,85 @@ class _AttendFull(torch.autograd.Function):
         n_heads: int,
         library: Any,
     ) -> tuple[Tensor, Tensor]:
-        from job.model.attention_kernels import latent_forward, merge_forward
+        from job.model.attention_kernels import latent_forward, merge_forward, tokens_forward
 
         rows, size = len(latent), text.shape[1] // (3 * n_heads)
-        of_text, of_latent = heads_of(text, text_gains, n_heads), heads_of(latent, latent_gains, n_heads)
-        attended = library.forward(*_side_by_side(of_text, rows))
+        n_tokens = len(text) // rows
+        tiles = ceil_div(n_tokens, TOKENS)
+        heads = text.new_empty(3, len(text), n_heads, size)
+        scores = text.new_empty(rows * n_heads, n_tokens, dtype=torch.float32)
+        parts = scores.new_empty(rows * n_heads, tiles, size + 2)
+        shape, normed = _shape(size), text_gains is not None
+        tokens_forward[(rows * n_heads, tiles)](
+            *(text, text_gains, latent, latent_gains, *heads, scores, parts, n_tokens, n_heads, size**-0.5),
+            **shape,
+            TOKENS=TOKENS,
+            NORM=normed,
+        )
+        attended = library.forward(*_side_by_side(heads, rows))
         # The latents' part is added in place, so the places must be its own.
         out = attended.out.transpose(1, 2).contiguous()
-        tiles = ceil_div(out.shape[1], TOKENS)
-        parts = text.new_empty(rows * n_heads, tiles, size + 2, dtype=torch.float32)
         merge_forward[(rows * n_heads, tiles)](
-            *(*of_text, out, attended.lse, *attended.lse.stride()[:3], *of_latent, parts),
-            *(out.shape[1], n_heads, size**-0.5),
-            **_shape(size),
+            *(out, attended.lse, *attended.lse.stride()[:3], scores, latent, n_tokens, n_heads),
+            **shape,
             TOKENS=TOKENS,
         )
         latent_out = latent.new_empty(rows, n_heads, size)
-        latent_lse = parts.new_empty(rows * n_heads)
+        latent_lse = scores.new_empty(rows * n_heads)
         latent_forward[(rows * n_heads,)](
-            *(*of_latent, parts, latent_out, latent_lse, tiles, size**-0.5), **_shape(size), TILES=TILES
+            *(latent, latent_gains, parts, latent_out, latent_lse, tiles, n_heads, size**-0.5),
+            **shape,
+            TILES=TILES,
+            NORM=normed,
         )
         tensors = [x for x in attended.rest if isinstance(x, Tensor)]
         ctx.save_for_backward(
-            *(text, latent, text_gains, latent_gains, *of_text, *of_latent, out, attended.lse, latent_out, latent_lse),
-            *tensors,
+            *(text, latent, text_gains, latent_gains, heads, out, attended.lse, latent_out, latent_lse), *tensors
         )
         ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in attended.rest]  # None: among the saved
-        ctx.n_heads, ctx.library = n_heads, library
+        ctx.library = library
         return out.view(len(text), -1), latent_out.view(rows, -1)
 
     @staticmethod
     def backward(ctx: Any, to_text: Tensor, to_latent: Tensor) -> tuple[Tensor | None, ...]:
         from job.model.attention_kernels import keys_backward, latent_backward, queries_backward
 
-        text, latent, text_gains, latent_gains, *saved = ctx.saved_tensors
-        of_text, of_latent, (out, lse, latent_out, latent_lse, *tensors) = saved[:3], saved[3:6], saved[6:]
+        text, latent, text_gains, latent_gains, heads, out, lse, latent_out, latent_lse, *tensors = ctx.saved_tensors
         in_turn = iter(tensors)
         rest = tuple(next(in_turn) if x is None else x[0] for x in ctx.rest)
         rows, n_heads, size = latent_out.shape
         to_text, to_latent = to_text.contiguous(), to_latent.contiguous()
-        (gradient,), heads = _side_by_side([to_text.view_as(out)], rows), _side_by_side(of_text, rows)
-        attended = Attended(out.transpose(1, 2), lse, rest)
-        to_heads = [x.transpose(1, 2).contiguous() for x in ctx.library.backward(gradient, *heads, attended)]
+        (gradient,), attended = _side_by_side([to_text.view_as(out)], rows), Attended(out.transpose(1, 2), lse, rest)
+        to_heads = ctx.library.backward(gradient, *_side_by_side(heads, rows), attended)
+        to_q, to_k, to_v = (x.transpose(1, 2).contiguous() for x in to_heads)
         tiles = ceil_div(out.shape[1], TOKENS)
-        to_qkv = torch.empty_like(text)
-        gain_parts = None if text_gains is None else text_gains.new_empty(rows * tiles, *text_gains.shape)
+        to_qkv, to_latent_qkv = torch.empty_like(text), torch.empty_like(latent)
         parts = latent_lse.new_empty(rows * n_heads, tiles, 3, size)
-        to_q, to_k, to_v = to_heads
-        latent_q, latent_k, latent_v = of_latent
-        sizes = {**_shape(size), "TOKENS": TOKENS, "NORM": text_gains is not None}
+        gain_parts, latent_gain_parts = None, None
+        if text_gains is not None:
+            gain_parts = parts.new_empty(rows * tiles, 2, n_heads, size)
+            latent_gain_parts = parts.new_empty(rows, 2, n_heads, size)
+        sizes = {**_shape(size), "NORM": text_gains is not None}
+        of_latents = (latent, latent_gains)
         made, numbers = (to_qkv, gain_parts, parts), (out.shape[1], n_heads, size**-0.5)
         queries_backward[(rows * n_heads, tiles)](
-            *(to_q, text, text_gains, out, lse, *lse.stride()[:3], to_text, latent_k, latent_v),
-            *made,
-            *numbers,
+            *(to_q, text, text_gains, out, lse, *lse.stride()[:3], to_text, *of_latents, *made, *numbers),
             **sizes,
+            TOKENS=TOKENS,
         )
         keys_backward[(rows * n_heads, tiles)](
-            *(to_k, to_v, text, text_gains, latent_q, latent_out, latent_lse, to_latent), *made, *numbers, **sizes
+            *(to_k, to_v, text, text_gains, *of_latents, latent_out, latent_lse, to_latent, *made, *numbers),
+            **sizes,
+            TOKENS=TOKENS,
         )
-        to_latents = parts.new_empty(3, rows, n_heads, size)
         latent_backward[(rows * n_heads,)](
-            *(*of_latent, latent_out, latent_lse, to_latent, parts, to_latents),
-            *(tiles, to_latents[0].numel(), size**-0.5),
-            **_shape(size),
+            *(*of_latents, latent_out, latent_lse, to_latent, parts, to_latent_qkv, latent_gain_parts),
+            *(tiles, n_heads, size**-0.5),
+            **sizes,
             TILES=TILES,
         )
-        to_latent_qkv, to_latent_gains = heads_backward_of(to_latents, latent, latent_gains, n_heads)
-        to_text_gains = None if gain_parts is None else gain_parts.sum(0)
-        return to_qkv, to_latent_qkv, to_text_gains, to_latent_gains, None, None
+        to_gains = [None if x is None else x.sum(0) for x in (gain_parts, latent_gain_parts)]
+        return to_qkv, to_latent_qkv, *to_gains, None, None
 
 
 def _side_by_side(heads: Any, rows: int) -> list[Tensor]:

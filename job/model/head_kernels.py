@@ -17,10 +17,7 @@ def _places(place, n_rows, n_heads, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS
     is_row = row < n_rows
     of_head = tl.program_id(1) * D + column
     given = row[:, None] * (3 * n_heads * D) + of_head
-    at = row
-    if place is not None:
-        at = tl.load(place + row, is_row, 0)
-    joined = at[:, None] * (n_heads * D) + of_head
+    joined = tl.load(place + row, is_row, 0)[:, None] * (n_heads * D) + of_head
     return given, joined, is_row[:, None] & (column < D)
 
 
@@ -36,7 +33,7 @@ def _load_gains(gains, width, D: tl.constexpr, COLUMNS: tl.constexpr):
 def heads_forward(
     qkv,  # [N, 3, h, d]
     gains,  # [2, h, d] float32: of queries and of keys
-    place,  # [N] int64 or None: where each row lies among the joined ones
+    place,  # [N] int64: where each row lies among the joined ones
     q,  # out [M, h, d], and so k and v
     k,
     v,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from objective_cases import formula_batch, formula_model, model_config
 from torch import Tensor
 
-from job.model import attention, fused_blocks, heads, sublayer
+from job.model import attention, fused_blocks, sublayer
 from job.model.attention import Attended, attend_full
 from job.model.fast import FastMMDiT
 from job.model.groups import Group, Padding
@@ -62,7 +62,6 @@ def test_attention_of_full_rows(
 ) -> None:
     monkeypatch.setattr(attention, "TOKENS", 4)
     monkeypatch.setattr(attention, "TILES", 2)
-    monkeypatch.setattr(heads, "HEAD_ROWS", 4)
     torch.manual_seed(0)
     rows = 2
     text, latent = (torch.randn(n, 3 * n_heads * size) for n in (rows * tokens, rows))

@@ -293,14 +293,16 @@ SUBLAYER = {"H": 1024, "COLUMNS": 1024, "ROWS": 1, "WRITE": True, "READ": True}
 BACK = {**SUBLAYER, "STAGES": 3}
 SUMS = {"H": 1024, "COLUMNS": 16, "SEGMENTS": 128, "WRITE": True, "READ": True}
 HEADS = {"D": 64, "COLUMNS": 64, "ROWS": 32, "NORM": True}
+TOKENS = {"D": 64, "COLUMNS": 64, "TOKENS": 64, "NORM": True}
+LATENTS = {"D": 64, "COLUMNS": 64, "TILES": 32, "NORM": True}
 GELU = {"H": 4096, "COLUMNS": 512, "ROWS": 4}
 WORDS = {"W": 30528, "COLUMNS": 2048, "ROWS": 2, "GRADIENTS": True}
 BF16 = {"branch", "branch_bias", "gains", "modulation", "x", "to_x", "to_branch", "to_modulation", "to_gains"}
-BF16 |= {"latent_q", "latent_k", "latent_v", "latent_out", "to_latent_out"}
+BF16 |= {"latent", "latent_out", "to_latent_out", "to_latent"}
 BF16 |= {"qkv", "q", "k", "v", "to_q", "to_k", "to_v", "to_qkv", "out", "to_out", "part", "logits"}
 TYPES = {"eps": "fp32", "scale": "fp32", "index": "*i64", "place": "*i64", "targets": "*i64", "picked": "*i64"}
 TYPES |= dict.fromkeys(["bounds", "first_segments"], "*i32")
-TYPES |= dict.fromkeys(["conditions", "n_segments", "n_tokens", "tiles", "of_each"], "i32")
+TYPES |= dict.fromkeys(["conditions", "n_segments", "n_tokens", "tiles"], "i32")
 TYPES |= dict.fromkeys(["lse_of_row", "lse_of_head", "lse_of_token"], "i32")
 TYPES |= dict.fromkeys(["gains_stride", "modulation_stride", "stride", "n_rows", "chunk", "n_heads", "count"], "i32")
 for kernel, sizes in (
@@ -308,11 +310,12 @@ for kernel, sizes in (
     (sublayer_kernels.sublayer_backward, BACK),
     (sublayer_kernels.sum_parts, SUMS),
     (head_kernels.heads_forward, HEADS),
+    (attention_kernels.tokens_forward, TOKENS),
     (attention_kernels.merge_forward, {"D": 64, "COLUMNS": 64, "TOKENS": 64}),
-    (attention_kernels.latent_forward, {"D": 64, "COLUMNS": 64, "TILES": 32}),
-    (attention_kernels.queries_backward, {"D": 64, "COLUMNS": 64, "TOKENS": 64, "NORM": True}),
-    (attention_kernels.keys_backward, {"D": 64, "COLUMNS": 64, "TOKENS": 64, "NORM": True}),
-    (attention_kernels.latent_backward, {"D": 64, "COLUMNS": 64, "TILES": 32}),
+    (attention_kernels.latent_forward, LATENTS),
+    (attention_kernels.queries_backward, TOKENS),
+    (attention_kernels.keys_backward, TOKENS),
+    (attention_kernels.latent_backward, LATENTS),
     (head_kernels.heads_backward, HEADS),
     (elementwise_kernels.biased_gelu_forward, GELU),
     (elementwise_kernels.biased_gelu_backward, GELU),
@@ -334,4 +337,4 @@ def test_the_kernels_compile_for_gpus(capability: str) -> None:
     command = [sys.executable, "-c", COMPILE, capability]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 14
+    assert len(done.stdout.splitlines()) == 15
