@@ -15,6 +15,7 @@ from job.row_kinds import Counts
 
 # At a latent timestep t the noisy latent is alpha(t) z + sigma(t) noise. Above this t hardly anything of z is left.
 LARGEST_EPSILON_T = 0.98
+FP8_MULTIPLE = 16  # of a matrix' widths: what GPUs' products of 8-bit floats take
 # What a run compares with its checkpoint besides keys of the configuration (job.runtime.resume).
 COMPARED_BESIDES = ("data", "global_batch_size")
 
@@ -34,6 +35,7 @@ def validate(config: Config) -> list[str]:
     refuse_evaluation_of_one(config)
     refuse_partly_masked_padding(config)
     refuse_draws_that_differ(config)
+    refuse_fp8_of_another_kind(config)
     refuse_mode_weights(config)
     refuse_sequential_schedule(config)
     refuse_two_batch_sizes(config)
@@ -130,6 +132,22 @@ def refuse_draws_that_differ(config: Config) -> None:
             "training.deterministic=true cannot repeat draws on a GPU; set loss.cycle_latent_sampling=argmax, "
             "or leave it out"
         )
+
+
+def refuse_fp8_of_another_kind(config: Config) -> None:
+    """Refuse 8-bit products beside what does not go with them."""
+    if not config.training.fp8:
+        return
+    for other, wanted in (("strategy", "ddp"), ("compile_model", False)):
+        value = getattr(config.training, other)
+        if value != wanted:
+            raise UserError(f"training.fp8=true does not go with training.{other}={value}; leave one of them out")
+    hidden_size, of_heads = config.model.hidden_size, config.model.n_heads * config.model.head_dim
+    for name, width in (("model.hidden_size", hidden_size), ("model.n_heads * model.head_dim", of_heads)):
+        if width % FP8_MULTIPLE:
+            raise UserError(
+                f"training.fp8=true: {name}={width}; give a multiple of {FP8_MULTIPLE}, or leave training.fp8 out"
+            )
 
 
 def refuse_mode_weights(config: Config) -> None:

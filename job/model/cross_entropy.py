@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from job.model.accumulation import add_product
+from job.model.products import add_product
 from job.model.sublayer import ceil_div, kernels_serve
 
 CHUNK_ELEMENTS = 1 << 25  # logits at a time, of which operations hold a copy in float32

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from job.config import ModelConfig
 from job.model import block_operations, fused_blocks
-from job.model.block_operations import Streams
+from job.model.block_operations import TEXT, Streams
 from job.model.conditioned import Conditioned, Stacked, conditioned_layers, prepare
 from job.model.cross_entropy import linear_cross_entropy
 from job.model.fused_blocks import Unwritten
@@ -28,6 +29,7 @@ from job.model.graphs import Graphs, filled
 from job.model.groups import Encoded, Group, Padding, TextLoss, TextTargets
 from job.model.multimodal import MultimodalMMDiT
 from job.model.packed import Layout
+from job.model.products import Products
 from job.model.sublayer import MAX_WIDTH, STREAMS, kernels_serve
 
 
@@ -48,6 +50,7 @@ class FastMMDiT(MultimodalMMDiT):
         self.graphs: Graphs | None = None
         # Compute what blocks take from the conditions for all at once; not where each gathers its weights for its call.
         self.preparing = True
+        self.in_float8 = False  # compute texts' products with blocks' weights in 8-bit floats, in training
         self.dropout = config.dropout
         self.fits_kernels = config.num_residual_streams == STREAMS and config.hidden_size <= MAX_WIDTH
         self.checkpointing = False  # keep no activations inside blocks, compute them again in backward
@@ -57,10 +60,11 @@ class FastMMDiT(MultimodalMMDiT):
 
     def encode(self, groups: Sequence[Group], padding: Padding) -> Encoded:
         if not self._records(padding):
-            return Encoded(*self._trunk(self._text_input(groups, padding), groups, padding))
+            with self._products():
+                return Encoded(*self._trunk(self._text_input(groups, padding), groups, padding))
         if self.graphs is None:
             blocks: Any = self.mmdit.blocks
-            self.graphs = Graphs(self, self._trunk, conditioned_layers(blocks))
+            self.graphs = Graphs(self, self._trunk, conditioned_layers(blocks), self._weights_in_float8())
         filled_groups, filled_padding = filled(groups, padding)
         text, latent = self.graphs.run(self._text_input(filled_groups, filled_padding), filled_groups, filled_padding)
         return Encoded(text[: sum(padding.lengths)], latent[: len(padding.lengths)])
@@ -78,6 +82,25 @@ class FastMMDiT(MultimodalMMDiT):
             and not (padding.keep or self.checkpointing or self.dropout or torch.are_deterministic_algorithms_enabled())
             and not (self.graphs and self.graphs.waiting)
         )
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """Within it a training step's products are computed as configured; also where they are computed again."""
+        weights = self._weights_in_float8() if self.training else []
+        return Products(in_float8={id(weight): None for weight in weights}) if weights else nullcontext()
+
+    def _weights_in_float8(self) -> list[Tensor]:
+        """Blocks' weights that texts are multiplied with. Latents are few: their products take no time."""
+        blocks: Any = self.mmdit.blocks if self.in_float8 else ()
+        return [
+            weight
+            for block in blocks
+            for weight in (
+                block.joint_attn.to_qkv[TEXT].weight,
+                block.joint_attn.to_out[TEXT].weight,
+                block.feedforwards[TEXT].ff[0][0].weight,
+                block.feedforwards[TEXT].ff[-1].weight,
+            )
+        ]
 
     def way(self, device: torch.device) -> str:
         """How blocks are computed on a device: "compiled", by "kernels", or by "operations" of PyTorch."""
@@ -101,7 +124,9 @@ class FastMMDiT(MultimodalMMDiT):
             last = block is blocks[-1]
             arguments = (*streams, unwritten, of_block, layout, last, way)
             if self.checkpointing and torch.is_grad_enabled():
-                streams, unwritten = checkpoint(block.encode, *arguments, use_reentrant=False)
+                streams, unwritten = checkpoint(
+                    block.encode, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), self._products())
+                )
             else:
                 streams, unwritten = block.encode(*arguments)
         norms: Any = self.mmdit.norms

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from job.model.accumulation import Accumulation
 from job.model.conditioned import Stacked
 from job.model.elementwise import add_to
+from job.model.float8 import Weight
 from job.model.groups import Group, Padding
+from job.model.products import Products
 
 SIZES = 32  # sizes of ragged batches: a batch is filled up to the next 1/32 of what full rows have
 WARM_UPS = 2  # runs before a recording, in which libraries choose their kernels and take their memory
@@ -53,6 +54,7 @@ class Casts:
     of_parameters: dict[int, Tensor]  # by the parameter's number
     stacked: Stacked | None
     numbers: dict[int, list[int]]  # of the parameters that lie in a tensor, by its id()
+    in_float8: dict[int, Weight]  # by the parameter's number
     versions: list[int] = field(default_factory=list)  # of the parameters when they were cast
 
 
@@ -70,11 +72,14 @@ class _Body(nn.Module):
 class Graphs:
     """Recordings of a model's `body` by shape. The gradients of its parameters are added up in memory that all share.
 
-    `stacked` are layers of one input that `body` computes as one. Only one forward pass may wait for its backward pass:
+    `stacked` are layers of one input that `body` computes as one, `in_float8` weights whose products are computed in
+    8-bit floats. Only one forward pass may wait for its backward pass:
     recordings share the rest of their memory too. A second one meanwhile is not for a graph.
     """
 
-    def __init__(self, model: nn.Module, body: Body, stacked: Sequence[nn.Linear] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, body: Body, stacked: Sequence[nn.Linear] = (), in_float8: Sequence[Tensor] = ()
+    ) -> None:
         self.body = _Body(model, body)
         named = [(name, p) for name, p in self.body.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -90,6 +95,7 @@ class Graphs:
             for kind in ("weight", "bias")
         ]
         self._stacks = [] if not stacked or any(-1 in stack for stack in stacks) else stacks
+        self._in_float8 = [number_of[id(weight)] for weight in in_float8 if id(weight) in number_of]
         self._recordings: dict[Key, Recording] = {}
         self._casts: dict[torch.dtype, Casts] = {}
         self._places: list[int] = []
@@ -162,7 +168,7 @@ class Graphs:
     def casts(self, dtype: torch.dtype) -> Casts:
         """Memory for the weights and biases of linear layers in autocast's type; none for float32."""
         if dtype not in self._casts:
-            self._casts[dtype] = Casts({}, None, {}) if dtype == torch.float32 else self._make_casts(dtype)
+            self._casts[dtype] = Casts({}, None, {}, {}) if dtype == torch.float32 else self._make_casts(dtype)
         return self._casts[dtype]
 
     def _make_casts(self, dtype: torch.dtype) -> Casts:
@@ -177,7 +183,8 @@ class Graphs:
             of_parameters.update(zip(numbers, (part.requires_grad_() for part in parts), strict=True))
             wholes.append(whole.requires_grad_() if len(numbers) > 1 else of_parameters[numbers[0]])
         numbers_of = {id(whole): numbers for whole, numbers in zip(wholes, [*self._stacks, *alone], strict=True)}
-        return Casts(of_parameters, (wholes[0], wholes[1]) if self._stacks else None, numbers_of)
+        in_float8 = {number: Weight(of_parameters[number]) for number in self._in_float8}
+        return Casts(of_parameters, (wholes[0], wholes[1]) if self._stacks else None, numbers_of, in_float8)
 
     def cast_parameters(self, dtype: torch.dtype) -> Casts:
         """The casts for a type, up to date."""
@@ -189,6 +196,8 @@ class Graphs:
             casts.versions = versions
             sources = [self.parameters[number].detach() for number in casts.of_parameters]
             torch._foreach_copy_([x.detach() for x in casts.of_parameters.values()], sources)
+            for number, weight in casts.in_float8.items():
+                weight.copy_(casts.of_parameters[number])
         return casts
 
 
@@ -221,7 +230,8 @@ class Passes:
     def forward(self) -> tuple[Tensor, ...]:
         """What the body gives for the inputs."""
         arguments = (self.inputs[0], self.groups, Padding(self.inputs[1], False, self.lengths), self.casts.stacked)
-        with Accumulation(self.casts.numbers, self._sum_of_cast):
+        in_float8 = {id(self.casts.of_parameters[number]): weight for number, weight in self.casts.in_float8.items()}
+        with Products(self.casts.numbers, self._sum_of_cast, in_float8):
             weights = dict(zip(self.graphs.names, self.weights, strict=True))
             return functional_call(self.graphs.body, weights, arguments)
 

@@ -33,6 +33,7 @@ def build_objective(config: Config, data: DataShape) -> Objective:
         )
     model = build_model(config.model, vocabulary_size(config.model, data.vocab_size), latent_dim, config.training.seed)
     if isinstance(model, FastMMDiT):
+        model.in_float8 = config.training.fp8
         model.compiled = config.training.compile_model
         model.preparing = config.training.strategy != "fsdp"
         model.recording = config.training.cuda_graphs and config.training.strategy != "fsdp"

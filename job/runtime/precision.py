@@ -12,6 +12,8 @@ from job.config import TrainingConfig
 from job.errors import UserError
 from job.runtime.launcher_variables import let_products_repeat
 
+FP8_CAPABILITY = (8, 9)
+
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
     """Context of the forward pass: bf16 autocast, or float32. Weights stay float32 in both.
@@ -32,12 +34,31 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if autocast(dtype, device)._enabled else torch.float32
 
 
+def refuse_without_fp8(training: TrainingConfig, device: torch.device) -> None:
+    """Raise UserError where training.fp8 finds no bf16, whose products it replaces, or a GPU without 8-bit floats."""
+    if not training.fp8:
+        return
+    if compute_dtype(training.dtype, device) != torch.bfloat16:
+        raise UserError(
+            f"training.fp8=true is for bf16, but training.dtype={training.dtype} is float32 on this "
+            f"{'GPU' if device.type == 'cuda' else 'CPU'}; set training.dtype=bf16, or leave training.fp8 out"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise UserError(
+            f"training.fp8=true: {torch.cuda.get_device_name(device)} has no 8-bit floats, which came with compute "
+            "capability 8.9; leave it out"
+        )
+
+
 def set_up(training: TrainingConfig, device: torch.device) -> None:
     """PyTorch's settings for the whole process, before anything is computed on `device`.
 
     On GPUs that have TF32, products of float32 matrices are computed in it, eight times as fast with 10 bits of
     mantissa; residual streams are kept out of it (job.model.streams). NVIDIA_TF32_OVERRIDE=0 turns it off.
+
+    Raises UserError where the device cannot compute as configured.
     """
+    refuse_without_fp8(training, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if training.deterministic:

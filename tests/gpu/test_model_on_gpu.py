@@ -27,7 +27,7 @@ from job.model.attention import cudnn_serves
 from job.model.fast import FastMMDiT
 from job.objective.objective import Objective
 from job.runtime.optimizer import Optimizer
-from job.runtime.precision import autocast, backward_pass, set_up
+from job.runtime.precision import FP8_CAPABILITY, autocast, backward_pass, set_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 CUDA = torch.device("cuda")
@@ -166,11 +166,28 @@ def test_recorded_is_not_recorded(dtype: str, loss: dict[str, Any]) -> None:
         assert_gradients(gradients_of(recorded), gradients_of(expected), 0.03 if dtype == "bf16" else 1e-4)
 
 
-@pytest.mark.parametrize("way", ["kernels", "compiled", "recorded"])
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_products_in_float8(is_recorded: bool) -> None:
+    """On a GPU they are as near to bf16 as on a CPU (tests/model/test_float8.py)."""
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("this GPU has no 8-bit floats")
+    config, loss = model_config(**LONG), LossConfig(latent_t_mode="random")
+    expected, rounded = (formula_objective("fast", config, loss).to(CUDA) for _ in range(2))
+    model_of(rounded).in_float8, model_of(rounded).recording = True, is_recorded
+    for lengths in (RAGGED, (96, 96, 96, 96)):
+        found, theirs = (
+            torch.cat([g.flatten() for g in run(o, long_batch(lengths), "bf16")[1].values()])
+            for o in (rounded, expected)
+        )
+        assert 0.001 * theirs.norm() < (found - theirs).norm() < 0.3 * theirs.norm()
+
+
+@pytest.mark.parametrize("way", ["kernels", "compiled", "recorded", "float8"])
 def test_a_step_never_makes_the_host_wait(way: str) -> None:
     training = TrainingConfig(compile_model=way == "compiled", ema_decay=0.9)
     objective = formula_objective("fast", model_config(**LONG), training=training).to(CUDA)
-    model_of(objective).recording = way == "recorded"
+    model_of(objective).recording = way in ("recorded", "float8")
+    model_of(objective).in_float8 = way == "float8" and torch.cuda.get_device_capability() >= FP8_CAPABILITY
     optimizer = Optimizer(objective.model, Config(training=training), CUDA)
     batch = on_gpu(long_batch())
 
