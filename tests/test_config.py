@@ -92,7 +92,7 @@ def test_defaults_of_the_main_configuration() -> None:
             ["training.deterministic=true", "loss.cycle_latent_sampling=categorical"],
             ["training.deterministic=true", "cycle_latent_sampling=argmax"],
         ),
-        (["training.fp8=true", "training.strategy=fsdp"], ["training.fp8=true", "training.strategy=fsdp"]),
+        (["training.fp8=true", "training.compile_model=true"], ["training.fp8=true", "training.compile_model=true"]),
         (["training.fp8=true", "model.n_heads=3", "model.head_dim=8"], ["training.fp8=true", "=24", "multiple of 16"]),
         (["data.dir=null"], ["data.dir", "job.prepare", "data=synthetic"]),
     ],

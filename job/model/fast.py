@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -60,11 +60,12 @@ class FastMMDiT(MultimodalMMDiT):
 
     def encode(self, groups: Sequence[Group], padding: Padding) -> Encoded:
         if not self._records(padding):
-            with self._products():
-                return Encoded(*self._trunk(self._text_input(groups, padding), groups, padding))
+            in_float8 = self.in_float8 and self.training
+            return Encoded(*self._trunk(self._text_input(groups, padding), groups, padding, in_float8=in_float8))
         if self.graphs is None:
             blocks: Any = self.mmdit.blocks
-            self.graphs = Graphs(self, self._trunk, conditioned_layers(blocks), self._weights_in_float8())
+            weights = [weight for block in blocks for weight in weights_of_texts(block)] if self.in_float8 else []
+            self.graphs = Graphs(self, self._trunk, conditioned_layers(blocks), weights)
         filled_groups, filled_padding = filled(groups, padding)
         text, latent = self.graphs.run(self._text_input(filled_groups, filled_padding), filled_groups, filled_padding)
         return Encoded(text[: sum(padding.lengths)], latent[: len(padding.lengths)])
@@ -83,25 +84,6 @@ class FastMMDiT(MultimodalMMDiT):
             and not (self.graphs and self.graphs.waiting)
         )
 
-    def _products(self) -> AbstractContextManager[Any]:
-        """Within it a training step's products are computed as configured; also where they are computed again."""
-        weights = self._weights_in_float8() if self.training else []
-        return Products(in_float8={id(weight): None for weight in weights}) if weights else nullcontext()
-
-    def _weights_in_float8(self) -> list[Tensor]:
-        """Blocks' weights that texts are multiplied with. Latents are few: their products take no time."""
-        blocks: Any = self.mmdit.blocks if self.in_float8 else ()
-        return [
-            weight
-            for block in blocks
-            for weight in (
-                block.joint_attn.to_qkv[TEXT].weight,
-                block.joint_attn.to_out[TEXT].weight,
-                block.feedforwards[TEXT].ff[0][0].weight,
-                block.feedforwards[TEXT].ff[-1].weight,
-            )
-        ]
-
     def way(self, device: torch.device) -> str:
         """How blocks are computed on a device: "compiled", by "kernels", or by "operations" of PyTorch."""
         if self.compiled and self.training:
@@ -109,9 +91,17 @@ class FastMMDiT(MultimodalMMDiT):
         return "kernels" if self.fits_kernels and kernels_serve(device) else "operations"
 
     def _trunk(
-        self, text: Tensor, groups: Sequence[Group], padding: Padding, stacked: Stacked | None = None
+        self,
+        text: Tensor,
+        groups: Sequence[Group],
+        padding: Padding,
+        stacked: Stacked | None = None,
+        in_float8: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The text head's inputs [T, H] and predictions [B, D] of the latent head, for texts [T, H] of all groups."""
+        """The text head's inputs [T, H] and predictions [B, D] of the latent head, for texts [T, H] of all groups.
+
+        Products of texts are computed `in_float8` here; in a recording it sees to that itself (graphs.py).
+        """
         layout = Layout(groups, padding)
         cond = self._conditions(groups)
         streams: Streams = (self._streams(text), self._latent_input(groups))
@@ -122,11 +112,9 @@ class FastMMDiT(MultimodalMMDiT):
         given: Sequence[Tensor | Conditioned] = prepare(blocks, cond, stacked) if whole else [cond] * len(blocks)
         for block, of_block in zip(blocks, given, strict=True):
             last = block is blocks[-1]
-            arguments = (*streams, unwritten, of_block, layout, last, way)
+            arguments = (*streams, unwritten, of_block, layout, last, way, in_float8)
             if self.checkpointing and torch.is_grad_enabled():
-                streams, unwritten = checkpoint(
-                    block.encode, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), self._products())
-                )
+                streams, unwritten = checkpoint(block.encode, *arguments, use_reentrant=False)
             else:
                 streams, unwritten = block.encode(*arguments)
         norms: Any = self.mmdit.norms
@@ -180,14 +168,31 @@ def encode_block(
     layout: Layout,
     last: bool,
     way: str,
+    in_float8: bool,
 ) -> tuple[Streams, Unwritten]:
     """Both streams through one block, in one of the ways of FastMMDiT.way.
 
     `given` are the conditions [C, cond_dim] or what was made of them. What the feed-forwards gave may be left to the
     next block to write.
     """
-    if way == "kernels":
-        (of_block,) = [given] if isinstance(given, Conditioned) else prepare([block], given)
-        return fused_blocks.encode(block, text, latent, unwritten, of_block, layout, last)
-    assert isinstance(given, Tensor)
-    return block_operations.encode(block, text, latent, given, layout, last, way == "compiled"), None
+    # Weights are told here, since where they are kept in shards they are others than before the call.
+    with Products(in_float8={id(w): None for w in weights_of_texts(block)}) if in_float8 else nullcontext():
+        if way == "kernels":
+            (of_block,) = [given] if isinstance(given, Conditioned) else prepare([block], given)
+            return fused_blocks.encode(block, text, latent, unwritten, of_block, layout, last)
+        assert isinstance(given, Tensor)
+        return block_operations.encode(block, text, latent, given, layout, last, way == "compiled"), None
+
+
+def weights_of_texts(block: Any) -> list[Tensor]:
+    """A block's weights that texts are multiplied with. Latents are few: their products take no time.
+
+    The last block multiplies with parts of the first one, which are other tensors.
+    """
+    layers = block.feedforwards[TEXT].ff
+    return [
+        block.joint_attn.to_qkv[TEXT].weight,
+        block.joint_attn.to_out[TEXT].weight,
+        layers[0][0].weight,
+        layers[-1].weight,
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from job.config import TrainingConfig
 from job.errors import UserError
 from job.model import float8
-from job.model.fast import FastMMDiT
+from job.model.fast import FastMMDiT, weights_of_texts
 from job.model.float8 import LARGEST, Weight, quantize, quantize_by_kernel
 from job.model.graphs import Graphs, Passes
 from job.model.groups import Group, Padding
@@ -127,8 +128,8 @@ def test_a_model_rounds_in_training_only(model: FastMMDiT) -> None:
 
 
 def test_graphs_keep_weights_in_float8_and_follow_them(model: FastMMDiT) -> None:
-    model.in_float8 = True
-    weights = model._weights_in_float8()
+    blocks: Any = model.mmdit.blocks
+    weights = [weight for block in blocks for weight in weights_of_texts(block)]
     graphs = Graphs(model, model._trunk, in_float8=weights)
     groups, padding = case()
     text, (group,) = model._text_input(groups, padding).detach(), groups
@@ -142,8 +143,7 @@ def test_graphs_keep_weights_in_float8_and_follow_them(model: FastMMDiT) -> None
                 assert torch.equal(ours.float(), theirs.float())
         with torch.autocast("cpu", torch.bfloat16):
             found = Passes(graphs, inputs, groups, padding, torch.bfloat16).forward()
-            with model._products():
-                expected = model._trunk(text, groups, padding)
+            expected = model._trunk(text, groups, padding, in_float8=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
         with torch.no_grad():
             for weight in weights:

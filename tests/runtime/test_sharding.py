@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from job.benchmarking.measure import DataShape
 from job.config import Config, ModelConfig, TrainingConfig
 from job.errors import UserError
+from job.model import float8
 from job.objective.build import build_objective
 from job.runtime import distributed
 from job.runtime.optimizer import Optimizer
@@ -107,10 +109,26 @@ def like_ddp(process: distributed.Process, dtype: str, shard_size: int | None) -
         torch.testing.assert_close(mine, p, rtol=0, atol=1e-5)
 
 
+def in_float8(process: distributed.Process) -> None:
+    """Gathered weights are told from others too: as many products are rounded, and so about the same gradients."""
+    found = []
+    for strategy in ("ddp", "fsdp"):
+        config = Config(model=MODEL, training=TrainingConfig(dtype="bf16", strategy=strategy, fp8=True))
+        objective, module = learner(config, process)
+        with patch("job.model.float8._multiply", wraps=float8._multiply) as product:
+            backward(module, config, process)
+        named = gradients(Optimizer(objective, config, process.device), objective)
+        found.append((product.call_count, torch.cat([gradient.flatten() for gradient in named.values()])))
+    (count, expected), (count_in_shards, of_shards) = found
+    assert count == count_in_shards > 0
+    assert (of_shards - expected).norm() < 0.1 * expected.norm()
+
+
 def four_ranks() -> None:
     process = distributed.start("cpu", 60.0)
     like_ddp(process, "fp32", None)
     like_ddp(process, "bf16", 2)
+    in_float8(process)
     with pytest.raises(UserError, match="shard_size=3 does not divide the run's 4 processes"):
         learner(Config(model=MODEL, training=TrainingConfig(strategy="fsdp", shard_size=3)), process)
     distributed.shutdown()
