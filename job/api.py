@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -286,14 +286,13 @@ class Model:
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text."""
-        return [len(row) for row in self.tokenizer.encode(texts)]
+        return [len(row) for row in self.tokenizer.encode(_checked_texts(texts))]
 
     # What the methods share.
 
     def _rows(self, texts: Sequence[str], truncate: bool) -> list[np.ndarray]:
         """Token ids of texts. UserError for an empty text, and for one that is too long."""
-        if isinstance(texts, str):
-            raise UserError("give a list of texts, not a single one")
+        texts = _checked_texts(texts)
         rows = self.tokenizer.encode(texts)
         if truncate:
             rows = [row[: self.max_length] for row in rows]
@@ -357,6 +356,8 @@ class Model:
         self, lengths: Sequence[int], compute: Callable[[np.ndarray], None], batch_size: int, bar: str | None
     ) -> None:
         """Call `compute` with the places [B] of a batch at a time, rows of similar lengths together."""
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: give at least 1")
         # The longest first, so that a batch which does not fit into memory is met at once.
         order = np.argsort(-np.array(lengths, np.int64), kind="stable")
         with autocast(self.dtype, self.device), tqdm(desc=bar, total=len(order), disable=bar is None) as shown:
@@ -368,3 +369,14 @@ class Model:
 def _chunks(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+def _checked_texts(texts: Iterable[str]) -> list[str]:
+    """Texts as a list. UserError for a single one, and for what is no text, such as the NaN of a table's empty cell."""
+    if isinstance(texts, str):
+        raise UserError("give a list of texts, not a single one")
+    listed = list(texts)
+    for number, text in enumerate(listed, 1):
+        if not isinstance(text, str):
+            raise UserError(f"text {number} is {text!r}, not a string")
+    return listed

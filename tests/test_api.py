@@ -101,7 +101,9 @@ def test_a_round_trip_is_both_ways_with_the_own_lengths(model: Model) -> None:
     ("call", "words"),
     [
         (lambda model: model.encode("one text"), "list of texts"),
+        (lambda model: model.encode(["fine"], batch_size=0), "batch_size=0: give at least 1"),
         (lambda model: model.encode(["fine", "", ""]), r"text 2, '': 0 tokens; this model takes 1 to 32 \(1 more"),
+        (lambda model: model.encode(["fine", float("nan")]), "text 2 is nan, not a string"),
         (lambda model: model.encode(["word " * 50]), "this model takes 1 to 32"),
         (lambda model: model.decode(np.zeros((2, 7))), r"\[2, 7\]; this model takes \[N, 8\]"),
         (lambda model: model.decode(np.zeros(8)), r"\[8\]; this model takes \[N, 8\]"),
