@@ -6,7 +6,8 @@ Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
 Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END,
 CYCLEVAE_THREADS.
 Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE, PYTORCH_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG, OMP_NUM_THREADS,
-OMP_WAIT_POLICY, GOMP_SPINCOUNT, TORCH_CPP_LOG_LEVEL, RAY_USAGE_STATS_ENABLED.
+OMP_WAIT_POLICY, GOMP_SPINCOUNT, TORCH_CPP_LOG_LEVEL, RAY_USAGE_STATS_ENABLED; LD_PRELOAD, GLIBC_TUNABLES,
+MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, MALLOC_MMAP_MAX_ (memory).
 """
 
 from __future__ import annotations
@@ -234,6 +235,12 @@ def tune_allocators() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which many scripts still set
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def malloc_is_tuned(environ: Mapping[str, str]) -> bool:
+    """Whether the user set how malloc keeps memory, by glibc's variables (mallopt(3)) or with another allocator."""
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+    return any(name in environ for name in names) or "glibc.malloc" in environ.get("GLIBC_TUNABLES", "")
 
 
 def let_products_repeat() -> None:
