@@ -17,6 +17,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,7 +112,10 @@ def measure(options: argparse.Namespace, shape: Shape, names: list[str], more: l
     """Figures of the settings `names` at one shape, with `more` keys that they share."""
     settings = {name: setting(options.set + more, name, shape) for name in names}
     peak = options.peak_tflops * 1e12 if options.peak_tflops else None
-    return compare(settings, shape, torch.device(options.device), options.repeats, peak)
+    try:
+        return compare(settings, shape, torch.device(options.device), options.repeats, peak)
+    except BrokenProcessPool as error:
+        raise UserError("a setting's process was killed, most likely for its memory; choose smaller sizes") from error
 
 
 def targets(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:

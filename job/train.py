@@ -84,6 +84,7 @@ from job.runtime.checkpoint import Checkpoint
 from job.runtime.checkpointer import Checkpointer
 from job.runtime.delayed import DelayedRead
 from job.runtime.distributed import Process
+from job.runtime.memory import keep_freed_memory
 from job.runtime.optimizer import learning_rate
 from job.runtime.parallel import reduction_of_gradients, reduction_seconds, sum_over_ranks
 from job.runtime.precision import autocast, backward_pass, compute_dtype, set_up
@@ -128,6 +129,8 @@ def train(config: Config, run_dir: Path, started: float | None = None) -> ExitCo
     process = distributed.start(config.training.device, patience)  # type: ignore[arg-type]
     share_machine(distributed.gather)
     set_up(config.training, process.device)
+    if process.device.type == "cpu":
+        keep_freed_memory()
     # Flushed: who waits for a run wants to know for what.
     say: Callable[[str], None] = partial(print, flush=True) if process.is_main else lambda _: None
     for warning in warnings:

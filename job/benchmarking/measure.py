@@ -8,9 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from job.monitoring.device import peak_flops
 from job.monitoring.flops import pass_flops
 from job.objective.build import build_objective
 from job.runtime.compiler import refuse_without_compiler
+from job.runtime.memory import keep_freed_memory
 from job.runtime.optimizer import Optimizer
 from job.runtime.parallel import reduction_of_gradients
 from job.runtime.precision import autocast, compute_dtype, set_up
@@ -77,6 +77,9 @@ class Case:
         if self.config.training.compile_model:
             refuse_without_compiler(device)
         set_up(self.config.training, device)
+        # The research code and the stock model have malloc as it comes.
+        if device.type == "cpu" and self.config.model.implementation == "fast":
+            keep_freed_memory()
         self.shape, self.device = shape, device
         self.config.model.vocab_size = shape.vocab  # as it is, not rounded up
         objective = build_objective(self.config, DataShape(shape.vocab, shape.latent_dim, MASK, pad_token_id=0))
@@ -134,14 +137,82 @@ class Case:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    @property
     def flops(self) -> float:
+        """Floating-point operations of a step."""
         of_pass = pass_flops(self.config.model, np.array(self.shape.lengths()), self.shape.vocab, self.shape.latent_dim)
         return sum(count * of_pass[name] for name, count in self.objective.plan.passes(0).items())
 
-    @cached_property
     def peak_flops(self) -> float:
+        """What the device can do in a second, known of the GPU or measured."""
         return peak_flops(self.device, compute_dtype(self.config.training.dtype, self.device))
+
+
+class CaseProcess:
+    """A case in a process of its own, as a program that trains is: on a CPU none has the memory that another freed.
+
+    BrokenProcessPool where the system kills it.
+    """
+
+    def __init__(self, values: dict[str, Any], shape: Shape, device: torch.device) -> None:
+        # Not a multiprocessing.Pool: it would wait for ever for a process that the system killed for its memory.
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._result(_open, values, shape, str(device), torch.get_num_threads())
+
+    def __enter__(self) -> CaseProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def step(self) -> tuple[dict[str, float], float]:
+        """As a case's."""
+        return self._result(_answer, "step")
+
+    def flops(self) -> float:
+        """As a case's."""
+        return self._result(_answer, "flops")
+
+    def peak_flops(self) -> float:
+        """As a case's."""
+        return self._result(_answer, "peak_flops")
+
+    def peak_memory(self) -> float:
+        """Most memory, GiB, of the process so far: reserved on a GPU, resident on a CPU."""
+        return self._result(_peak_memory)
+
+    def _result(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self._pool.submit(function, *arguments).result()
+
+
+_opened: list[Case] = []  # in a process of its own: the case
+
+
+def _open(values: dict[str, Any], shape: Shape, device: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _opened.append(Case(values, shape, torch.device(device)))
+
+
+def _answer(name: str) -> Any:
+    return getattr(_opened[0], name)()
+
+
+def _peak_memory() -> float:
+    if _opened[0].device.type == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**30
+    # Not getrusage's ru_maxrss: a child takes that over from its parent.
+    resident = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    return int(resident) / 2**20
+
+
+def peak_memory(values: dict[str, Any], shape: Shape, device: torch.device) -> float:
+    """Most memory, GiB, of two steps in a process of their own: reserved on a GPU, resident on a CPU.
+
+    BrokenProcessPool where the system kills that process.
+    """
+    with CaseProcess(values, shape, device) as case:
+        for _ in range(2):
+            case.step()
+        return case.peak_memory()
 
 
 def compare(
@@ -156,60 +227,50 @@ def compare(
     The speed-up is the median of the pairs of steps taken in turn. peak: what the device can do in a second; None: what
     it is known to do, or does in a matrix product of the setting's type.
     """
-    figures = _step_in_turn(settings, shape, device, repeats, peak)
-    if device.type != "cuda":
-        # The models that were timed contain cycles, which only the collector frees.
-        gc.collect()
-        for name, values in settings.items():
-            figures[name]["peak_memory_gib"] = peak_memory(values, shape, device)
-    return figures
-
-
-def _step_in_turn(
-    settings: dict[str, dict[str, Any]],
-    shape: Shape,
-    device: torch.device,
-    repeats: int,
-    peak: float | None,
-) -> dict[str, dict[str, Any]]:
-    """The figures of `compare` but for memory. All models are alive until it returns."""
-    cases: dict[str, Case] = {}
+    cases: dict[str, Case | CaseProcess] = {}
     first: dict[str, tuple[dict[str, float], float]] = {}
     memory: dict[str, float] = {}
-    for name, values in settings.items():
-        with _device_memory(device) as taken:
-            cases[name] = Case(values, shape, device)
-            first[name] = cases[name].step()
-            cases[name].step()
-        memory[name] = taken[0]
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-    totals: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
+    with ExitStack() as stack:
+        for name, values in settings.items():
+            with _device_memory(device) as taken:
+                case: Case | CaseProcess
+                if device.type == "cuda":
+                    case = Case(values, shape, device)
+                else:
+                    case = stack.enter_context(CaseProcess(values, shape, device))
+                cases[name] = case
+                first[name] = case.step()
+                case.step()
+            memory[name] = taken[0]
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+        totals: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(repeats):
+            for name, case in cases.items():
+                parts = case.step()[0]
+                steps[name].append(parts)
+                totals[name].append(case.seconds() if isinstance(case, Case) else sum(parts.values()))
+        baseline = next(iter(totals.values()))
+        figures = {}
         for name, case in cases.items():
-            parts = case.step()[0]
-            steps[name].append(parts)
-            totals[name].append(case.seconds() if device.type == "cuda" else sum(parts.values()))
-    baseline = next(iter(totals.values()))
-    figures = {}
-    for name, case in cases.items():
-        median = statistics.median(totals[name])
-        ratios = [a / b for a, b in zip(baseline, totals[name], strict=True)]
-        figures[name] = {
-            "step_seconds": median,
-            "step_seconds_min": min(totals[name]),
-            "step_seconds_max": max(totals[name]),
-            "first_step_seconds": sum(first[name][0].values()),
-            "first_loss": first[name][1],
-            "tokens_per_second": sum(shape.lengths()) / median,
-            "flops_per_step": case.flops,
-            "flops_per_second": case.flops / median,
-            "mfu": case.flops / median / (peak or case.peak_flops),
-            "speedup": statistics.median(ratios),
-            "speedup_min": min(ratios),
-            "speedup_max": max(ratios),
-            "peak_memory_gib": memory[name],
-            "parts": {part: statistics.median(step[part] for step in steps[name]) for part in STEP_PARTS},
-        }
+            median = statistics.median(totals[name])
+            ratios = [a / b for a, b in zip(baseline, totals[name], strict=True)]
+            flops = case.flops()
+            figures[name] = {
+                "step_seconds": median,
+                "step_seconds_min": min(totals[name]),
+                "step_seconds_max": max(totals[name]),
+                "first_step_seconds": sum(first[name][0].values()),
+                "first_loss": first[name][1],
+                "tokens_per_second": sum(shape.lengths()) / median,
+                "flops_per_step": flops,
+                "flops_per_second": flops / median,
+                "mfu": flops / median / (peak or case.peak_flops()),
+                "speedup": statistics.median(ratios),
+                "speedup_min": min(ratios),
+                "speedup_max": max(ratios),
+                "peak_memory_gib": memory[name] if isinstance(case, Case) else case.peak_memory(),
+                "parts": {part: statistics.median(step[part] for step in steps[name]) for part in STEP_PARTS},
+            }
     return figures
 
 
@@ -231,27 +292,3 @@ def _device_memory(device: torch.device) -> Iterator[list[float]]:
         torch.cuda.empty_cache()
     else:
         taken.append(0.0)
-
-
-def peak_memory(values: dict[str, Any], shape: Shape, device: torch.device) -> float:
-    """Most memory, GiB, of two steps in a process of their own: reserved on a GPU, resident on a CPU.
-
-    BrokenProcessPool where the system kills that process.
-    """
-    # Not a multiprocessing.Pool: it would wait for ever for a process that the system killed for its memory.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_peak_memory, values, shape, str(device), torch.get_num_threads()).result()
-
-
-def _peak_memory(values: dict[str, Any], shape: Shape, device: str, threads: int) -> float:
-    torch.set_num_threads(threads)
-    with _device_memory(torch.device(device)) as taken:
-        case = Case(values, shape, torch.device(device))
-        for _ in range(2):
-            case.step()
-    if case.device.type == "cuda":
-        return taken[0]
-    # Not getrusage's ru_maxrss: a child takes that over from its parent.
-    resident = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-    return int(resident) / 2**20

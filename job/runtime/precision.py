@@ -11,7 +11,6 @@ from torch.utils import deterministic
 from job.config import TrainingConfig
 from job.errors import UserError
 from job.runtime.launcher_variables import let_products_repeat
-from job.runtime.memory import keep_freed_memory
 
 FP8_CAPABILITY = (8, 9)
 
@@ -62,8 +61,6 @@ def set_up(training: TrainingConfig, device: torch.device) -> None:
     refuse_without_fp8(training, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    else:
-        keep_freed_memory()
     if training.deterministic:
         let_products_repeat()
         # A warning and no error: an operation that has no such algorithm would otherwise end the run where it first

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,7 @@ def test_a_baseline_that_is_not_there_is_refused(name: str) -> None:
         Case(setting(["model.hidden_size=32", "model.n_blocks=1"], name, shape), shape, CPU)
 
 
-def test_the_utilization_is_of_the_peak_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "peak_memory", lambda *_: 1.0)
+def test_the_utilization_is_of_the_peak_that_is_given() -> None:
     shape = Shape(1, 16, 64, 8, 1.0)
     values = setting(["model.hidden_size=32", "model.n_blocks=1", "model.cond_dim=32"], "", shape)
     figures = measure.compare({"mine": values}, shape, CPU, repeats=1, peak=1e6)["mine"]
@@ -101,22 +100,14 @@ def test_cost_along_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> N
     assert "2 ranks: model.implementation=fast" in capsys.readouterr().out
 
 
-def test_the_models_that_were_timed_are_freed_before_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[weakref.ref[object]] = []
-
-    class Noted(measure.Case):
-        def __init__(self, values: dict[str, Any], shape: Shape, device: torch.device) -> None:
-            super().__init__(values, shape, device)
-            alive.extend(map(weakref.ref, (self, self.objective, self.optimizer, *self.objective.parameters())))
-
-    def peak_memory(*_: object) -> float:
-        assert len(alive) > 6
-        assert not [reference for reference in alive if reference() is not None]
-        return 1.0
-
-    monkeypatch.setattr(measure, "Case", Noted)
-    monkeypatch.setattr(measure, "peak_memory", peak_memory)
-    main(SMALL)
+def test_a_setting_that_is_killed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure.CaseProcess, "step", lambda case: case._pool.submit(os._exit, 9).result())
+    assert guarded(lambda: main(SMALL)) == 1
+    assert capsys.readouterr().err == (
+        "error: a setting's process was killed, most likely for its memory; choose smaller sizes\n"
+    )
 
 
 def test_a_gpu_that_is_not_there_is_one_line(
