@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -156,12 +157,21 @@ class CaseProcess:
     def __init__(self, values: dict[str, Any], shape: Shape, device: torch.device) -> None:
         # Not a multiprocessing.Pool: it would wait for ever for a process that the system killed for its memory.
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self._result(_open, values, shape, str(device), torch.get_num_threads())
+        # The process inherits that it is not for Ctrl-C, which would end it in a traceback beside ours.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            opened = self._pool.submit(_open, values, shape, str(device), torch.get_num_threads())
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        opened.result()
 
     def __enter__(self) -> CaseProcess:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # nobody waits for the step under way
+            for process in multiprocessing.active_children():
+                process.kill()
         self._pool.shutdown()
 
     def step(self) -> tuple[dict[str, float], float]:
