@@ -3,7 +3,8 @@
 `--compare A B` measures any two settings. A setting is a comma-separated list of configuration keys:
 `--compare model.implementation=plain training.compile_model=true`. The plain model computes what the research code
 does; with `baseline=stock` beside its key it is what a user puts together from the mmdit package: flash attention,
-compiled blocks, no pass or head that no term needs.
+compiled blocks, no pass or head that no term needs. On a CPU each setting has a process of its own; the plain and the
+stock model have malloc as it comes there, ours as the trainer sets it.
 """
 
 from __future__ import annotations

@@ -228,8 +228,8 @@ class TrainingConfig:
     )
     fp8: bool = key(
         False,
-        "compute the products of texts with blocks' weights in 8-bit floats, in training: faster on GPUs of compute "
-        "capability 8.9 or newer, less exact",
+        "compute the products of texts with blocks' weights in 8-bit floats, in training: less exact, for GPUs of "
+        "compute capability 8.9 or newer",
         read_if=FAST,
     )
     compile_model: bool = key(

@@ -260,28 +260,41 @@ def compare(
                 steps[name].append(parts)
                 totals[name].append(case.seconds() if isinstance(case, Case) else sum(parts.values()))
         baseline = next(iter(totals.values()))
-        figures = {}
-        for name, case in cases.items():
-            median = statistics.median(totals[name])
-            ratios = [a / b for a, b in zip(baseline, totals[name], strict=True)]
-            flops = case.flops()
-            figures[name] = {
-                "step_seconds": median,
-                "step_seconds_min": min(totals[name]),
-                "step_seconds_max": max(totals[name]),
+        return {
+            name: _figures(case, steps[name], totals[name], baseline, sum(shape.lengths()), peak)
+            | {
                 "first_step_seconds": sum(first[name][0].values()),
                 "first_loss": first[name][1],
-                "tokens_per_second": sum(shape.lengths()) / median,
-                "flops_per_step": flops,
-                "flops_per_second": flops / median,
-                "mfu": flops / median / (peak or case.peak_flops()),
-                "speedup": statistics.median(ratios),
-                "speedup_min": min(ratios),
-                "speedup_max": max(ratios),
                 "peak_memory_gib": memory[name] if isinstance(case, Case) else case.peak_memory(),
-                "parts": {part: statistics.median(step[part] for step in steps[name]) for part in STEP_PARTS},
             }
-    return figures
+            for name, case in cases.items()
+        }
+
+
+def _figures(
+    case: Case | CaseProcess,
+    steps: list[dict[str, float]],
+    totals: list[float],
+    baseline: list[float],
+    tokens: int,
+    peak: float | None,
+) -> dict[str, Any]:
+    """Of a case whose steps of so many tokens took `totals` seconds, in turn with those of the baseline."""
+    median, flops = statistics.median(totals), case.flops()
+    ratios = [a / b for a, b in zip(baseline, totals, strict=True)]
+    return {
+        "step_seconds": median,
+        "step_seconds_min": min(totals),
+        "step_seconds_max": max(totals),
+        "tokens_per_second": tokens / median,
+        "flops_per_step": flops,
+        "flops_per_second": flops / median,
+        "mfu": flops / median / (peak or case.peak_flops()),
+        "speedup": statistics.median(ratios),
+        "speedup_min": min(ratios),
+        "speedup_max": max(ratios),
+        "parts": {part: statistics.median(step[part] for step in steps) for part in STEP_PARTS},
+    }
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Matrices in 8-bit floats, which recent GPUs multiply at twice the rate of bf16.
+"""Matrices in 8-bit floats, which recent GPUs can multiply at twice the rate of bf16.
 
 e4m3 (Micikevicius et al. 2022) has 4 bits of exponent and 3 of mantissa, its largest number is 448. Each row of a
-matrix is divided by a scale of its own, so that its largest element becomes 448; products are summed in float32 and
-multiplied with the scales of both.
+matrix is divided by a scale of its own, so that its largest element becomes 448; products are multiplied with the
+scales of both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from job.model.sublayer import kernels_serve
 
 TYPE = torch.float8_e4m3fn
 LARGEST = 448.0
-SMALLEST_SCALE = 1e-30  # of rows of zeros
+SMALLEST = 1e-30  # maximum of a row: rows of zeros are divided by a scale too
 
 
 class Weight:
@@ -55,7 +55,7 @@ def quantize(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if kernels_serve(x.device):
         return quantize_by_kernel(x, factors)
     wide = x.float() if factors is None else x.float() * factors.T
-    scales = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST_SCALE * LARGEST) / LARGEST
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / LARGEST
     return (wide / scales).to(TYPE), scales
 
 
@@ -69,7 +69,12 @@ def quantize_by_kernel(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor
     columns = 1 << (width - 1).bit_length()
     if n_rows:
         quantize_rows[(n_rows,)](
-            *(x, factors, values, scales), K=width, COLUMNS=columns, num_warps=min(8, max(1, columns // 1024))
+            *(x, factors, values, scales),
+            K=width,
+            COLUMNS=columns,
+            LARGEST=LARGEST,
+            SMALLEST=SMALLEST,
+            num_warps=min(8, max(1, columns // 1024)),
         )
     return values, scales
 
@@ -80,5 +85,5 @@ def _multiply(x: tuple[Tensor, Tensor], weight: Tensor, scales: Tensor) -> Tenso
         *(values, weight.T),
         *(of_rows, ScalingType.RowWise, scales.T, ScalingType.RowWise),
         output_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=True,  # on Hopper GPUs sums then have 22 bits (pytorch #147971): far more than the factors
     )

@@ -6,9 +6,6 @@
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(448.0)
-SMALLEST_SCALE = tl.constexpr(1e-30)
-
 
 @triton.jit
 def quantize_rows(
@@ -18,12 +15,14 @@ def quantize_rows(
     scales,  # out [M] float32
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LARGEST: tl.constexpr,  # of the format
+    SMALLEST: tl.constexpr,  # of rows' maxima: of zeros it stands for the maximum
 ):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     inside = column < K
     value = tl.load(x + row * K + column, inside, 0.0).to(tl.float32)
     if factors is not None:
         value *= tl.load(factors + column, inside, 0.0)
-    scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST_SCALE * LARGEST) / LARGEST
+    scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST) / LARGEST
     tl.store(values + row * K + column, tl.div_rn(value, scale).to(values.dtype.element_ty), inside)
     tl.store(scales + row, scale)

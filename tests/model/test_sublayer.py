@@ -297,6 +297,7 @@ HEADS = {"D": 64, "COLUMNS": 64, "ROWS": 32, "NORM": True}
 TOKENS = {"D": 64, "COLUMNS": 64, "TOKENS": 64, "NORM": True}
 LATENTS = {"D": 64, "COLUMNS": 64, "TILES": 32, "NORM": True}
 GELU = {"H": 4096, "COLUMNS": 512, "ROWS": 4}
+FLOATS = {"K": 4096, "COLUMNS": 4096, "LARGEST": 448.0, "SMALLEST": 1e-30}
 WORDS = {"W": 30528, "COLUMNS": 2048, "ROWS": 2, "GRADIENTS": True}
 BF16 = {"branch", "branch_bias", "gains", "modulation", "x", "to_x", "to_branch", "to_modulation", "to_gains"}
 BF16 |= {"latent", "latent_out", "to_latent_out", "to_latent"}
@@ -324,7 +325,7 @@ for kernel, sizes in (
     (elementwise_kernels.add_kernel, {"BLOCK": 4096}),
     (cross_entropy_kernels.cross_entropy_rows, WORDS),
     # Older GPUs than of compute capability 8.9 have no such floats.
-    *([(float8_kernels.quantize_rows, {"K": 4096, "COLUMNS": 4096})] if int(sys.argv[1]) >= 89 else []),
+    *([(float8_kernels.quantize_rows, FLOATS)] if int(sys.argv[1]) >= 89 else []),
 ):
     types = {name: TYPES.get(name, "*bf16" if name in BF16 else "*fp32") for name in kernel.arg_names}
     types |= dict.fromkeys(sizes, "constexpr")
