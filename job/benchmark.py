@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 
 from job.benchmarking import report, startup
 from job.benchmarking.durability import checkpoint_stall, resume_seconds
+from job.benchmarking.kernels import profile_step
 from job.benchmarking.measure import Shape, compare
 from job.benchmarking.paper import count
 from job.benchmarking.ranks import step_seconds
@@ -89,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     instead.add_argument("--targets", action="store_true", help=told)
     on_paper = "count kernels, operations, bytes and memory of a step, for sizes that do not fit here"
     instead.add_argument("--paper", action="store_true", help=on_paper)
+    profiled = "the N kernels (on a CPU: operators) that take most of a step of every setting"
+    instead.add_argument("--profile", type=int, metavar="N", help=profiled)
     first_step = "seconds to the first step of the demo, the wait for data, the loader's rate"
     instead.add_argument("--startup", type=Path, metavar="DATA", help=first_step)
     stall = "the stall of a checkpoint, and resume time against the size of the data"
@@ -139,6 +142,16 @@ def on_paper(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     for name in options.compare:
         results[name] = count(setting(options.set, name, shape), shape)
         print(report.paper_line(name, results[name]), flush=True)
+    return results
+
+
+def profiles(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """Print what takes the time in a step of every setting; returns seconds of each call by kernel and setting."""
+    results = {}
+    for name in options.compare:
+        found = profile_step(setting(options.set, name, shape), shape, torch.device(options.device))
+        print(f"\n{report.short(name)}\n{report.profile_table(found, options.profile)}", flush=True)
+        results[name] = found.seconds
     return results
 
 
@@ -198,6 +211,8 @@ def figures_of(options: argparse.Namespace, shape: Shape) -> Any:
         return starts(options.startup, options.repeats)
     if options.paper:
         return on_paper(options, shape)
+    if options.profile:
+        return profiles(options, shape)
     if options.targets:
         return targets(options, shape)
     if options.grow:
@@ -225,8 +240,8 @@ def machine_name(device: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the command line says."""
     options = parser().parse_args(arguments)
-    if not 0 < options.fill <= 1 or options.repeats < 1:
-        raise UsageError("--fill lies between 0 and 1, and --repeats is at least 1")
+    if not 0 < options.fill <= 1 or options.repeats < 1 or (options.profile is not None and options.profile < 1):
+        raise UsageError("--fill lies between 0 and 1, --repeats and --profile are at least 1")
     shape = Shape(options.batch, options.seq_len, options.vocab, options.latent_dim, options.fill)
     if options.out and options.out.is_dir():  # before minutes of measuring
         raise UsageError(f"--out {options.out}: is a directory; give a file to write")

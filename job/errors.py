@@ -29,6 +29,11 @@ EXIT_CODE_MEANINGS: Mapping[ExitCode, str] = {
 }
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class JobError(Exception):
     """A failure whose cause is known: it ends the program with one line, without a traceback.
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from job.benchmarking.kernels import Profile
 from job.files import write_whole
 
 Figures = Mapping[str, dict[str, Any]]  # by the name of the setting, as job.benchmarking.measure.compare gives them
 
 NAME = 44  # characters of a setting's name that a table shows
+KERNEL_NAME = 100
 
 
 def short(name: str) -> str:
@@ -45,6 +47,21 @@ def paper_line(name: str, f: dict[str, Any]) -> str:
         f"{short(name):<{NAME}} {f['kernels']:>8} {f['flops'] / 1e12:>8.1f} "
         f"{f['bytes_moved'] / 1e9:>9.0f} {f['peak_gib']:>9.1f}"
     )
+
+
+def profile_table(profile: Profile, count: int) -> str:
+    """A line for each of the kernels that take most of a step."""
+    calls = sum(len(seconds) for seconds in profile.seconds.values())
+    total = sum(sum(seconds) for seconds in profile.seconds.values())
+    lines = [
+        f"{calls} calls of {total * 1e3:.1f} ms in all; "
+        f"something ran in {profile.busy * 1e3:.1f} of {profile.whole * 1e3:.1f} ms",
+        f"{'ms':>9} {'calls':>6} {'us a call':>10}  kernel",
+    ]
+    for name, seconds in sorted(profile.seconds.items(), key=lambda item: -sum(item[1]))[:count]:
+        whole = sum(seconds)
+        lines.append(f"{whole * 1e3:>9.2f} {len(seconds):>6} {whole / len(seconds) * 1e6:>10.1f}  {name[:KERNEL_NAME]}")
+    return "\n".join(lines)
 
 
 def durability_table(stalls: list[dict[str, float]], resumes: dict[int, float]) -> str:

@@ -61,13 +61,13 @@ class _BiasedGelu(torch.autograd.Function):
 
 def add_to(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """Add to each of `totals` what stands at its place in `parts`, contiguous and of any types."""
-    from job.model.elementwise_kernels import add_kernel
-
     alike = [(total, part) for total, part in zip(totals, parts, strict=True) if total.dtype == part.dtype]
     if alike:
         torch._foreach_add_([total for total, _ in alike], [part for _, part in alike])
     for total, part in zip(totals, parts, strict=True):
         if total.dtype != part.dtype:
+            from job.model.elementwise_kernels import add_kernel
+
             count = total.numel()
             add_kernel[(ceil_div(count, ADDED),)](total, part.contiguous(), count, BLOCK=ADDED, num_warps=8)
 

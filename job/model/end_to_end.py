@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from job.model import flash4
+from job.model.flash4 import flash4_serves
 from job.model.groups import Padding
 
 try:
@@ -91,7 +93,10 @@ class Ends:
 def attend_end_to_end(q: Tensor, k: Tensor, v: Tensor, asking: Ends, given: Ends) -> Tensor:
     """Attention within rows that lie end to end: queries [Q, h, d], keys and values [K, h, d]; returns [Q, h, d]."""
     if q.is_cuda:
-        out = varlen_attn(q, k, v, asking.places, given.places, max(asking.lengths), max(given.lengths))
+        ends = (asking.places, given.places, max(asking.lengths), max(given.lengths))
+        if flash4_serves(q):
+            return flash4.attend(q, k, v, *ends)
+        out = varlen_attn(q, k, v, *ends)
         assert isinstance(out, Tensor)  # a pair only where more is asked for
         return out
     split = (q.split(asking.lengths), k.split(given.lengths), v.split(given.lengths))
@@ -101,7 +106,7 @@ def attend_end_to_end(q: Tensor, k: Tensor, v: Tensor, asking: Ends, given: Ends
 
 def has_varlen_kernel(x: Tensor) -> bool:
     """Whether a GPU attends to rows end to end for heads [.., h, d] like these."""
-    return (
+    return flash4_serves(x) or (
         varlen_attn is not None
         and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)

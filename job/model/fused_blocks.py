@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from job.model.attention import CuDNN, attend_full, cudnn_serves
+from job.model.beside import beside, join
 from job.model.block_operations import LATENT, TEXT, Streams, split_heads
 from job.model.conditioned import Conditioned
 from job.model.elementwise import biased_gelu
+from job.model.flash4 import Flash4, flash4_serves
 from job.model.heads import join_heads
 from job.model.packed import Layout
 from job.model.sublayer import Branch, Reading, cut, read_streams, write_and_read, write_streams
 
+LATENTS_FIRST = (LATENT, TEXT)  # so that what they start beside the texts does not wait for these
 Unwritten = list[Branch] | None  # of text and latents: what feed-forwards gave that is not yet in the streams
 
 
@@ -32,37 +36,45 @@ def encode(
         for connection, modulation, norm in zip(given.connections, given.modulations, norms, strict=True)
     ]
     streams, segments = [text, latent], list(layout.segments(text.shape[-1]))
-    mixings, inputs = [], []
-    for modality in (TEXT, LATENT):
-        rows, reading = segments[modality], readings[modality]
-        if unwritten:
-            streams[modality], x, mixing = write_and_read(streams[modality], rows, unwritten[modality], reading)
-        else:
-            streams[modality], x, mixing = read_streams(streams[modality], rows, reading)
-        inputs.append(x)
-        mixings.append(mixing)
+    mixings: list[Any] = [None, None]
+    inputs: list[Any] = [None, None]
+    for modality in LATENTS_FIRST:
+        with _on_branch(modality, given, segments[modality], streams[modality]):
+            rows, reading = segments[modality], readings[modality]
+            streams[modality], inputs[modality], mixings[modality] = (
+                write_and_read(streams[modality], rows, unwritten[modality], reading)
+                if unwritten
+                else read_streams(streams[modality], rows, reading)
+            )
     attended = _attend(block.joint_attn, inputs, given.head_gains, layout, last)
+    left: list[Any] = [None, None]
+    for modality in LATENTS_FIRST:
+        with _on_branch(modality, attended[modality]):
+            if last:
+                part = layout.read_text if modality == TEXT else layout.read_latent
+                streams[modality], mixings[modality] = streams[modality][part], mixings[modality][part]
+                conditions, _, firsts = segments[modality]
+                segments[modality] = cut(conditions[part], len(firsts) - 1, text.shape[-1])
+            if not len(streams[modality]):
+                continue
+            rows, reading = segments[modality], readings[2 + modality]
+            to_out = block.joint_attn.to_out[modality]
+            output = F.linear(attended[modality], to_out.weight)
+            branch = Branch(output, given.gains[modality], mixings[modality], to_out.bias)
+            streams[modality], x, mixing = write_and_read(streams[modality], rows, branch, reading)
+            feedforward = block.feedforwards[modality]
+            output = _feed_forward(feedforward, x)
+            left[modality] = Branch(output, given.gains[2 + modality], mixing, feedforward.ff[-1].bias)
+            if last:
+                streams[modality] = write_streams(streams[modality], rows, left[modality])
     if last:
-        for modality, part in ((TEXT, layout.read_text), (LATENT, layout.read_latent)):
-            streams[modality], mixings[modality] = streams[modality][part], mixings[modality][part]
-            conditions, _, firsts = segments[modality]
-            segments[modality] = cut(conditions[part], len(firsts) - 1, text.shape[-1])
-    branches = []
-    for modality in (TEXT, LATENT):
-        if not len(streams[modality]):
-            continue
-        rows, reading = segments[modality], readings[2 + modality]
-        to_out = block.joint_attn.to_out[modality]
-        output = F.linear(attended[modality], to_out.weight)
-        branch = Branch(output, given.gains[modality], mixings[modality], to_out.bias)
-        streams[modality], x, mixing = write_and_read(streams[modality], rows, branch, reading)
-        feedforward = block.feedforwards[modality]
-        output = _feed_forward(feedforward, x)
-        branch = Branch(output, given.gains[2 + modality], mixing, feedforward.ff[-1].bias)
-        if last:
-            streams[modality] = write_streams(streams[modality], rows, branch)
-        branches.append(branch)
-    return (streams[TEXT], streams[LATENT]), None if last else branches
+        join(streams[LATENT])
+    return (streams[TEXT], streams[LATENT]), None if last else left
+
+
+def _on_branch(modality: int, *used: Any) -> AbstractContextManager[None]:
+    """Where kernels of one modality alone are started."""
+    return beside(used) if modality == LATENT else nullcontext()
 
 
 def _attend(
@@ -73,13 +85,20 @@ def _attend(
     n_heads = attention.split_heads.axes_lengths["h"]
     head_size = len(attention.to_qkv[TEXT].weight) // (3 * n_heads)
     if last or not layout.joins(text.new_empty(0, head_size)):
+        join(latent)
         asking = layout.read_text if last else slice(0, len(text))
         of_latent = split_heads(attention, LATENT, latent, slice(0, len(latent)))
         return layout.attend(split_heads(attention, TEXT, text, asking), of_latent, last)
-    text_qkv, latent_qkv = (F.linear(x, to_qkv.weight) for x, to_qkv in zip(inputs, attention.to_qkv, strict=True))
+    with _on_branch(LATENT):
+        latent_qkv = F.linear(latent, attention.to_qkv[LATENT].weight)
+    text_qkv = F.linear(text, attention.to_qkv[TEXT].weight)
+    join(latent_qkv)
     of_both = (gains[TEXT], gains[LATENT])
-    if layout.padding.full and cudnn_serves(text_qkv.view(len(latent), -1, 3 * n_heads, head_size)):
-        return attend_full(text_qkv, latent_qkv, *of_both, n_heads, CuDNN)
+    if layout.padding.full:
+        heads = text_qkv.view(len(latent), -1, 3 * n_heads, head_size)
+        library = Flash4 if flash4_serves(heads) else CuDNN if cudnn_serves(heads) else None
+        if library:
+            return attend_full(text_qkv, latent_qkv, *of_both, n_heads, library)
     joined = join_heads(text_qkv, latent_qkv, *of_both, layout.end_to_end[1], n_heads)
     return layout.attend_joined(joined)
 

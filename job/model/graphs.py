@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from job.model.beside import branching
 from job.model.conditioned import Stacked
 from job.model.elementwise import add_to
 from job.model.float8 import Weight
@@ -32,16 +33,24 @@ Body = Callable[[Tensor, Sequence[Group], Padding, Stacked | None], tuple[Tensor
 
 
 @dataclass
+class Backward:
+    """The graph of a backward pass, and where it leaves the gradients of inputs."""
+
+    graph: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    to_inputs: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass
 class Recording:
-    """Two graphs and the memory that they read and write."""
+    """Graphs and the memory that they read and write."""
 
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...] = ()
     to_outputs: list[Tensor] = field(default_factory=list)
-    to_inputs: list[Tensor | None] = field(default_factory=list)
     used: list[int] = field(default_factory=list)  # numbers of the parameters that get a gradient
     forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
-    backward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    first: Backward = field(default_factory=Backward)  # begins the sums of parameters' gradients
+    further: Backward = field(default_factory=Backward)  # adds to them
 
 
 @dataclass
@@ -89,6 +98,7 @@ class Graphs:
         # them, a few kernels in place of one for each of a thousand parameters.
         self.through_autograd = dist.is_available() and dist.is_initialized()
         self.waiting = False
+        self._unwritten: set[int] = set()  # sums, by their id(), that the pass under way has to begin
         number_of = {id(p): number for number, p in enumerate(self.parameters)}
         stacks = [
             [number_of.get(id(p), -1) for p in (getattr(layer, kind) for layer in stacked)]
@@ -100,6 +110,7 @@ class Graphs:
         self._casts: dict[torch.dtype, Casts] = {}
         self._places: list[int] = []
         self._pool: Any = None
+        self._branch: Any = None
 
     def run(self, text: Tensor, groups: Sequence[Group], padding: Padding) -> tuple[Tensor, Tensor]:
         """What `body` gives, with gradients; the first time for a shape it is recorded."""
@@ -118,43 +129,64 @@ class Graphs:
         parameters = self.parameters if self.through_autograd else []
         return _Replay.apply(self, self._recordings[key], len(inputs), *inputs, *parameters)
 
-    def adopt(self, recording: Recording) -> None:
-        """Let the parameters' gradients be the sums that a replay adds to."""
-        fresh = []
+    def adopt(self, recording: Recording) -> bool:
+        """Let the parameters' gradients be the sums; returns whether there were none, and sums begin."""
+        fresh = [number for number in recording.used if self.parameters[number].grad is None]
         for number in recording.used:
             parameter, total = self.parameters[number], self.sums[number]
-            if parameter.grad is total:
-                continue
-            if parameter.grad is None:
-                fresh.append(total)
-            else:
+            if parameter.grad is not None and parameter.grad is not total:
                 total.copy_(parameter.grad)
             parameter.grad = total
-        if fresh:
-            torch._foreach_zero_(fresh)
+        begins = len(fresh) == len(recording.used)
+        if fresh and not begins:
+            torch._foreach_zero_([self.sums[number] for number in fresh])
+        return begins
+
+    def begin(self) -> None:
+        """Let the next backward pass begin all sums that it has something for."""
+        self._unwritten = {id(total) for total in (*self.sums.values(), *self._whole_sums.values())}
+
+    def begins(self, total: Tensor) -> bool:
+        """Whether what comes next for a sum is its first part."""
+        if id(total) not in self._unwritten:
+            return False
+        self._unwritten.remove(id(total))
+        return True
 
     def _record(self, given: list[Tensor], groups: Sequence[Group], padding: Padding, dtype: torch.dtype) -> Recording:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._branch = self._branch or torch.cuda.Stream()
         recording = Recording([x.detach().clone().requires_grad_(x.requires_grad) for x in given])
         passes = Passes(self, recording.inputs, groups, padding, dtype)
         with _recording_mode():
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(WARM_UPS):
-                    read = [x for x in passes.forward() if x.requires_grad]
+                    with branching(self._branch):
+                        read = [x for x in passes.forward() if x.requires_grad]
                     # Zeros, since it adds to sums of gradients that may be under way.
-                    passes.backward(read, [torch.zeros_like(x) for x in read])
+                    to_outputs = [torch.zeros_like(x) for x in read]
+                    with branching(self._branch):
+                        passes.backward(read, to_outputs)
             torch.cuda.synchronize()
             recording.used = sorted(passes.used)
-            del read
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(recording.forward, self._pool, capture_error_mode="thread_local"):
+            del read, to_outputs
+            with self._captured(recording.forward):
                 recording.outputs = passes.forward()
             read = [x for x in recording.outputs if x.requires_grad]
             recording.to_outputs = [torch.zeros_like(x) for x in read]
-            with torch.cuda.graph(recording.backward, self._pool, capture_error_mode="thread_local"):
-                if self.through_autograd:
-                    torch._foreach_zero_([self.sums[number] for number in recording.used])
-                recording.to_inputs = passes.backward(read, recording.to_outputs)
+            if not self.through_autograd:
+                with self._captured(recording.further.graph):
+                    recording.further.to_inputs = passes.backward(read, recording.to_outputs, once_more=True)
+            self.begin()
+            with self._captured(recording.first.graph):
+                recording.first.to_inputs = passes.backward(read, recording.to_outputs)
+            self._unwritten.clear()
         return recording
+
+    @contextmanager
+    def _captured(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"), branching(self._branch):
+            yield
 
     def sum_of(self, numbers: list[int]) -> Tensor:
         """Memory for the gradient of a parameter, or for those of a whole stack, one below the other."""
@@ -231,20 +263,25 @@ class Passes:
         """What the body gives for the inputs."""
         arguments = (self.inputs[0], self.groups, Padding(self.inputs[1], False, self.lengths), self.casts.stacked)
         in_float8 = {id(self.casts.of_parameters[number]): weight for number, weight in self.casts.in_float8.items()}
-        with Products(self.casts.numbers, self._sum_of_cast, in_float8):
+        with Products(self.casts.numbers, self._sum_of_cast, in_float8, self.graphs.begins):
             weights = dict(zip(self.graphs.names, self.weights, strict=True))
             return functional_call(self.graphs.body, weights, arguments)
 
-    def backward(self, outputs: list[Tensor], to_outputs: list[Tensor]) -> list[Tensor | None]:
-        """The inputs' gradients; those of the parameters are added to their sums."""
+    def backward(self, outputs: list[Tensor], to_outputs: list[Tensor], once_more: bool = False) -> list[Tensor | None]:
+        """The inputs' gradients; those of the parameters are added to their sums. `once_more` keeps what it reads."""
         leaves = [x for x in self.inputs if x.requires_grad]
         # No gradient comes for a weight whose layer adds it to the sum, but only what leads to a leaf is gone through.
         wanted = [*leaves, *self.weights, *(self.casts.stacked or ())]
         with torch.autocast(outputs[0].device.type, enabled=False):
-            gradients = torch.autograd.grad(outputs, wanted, to_outputs, allow_unused=True)
+            gradients = torch.autograd.grad(outputs, wanted, to_outputs, once_more, allow_unused=True)
         of_parameters = gradients[len(leaves) : len(leaves) + len(self.weights)]
         left = {number: gradient for number, gradient in enumerate(of_parameters) if gradient is not None}
-        add_to([self.graphs.sum_of([number]) for number in left], list(left.values()))
+        sums = {number: self.graphs.sum_of([number]) for number in left}
+        begun = [number for number, total in sums.items() if self.graphs.begins(total)]
+        if begun:
+            torch._foreach_copy_([sums[number] for number in begun], [left[number] for number in begun])
+        added = [number for number in left if number not in set(begun)]
+        add_to([sums[number] for number in added], [left[number] for number in added])
         self.used.update(left)
         of_inputs = iter(gradients)
         return [next(of_inputs) if x.requires_grad else None for x in self.inputs]
@@ -283,16 +320,16 @@ class _Replay(torch.autograd.Function):
         read = [to for to, x in zip(to_outputs, recording.outputs, strict=True) if x.requires_grad]
         for to, given in zip(recording.to_outputs, read, strict=True):
             to.copy_(given)
-        if not graphs.through_autograd:
-            graphs.adopt(recording)
-        recording.backward.replay()
+        begins = graphs.through_autograd or graphs.adopt(recording)
+        backward = recording.first if begins else recording.further
+        backward.graph.replay()
         graphs.waiting = False
         to_parameters: list[Tensor | None] = []
         if graphs.through_autograd:
             # Autograd copies what others hold on to, so that the next replay may overwrite it.
             used = set(recording.used)
             to_parameters = [graphs.sums[n] if n in used else None for n in range(len(graphs.parameters))]
-        to_inputs = [None if x is None else x.clone() for x in recording.to_inputs]
+        to_inputs = [None if x is None else x.clone() for x in backward.to_inputs]
         return None, None, None, *to_inputs, *to_parameters
 
 

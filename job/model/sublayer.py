@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from job.errors import first_line
+
 ROWS = 1  # of a tile
 # Columns of a warp: the fewer warps share a row, the fewer instructions exchange its sums. Backward the sums over rows,
 # which stay in registers, need more warps.
@@ -84,10 +86,9 @@ def kernels_serve(device: torch.device) -> bool:
         reading = Reading(streams.new_zeros(4, 16), streams.new_zeros(2, 4), streams.new_zeros(1, 32), 1e-5)
         read_streams(streams, cut(index, 1, 16), reading)
     except Exception as error:  # what is missing shows in many ways: a compiler, Python's headers, a driver too old
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         print(
-            f"warning: the kernels of the residual streams cannot be built here ({reason[0]}); steps take longer "
-            "without them: install gcc and python3-dev",
+            f"warning: the kernels of the residual streams cannot be built here ({first_line(error)}); steps take "
+            "longer without them: install gcc and python3-dev",
             file=sys.stderr,
             flush=True,
         )

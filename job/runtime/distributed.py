@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from job.errors import ExitCode, LostRankError, UserError
+from job.errors import ExitCode, LostRankError, UserError, first_line
 from job.runtime.heartbeat import Heartbeats
 from job.runtime.launcher_variables import (
     Placement,
@@ -347,4 +347,4 @@ def _is_about_peers(error: RuntimeError) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].split(". This is typically")[0] or type(error).__name__
+    return first_line(error).split(". This is typically")[0]

@@ -243,6 +243,11 @@ def malloc_is_tuned(environ: Mapping[str, str]) -> bool:
     return any(name in environ for name in names) or "glibc.malloc" in environ.get("GLIBC_TUNABLES", "")
 
 
+def let_profiler_be_silent() -> None:
+    """Keep PyTorch's profiler from telling when it starts and stops; call it before its first use."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+
 def let_products_repeat() -> None:
     """Give cuBLAS a workspace of its own for every stream, without which its products may differ from run to run.
 

@@ -57,6 +57,8 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=c.use_fused, foreach=not c.use_fused
         )
+        # A pass over a GPU's memory less. It rounds otherwise, so a CPU, whose runs repeat bit for bit, keeps its way.
+        self.clips_in_kernel = c.use_fused and device.type == "cuda"
         # AdamW makes its state in the first step, for parameters that have a gradient. Made here, every checkpoint
         # holds the moments of every parameter, and one is loaded into a new optimizer without a step before it.
         for p in self.parameters:
@@ -88,7 +90,11 @@ class Optimizer:
         self._count(bad, norms, indices)
         limit = self.config.optimizer.grad_clip_norm
         if limit:
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+            share = (limit / (norm + 1e-6)).clamp(max=1.0)
+            if self.clips_in_kernel:
+                self.adamw.grad_scale = 1 / share  # type: ignore[attr-defined]  # the kernel divides gradients by it
+            else:
+                torch._foreach_mul_(gradients, share)
         if self.config.optimizer.use_fused:
             self.adamw.found_inf = bad.float()  # type: ignore[attr-defined]  # 1: the kernel skips its update
             self.adamw.step()

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from job.benchmark import main, setting
 from job.benchmarking import measure
+from job.benchmarking.kernels import covered
 from job.benchmarking.measure import Case, Shape
 from job.benchmarking.paper import count, starts_kernel
 from job.benchmarking.report import exponent
@@ -41,6 +44,23 @@ def test_plain_and_fast_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert 0 < fast["mfu"] < 1
     assert fast["peak_memory_gib"] > 0
     assert "\nfast " in capsys.readouterr().out
+
+
+def test_a_profile_tells_what_takes_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*SMALL, "--compare", "model.implementation=fast", "--profile", "3", "--out", str(tmp_path / "figures.json")])
+    seconds = json.loads((tmp_path / "figures.json").read_text())["figures"]["model.implementation=fast"]
+    totals = sorted((sum(of_kernel) for of_kernel in seconds.values()), reverse=True)
+    assert len(seconds["aten::_fused_adamw_"]) == 2  # with and without weight decay: of one step
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [float(line.split()[0]) for line in lines] == pytest.approx([1e3 * total for total in totals[:3]], abs=0.01)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10)), min_size=1))
+def test_what_runs_at_once_is_busy_once(begun: list[tuple[int, int]]) -> None:
+    spans = [(float(start), float(start + length)) for start, length in begun]
+    ticks = {tick for start, length in begun for tick in range(start, start + length)}
+    whole = max(end for _, end in spans) - min(start for start, _ in spans)
+    assert covered(spans) == (len(ticks), whole)
 
 
 def test_the_stock_model_computes_the_same_by_flash_attention_in_compiled_blocks() -> None:

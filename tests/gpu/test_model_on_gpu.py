@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from job.config import Config, LossConfig, TrainingConfig
 from job.model.attention import cudnn_serves
 from job.model.fast import FastMMDiT
+from job.model.flash4 import flash4_serves
 from job.objective.objective import Objective
 from job.runtime.optimizer import Optimizer
 from job.runtime.precision import FP8_CAPABILITY, autocast, backward_pass, set_up
@@ -220,8 +221,20 @@ def test_bf16_attends_by_the_flash_kernel(lengths: tuple[int, ...]) -> None:
     assert any("flash" in name.lower() for name in attention), sorted(kernels)
     assert not any("fmha_cutlass" in name for name in attention), attention
     full_rows = torch.empty(len(lengths), 96, 1, LONG["head_dim"], dtype=torch.bfloat16, device=CUDA)
-    expected = lengths != RAGGED and cudnn_serves(full_rows)
+    expected = lengths != RAGGED and (flash4_serves(full_rows) or cudnn_serves(full_rows))
     assert any("merge_forward" in name for name in kernels) == expected, sorted(kernels)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, (96, 96)])
+def test_flash_attention_4_is_pytorchs(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
+    if not flash4_serves(torch.empty(1, 1, LONG["head_dim"], dtype=torch.bfloat16, device=CUDA)):
+        pytest.skip("pip install 'cyclevae[flash-attention]', for Hopper and Blackwell GPUs")
+    objective = formula_objective("fast", model_config(**LONG), LossConfig(latent_t_mode="random")).to(CUDA)
+    _, found = run(objective, long_batch(lengths), "bf16")
+    for module in ("end_to_end", "fused_blocks"):
+        monkeypatch.setattr(f"job.model.{module}.flash4_serves", lambda _: False)
+    _, expected = run(objective, long_batch(lengths), "bf16")
+    assert_gradients(found, expected, 0.03)
 
 
 def test_a_deterministic_step_repeats_every_bit() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +12,9 @@ from hypothesis import strategies as st
 from objective_cases import formula_batch, formula_model, model_config
 from torch.func import functional_call
 
+from job.model.conditioned import conditioned_layers
 from job.model.fast import FastMMDiT
-from job.model.graphs import SIZES, Graphs, any_lengths, filled
+from job.model.graphs import SIZES, Graphs, Passes, any_lengths, filled
 from job.model.groups import Group, Padding
 
 
@@ -78,6 +82,47 @@ def test_weights_are_cast_anew_after_a_step() -> None:
     with torch.no_grad():
         weight.add_(1.0)
     assert is_up_to_date()
+
+
+BY_KERNELS = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(
+        find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+        reason="not by Triton's interpreter: make test-kernels",
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BY_KERNELS)])
+def test_a_backward_pass_begins_sums_or_adds_to_them(dtype: torch.dtype) -> None:
+    model = formula_model(model_config()).train()
+    assert isinstance(model, FastMMDiT)
+    batch, time = formula_batch((10, 6, 3)), torch.tensor([0.5])
+    groups, padding = (
+        [Group(batch["input_ids"], batch["latent"], time, time, ("text", "latent"))],
+        Padding(batch["attention_mask"], False, [10, 6, 3]),
+    )
+    text, (group,) = model._text_input(groups, padding).detach(), groups
+    graphs = Graphs(model, model._trunk, conditioned_layers(model.mmdit.blocks))  # type: ignore[arg-type]
+    inputs = [text, padding.mask, group.latents, group.text_t, group.latent_t]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        graphs.cast_parameters(dtype)
+        passes = Passes(graphs, inputs, groups, padding, dtype)
+        read = list(passes.forward())
+    to_outputs = [torch.randn_like(x) for x in read]
+    found = []
+    for begins in (False, True, False):
+        if begins:
+            for total in graphs.sums.values():
+                total.fill_(torch.nan)
+            graphs.begin()
+        passes.backward(read, to_outputs, once_more=True)
+        found.append({number: graphs.sums[number].clone() for number in passes.used})
+    once, begun, twice = found
+    assert once
+    for number, total in once.items():
+        assert torch.equal(begun[number], total), graphs.names[number]
+        torch.testing.assert_close(twice[number], 2 * total)
 
 
 @settings(max_examples=200, deadline=None)

@@ -26,7 +26,7 @@ def test_learning_rate_rises_then_falls_and_stays_at_its_end(schedule: str, warm
 
 
 def steps(
-    fused: bool, gradients: list[float], clip: float = 0.0, ema: float = 0.5
+    fused: bool, gradients: list[float], clip: float = 0.0, ema: float = 0.5, in_kernel: bool = False
 ) -> tuple[torch.nn.Linear, Optimizer]:
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
@@ -38,6 +38,7 @@ def steps(
         config.training.warmup_steps,
     ) = fused, clip, ema, 0
     optimizer = Optimizer(module, config, torch.device("cpu"))
+    optimizer.clips_in_kernel = in_kernel
     for step, gradient in enumerate(gradients):
         for parameter in module.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
@@ -76,6 +77,23 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
         parameter.grad = torch.full_like(parameter, 3.0)
     assert float(optimizer.step(0)) == pytest.approx(3 * 8**0.5)
     assert float(seen[0].norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("gradients", [[1.0, 0.01, 8.0], [1.0, float("nan"), 8.0], [float("inf"), 1.0]])
+def test_a_kernel_clips_as_a_product_does(gradients: list[float]) -> None:
+    """By Adam's moments: its steps are nearly the same whatever a gradient is multiplied with."""
+    (_, expected), (_, found), (_, unclipped) = (
+        steps(True, gradients, clip=0.5),
+        steps(True, gradients, clip=0.5, in_kernel=True),
+        steps(True, gradients),
+    )
+    for parameter, ours in zip(expected.parameters, found.parameters, strict=True):
+        torch.testing.assert_close(ours, parameter)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(found.adamw.state[ours][moment], expected.adamw.state[parameter][moment])
+    assert not torch.allclose(
+        found.adamw.state[found.parameters[0]]["exp_avg"], unclipped.adamw.state[unclipped.parameters[0]]["exp_avg"]
+    )
 
 
 def test_only_matrices_decay() -> None:
