@@ -87,7 +87,7 @@ def _works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
 
 
 def _is_installed() -> bool:
-    """Without importing anything: flash-attn, an older package of the same name within Python, takes seconds or fails."""
+    """Told without an import: its older namesake, flash-attn, takes seconds for one or fails."""
     try:
         version("flash-attn-4")
     except PackageNotFoundError:
