@@ -29,9 +29,9 @@ from omegaconf import OmegaConf
 
 from job.benchmarking import report, startup
 from job.benchmarking.durability import checkpoint_stall, resume_seconds
-from job.benchmarking.kernels import profile_step
 from job.benchmarking.measure import Shape, compare
 from job.benchmarking.paper import count
+from job.benchmarking.profiling import profile_step
 from job.benchmarking.ranks import step_seconds
 from job.command import guarded
 from job.errors import UsageError, UserError

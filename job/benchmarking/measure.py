@@ -106,8 +106,12 @@ class Case:
         """Of one training step, for which the host may run ahead of a GPU as it does in training."""
         start = self._now()
         for _ in range(STEPS_IN_A_ROW):
-            self._step(time.perf_counter)
+            self.start_step()
         return (self._now() - start) / STEPS_IN_A_ROW
+
+    def start_step(self) -> None:
+        """One training step, for whose end the host does not wait."""
+        self._step(time.perf_counter)
 
     def step(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of one training step, after each of which the host waits for a GPU, and its loss."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from job.benchmarking.kernels import Profile
+from job.benchmarking.profiling import Profile
 from job.files import write_whole
 
 Figures = Mapping[str, dict[str, Any]]  # by the name of the setting, as job.benchmarking.measure.compare gives them

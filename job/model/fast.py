@@ -24,8 +24,9 @@ from job.model import block_operations, fused_blocks
 from job.model.block_operations import TEXT, Streams
 from job.model.conditioned import Conditioned, Stacked, conditioned_layers, prepare
 from job.model.cross_entropy import linear_cross_entropy
+from job.model.filling import filled
 from job.model.fused_blocks import Unwritten
-from job.model.graphs import Graphs, filled
+from job.model.graphs import Graphs
 from job.model.groups import Encoded, Group, Padding, TextLoss, TextTargets
 from job.model.multimodal import MultimodalMMDiT
 from job.model.packed import Layout

@@ -89,7 +89,7 @@ def _attend(
         asking = layout.read_text if last else slice(0, len(text))
         of_latent = split_heads(attention, LATENT, latent, slice(0, len(latent)))
         return layout.attend(split_heads(attention, TEXT, text, asking), of_latent, last)
-    with _on_branch(LATENT):
+    with beside():
         latent_qkv = F.linear(latent, attention.to_qkv[LATENT].weight)
     text_qkv = F.linear(text, attention.to_qkv[TEXT].weight)
     join(latent_qkv)

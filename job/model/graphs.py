@@ -1,8 +1,9 @@
-"""The blocks' work on a GPU recorded once and replayed: a CUDA graph for the forward pass, one for the backward pass.
+"""The blocks' work on a GPU recorded once and replayed: a CUDA graph for the forward pass, two for the backward pass.
 
 A step of 24 blocks starts thousands of kernels, and the host takes longer to start them than the GPU to run them. A
 graph starts them all at once. It replays what was recorded on the same memory, so shapes must be those of the
-recording: ragged rows are filled up to one of a few sizes by one more row, whose tokens nothing reads.
+recording: ragged rows are filled up to one of a few sizes by one more row, whose tokens nothing reads (filling.py). Of
+the two, one begins a step's sums of gradients and one adds to them.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from job.model.beside import branching
 from job.model.conditioned import Stacked
 from job.model.elementwise import add_to
+from job.model.filling import any_lengths
 from job.model.float8 import Weight
 from job.model.groups import Group, Padding
 from job.model.products import Products
 
-SIZES = 32  # sizes of ragged batches: a batch is filled up to the next 1/32 of what full rows have
 WARM_UPS = 2  # runs before a recording, in which libraries choose their kernels and take their memory
 Key = tuple[Any, ...]
 # From texts [G * T, H], the groups (without tokens), their padding and stacked layers to what both heads give.
@@ -277,11 +277,11 @@ class Passes:
         of_parameters = gradients[len(leaves) : len(leaves) + len(self.weights)]
         left = {number: gradient for number, gradient in enumerate(of_parameters) if gradient is not None}
         sums = {number: self.graphs.sum_of([number]) for number in left}
-        begun = [number for number, total in sums.items() if self.graphs.begins(total)]
+        begun = {number for number, total in sums.items() if self.graphs.begins(total)}
         if begun:
             torch._foreach_copy_([sums[number] for number in begun], [left[number] for number in begun])
-        added = [number for number in left if number not in set(begun)]
-        add_to([sums[number] for number in added], [left[number] for number in added])
+        further = left.keys() - begun
+        add_to([sums[number] for number in further], [left[number] for number in further])
         self.used.update(left)
         of_inputs = iter(gradients)
         return [next(of_inputs) if x.requires_grad else None for x in self.inputs]
@@ -331,43 +331,3 @@ class _Replay(torch.autograd.Function):
             to_parameters = [graphs.sums[n] if n in used else None for n in range(len(graphs.parameters))]
         to_inputs = [None if x is None else x.clone() for x in backward.to_inputs]
         return None, None, None, *to_inputs, *to_parameters
-
-
-def filled(groups: Sequence[Group], padding: Padding) -> tuple[list[Group], Padding]:
-    """The same rows, and where they are ragged one more, which fills the batch up to one of SIZES sizes."""
-    if padding.full:
-        return list(groups), padding
-    rows, seq_len = padding.mask.shape
-    tokens = sum(padding.lengths)
-    step = min(seq_len, max(1, rows * seq_len // SIZES))
-    missing = -(-(tokens + 1) // step) * step - tokens  # at least one, at most `step`, which is no longer than a row
-    mask = F.pad(padding.mask, (0, 0, 0, 1))
-    mask[-1, :missing] = True
-    more = [
-        replace(
-            group,
-            tokens=F.pad(group.tokens, (0, 0, 0, 1)),
-            latents=F.pad(group.latents, (0, 0, 0, 1)),
-            text_t=_with_one_more(group.text_t, rows),
-            latent_t=_with_one_more(group.latent_t, rows),
-        )
-        for group in groups
-    ]
-    return more, Padding(mask, False, [*padding.lengths, missing])
-
-
-def _with_one_more(t: Tensor, rows: int) -> Tensor:
-    return torch.cat([t, t[:1]]) if len(t) == rows and rows > 1 else t
-
-
-def any_lengths(tokens: int, rows: int, seq_len: int) -> list[int]:
-    """Lengths of so many tokens in all, the longest as long as any row's can be.
-
-    The host's lengths of a recording: only their sum and their maximum are used, the rest is read from the mask.
-    """
-    lengths = []
-    for left in range(rows - 1, -1, -1):
-        length = min(seq_len, tokens - left)
-        lengths.append(length)
-        tokens -= length
-    return lengths

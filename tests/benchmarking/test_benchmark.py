@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from job.benchmark import main, setting
 from job.benchmarking import measure
-from job.benchmarking.kernels import covered
 from job.benchmarking.measure import Case, Shape
 from job.benchmarking.paper import count, starts_kernel
+from job.benchmarking.profiling import covered
 from job.benchmarking.report import exponent
 from job.command import guarded
 from job.config import ModelConfig

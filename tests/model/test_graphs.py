@@ -1,4 +1,4 @@
-"""Batches filled up for recorded graphs: the rows that were there come out as before."""
+"""What recorded graphs ask of batches, weights and sums of gradients, as far as it needs no GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from job.model.conditioned import conditioned_layers
 from job.model.fast import FastMMDiT
-from job.model.graphs import SIZES, Graphs, Passes, any_lengths, filled
+from job.model.filling import SIZES, any_lengths, filled
+from job.model.graphs import Graphs, Passes
 from job.model.groups import Group, Padding
 
 

@@ -22,7 +22,8 @@ from job.model import elementwise, heads, sublayer
 from job.model.conditioned import conditioned_layers
 from job.model.end_to_end import EndToEnd
 from job.model.fast import FastMMDiT
-from job.model.graphs import Graphs, Passes, any_lengths
+from job.model.filling import any_lengths
+from job.model.graphs import Graphs, Passes
 from job.model.groups import Group, Padding
 from job.model.packed import Spans
 from job.model.streams import Mixing, read, write

@@ -33,7 +33,9 @@ def profile_step(values: dict[str, Any], shape: Shape, device: torch.device) -> 
     is_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
     with profile(activities=[activity], acc_events=True) as profiled:
-        case.step()
+        case.start_step()
+        if is_gpu:
+            torch.cuda.synchronize()
     kind = DeviceType.CUDA if is_gpu else DeviceType.CPU
     events = [event for event in profiled.events() or [] if event.device_type == kind]
     seconds: dict[str, list[float]] = {}
