@@ -193,7 +193,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo")
     lines = re.findall(r"\$\(BIN\)/(python -m job\.(?:prepare|train)(?:.*\\\n)*.*)\n", (ROOT / "Makefile").read_text())
     prepare, train = lines
-    small = "training.num_train_steps=12 training.warmup_steps=2 loss.cycle_text_warmup_steps=4 decoding.candidates=2"
+    small = (
+        "training.num_train_steps=12 training.warmup_steps=2 loss.cycle_text_warmup_steps=4 decoding.candidates=2 "
+        "logging.num_eval_batches=1"
+    )
     run(Block(ROOT / "Makefile", f"{prepare} --max-samples 3000", "bash"), directory)
     run(Block(ROOT / "Makefile", train, "bash", overrides=small), directory)
     return directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,10 +14,7 @@ from job.model import flash4
 from job.model.flash4 import flash4_serves
 from job.model.groups import Padding
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before PyTorch 2.10
-    varlen_attn = None  # type: ignore[assignment]
+HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # not before PyTorch 2.10
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,8 @@ def attend_end_to_end(q: Tensor, k: Tensor, v: Tensor, asking: Ends, given: Ends
         ends = (asking.places, given.places, max(asking.lengths), max(given.lengths))
         if flash4_serves(q):
             return flash4.attend(q, k, v, *ends)
+        from torch.nn.attention.varlen import varlen_attn  # loads PyTorch's compiler: a second, and no CPU needs it
+
         out = varlen_attn(q, k, v, *ends)
         assert isinstance(out, Tensor)  # a pair only where more is asked for
         return out
@@ -107,7 +107,7 @@ def attend_end_to_end(q: Tensor, k: Tensor, v: Tensor, asking: Ends, given: Ends
 def has_varlen_kernel(x: Tensor) -> bool:
     """Whether a GPU attends to rows end to end for heads [.., h, d] like these."""
     return flash4_serves(x) or (
-        varlen_attn is not None
+        HAS_VARLEN
         and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[-1] % 8 == 0

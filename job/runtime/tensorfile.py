@@ -11,16 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import safe_open
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 DTYPES = {
     torch.float64: "F64",
@@ -62,10 +64,18 @@ def flatten(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             raise TypeError(f"{prefix}{key} is no tensor but {type(value).__name__}; numbers belong into the record")
 
 
+def _in_shards(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor. Who has one has loaded its module, which takes a second that few programs need."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def piece(tensor: torch.Tensor) -> Piece:
     """This process's piece of a tensor or DTensor."""
-    if not isinstance(tensor, DTensor):
+    if not _in_shards(tensor):
         return Piece(tensor.detach(), (0,) * tensor.dim(), tuple(tensor.shape), whole=True)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return Piece(tensor.to_local().detach(), tuple(offset), tuple(tensor.shape), whole=False)
 
@@ -75,11 +85,11 @@ def _first_replica(tensor: torch.Tensor) -> bool:
 
     It is the one whose coordinate is 0 along every mesh dimension over which the tensor is replicated.
     """
-    if not isinstance(tensor, DTensor):
+    if not _in_shards(tensor):
         return True
     coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
     along = zip(coordinate, tensor.placements, strict=True)
-    return all(position == 0 for position, placement in along if isinstance(placement, Replicate))
+    return all(position == 0 for position, placement in along if placement.is_replicate())
 
 
 def share(tensors: Mapping[str, Any], rank: int, world_size: int) -> dict[str, Piece]:

@@ -100,7 +100,7 @@ def test_attention_of_short_types() -> None:
 def test_a_model_attends_so_in_full_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """In every block but the last, with what operations give."""
     monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)
-    monkeypatch.setattr(fused_blocks, "cudnn_serves", lambda heads: heads.shape == (6, 10, 6, 8))
+    monkeypatch.setattr(fused_blocks, "cudnn_serves", lambda heads: heads.shape == (4, 5, 6, 8))
     monkeypatch.setattr(fused_blocks, "CuDNN", OnCPU)
     calls: list[int] = []
 
@@ -111,10 +111,10 @@ def test_a_model_attends_so_in_full_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fused_blocks, "attend_full", counted)
     model = formula_model(model_config(hidden_size=16, head_dim=8, cond_dim=16, n_blocks=3))
     assert isinstance(model, FastMMDiT)
-    batch, times = formula_batch((10, 10, 10)), torch.tensor([0.2, 0.5, 0.8])
+    batch, times = formula_batch((5, 5), seq_len=5), torch.tensor([0.2, 0.8])
     decoder = Group(batch["input_ids"], batch["latent"], times, 0 * times, ("text",))
     encoder = Group(batch["input_ids"], batch["latent"], 0 * times, times, ("latent",))
-    padding, found, parameters = Padding(batch["attention_mask"], False, [10] * 3), [], list(model.parameters())
+    padding, found, parameters = Padding(batch["attention_mask"], False, [5] * 2), [], list(model.parameters())
     for serves in (False, True):
         monkeypatch.setattr("job.model.fast.kernels_serve", lambda _, serves=serves: serves)
         outputs = model._trunk(model._text_input([encoder, decoder], padding), [encoder, decoder], padding)

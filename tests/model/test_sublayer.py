@@ -201,17 +201,17 @@ def test_a_model_by_kernels_reads_no_lengths_of_the_host(monkeypatch: pytest.Mon
     monkeypatch.setattr(sublayer, "_programs", lambda *_: 2)
     model = formula_model(model_config(hidden_size=16, head_dim=8, cond_dim=16, n_blocks=3))
     assert isinstance(model, FastMMDiT)
-    batch, times = formula_batch((10, 6, 3)), torch.tensor([0.2, 0.5, 0.8])
+    batch, times = formula_batch((5, 2, 2), seq_len=5), torch.tensor([0.2, 0.5, 0.8])
     decoder = Group(batch["input_ids"], batch["latent"], times, 0 * times, ("text",))
     encoder = Group(batch["input_ids"], batch["latent"], 0 * times, times, ("latent",))
     found, parameters = [], list(model.parameters())
-    for serves, lengths in ((False, [10, 6, 3]), (True, [10, 6, 3]), (True, any_lengths(19, 3, 10))):
+    for serves, lengths in ((False, [5, 2, 2]), (True, [5, 2, 2]), (True, any_lengths(9, 3, 5))):
         monkeypatch.setattr("job.model.fast.kernels_serve", lambda _, serves=serves: serves)
         padding = Padding(batch["attention_mask"], False, lengths)
         outputs = model._trunk(model._text_input([encoder, decoder], padding), [encoder, decoder], padding)
         total = torch.stack([output.sin().sum() for output in outputs]).sum()
         found.append([*outputs, *torch.autograd.grad(total, parameters, materialize_grads=True)])
-    assert any_lengths(19, 3, 10) != [10, 6, 3]
+    assert any_lengths(9, 3, 5) != [5, 2, 2]
     for ours in found[1:]:
         torch.testing.assert_close(ours, found[0], rtol=1e-3, atol=1e-5)
 
@@ -230,8 +230,8 @@ def test_the_passes_of_a_recording_add_up_what_autograd_gives(
     parameters = list(model.parameters())
     graphs = Graphs(model, model._trunk, conditioned_layers(model.mmdit.blocks))  # type: ignore[arg-type]
     expected = [torch.zeros_like(p) for p in parameters]
-    for lengths in ((10, 6, 3), (4, 10)):
-        batch, times = formula_batch(lengths), torch.linspace(0.2, 0.8, len(lengths))
+    for lengths in ((5, 3, 1), (2, 5)):
+        batch, times = formula_batch(lengths, seq_len=5), torch.linspace(0.2, 0.8, len(lengths))
         padding = Padding(batch["attention_mask"], False, list(lengths))
         groups = [
             Group(batch["input_ids"], batch["latent"], times, 0 * times, ("text",)),
