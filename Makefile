@@ -137,8 +137,8 @@ slurm-tools:                          ## SLURM and its accounting from Debian or
 	apt-get update
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge slurmdbd mariadb-server-core
 
-test-slurm: .venv/dev                 ## the launchers on private SLURM clusters of two nodes, one for each process
-	CYCLEVAE_TEST_SLURM=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile tests/slurm
+test-slurm: .venv/dev                 ## the launchers on a private SLURM cluster of two nodes
+	CYCLEVAE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 .PHONY: k8s-tools test-k8s
 k8s-tools: image-tools                ## Kubernetes for test-k8s, its node built from Debian's source, minutes (as root)

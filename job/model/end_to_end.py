@@ -94,7 +94,7 @@ def attend_end_to_end(q: Tensor, k: Tensor, v: Tensor, asking: Ends, given: Ends
         ends = (asking.places, given.places, max(asking.lengths), max(given.lengths))
         if flash4_serves(q):
             return flash4.attend(q, k, v, *ends)
-        from torch.nn.attention.varlen import varlen_attn  # loads PyTorch's compiler: a second, and no CPU needs it
+        from torch.nn.attention.varlen import varlen_attn  # here: it loads PyTorch's compiler, a second
 
         out = varlen_attn(q, k, v, *ends)
         assert isinstance(out, Tensor)  # a pair only where more is asked for

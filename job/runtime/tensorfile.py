@@ -65,7 +65,10 @@ def flatten(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _in_shards(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor. Who has one has loaded its module, which takes a second that few programs need."""
+    """Whether a tensor is a DTensor.
+
+    Who has one has loaded their module. It takes a second, for which no `--help` and no refusal should wait.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

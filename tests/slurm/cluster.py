@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-MOST = 8  # processes of pytest-xdist that have clusters at once: no two of these may have a port in common
-JOBS_APART = 2500 // MOST  # the first jobs of two: runs' ports follow from a job's number, modulo 2500
 DEADLINE = 120.0  # seconds, for a machine that is as busy as it likes
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "sacct")
 TABLES = ("system_tables", "performance_tables", "system_tables_data")
@@ -103,18 +101,12 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-def worker() -> int:
-    """Which of pytest-xdist's processes this is; 0 without it."""
-    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-
-
 def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago.
 
     They lie between those of the runs' rendezvous and those that Linux gives to connections by itself.
     """
-    ours = range(30000 + worker(), 32768, MOST)
-    return [port for port in random.sample(ours, 20 * count) if not listens(port)][:count]
+    return [port for port in random.sample(range(30000, 32768), 20 * count) if not listens(port)][:count]
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
@@ -165,9 +157,9 @@ class PrivateCluster:
                 nodes="\n".join(lines),
                 names=",".join(self.names),
                 max_array_size=max_array_size,
-                first_job=random.randrange(1, 100) + JOBS_APART * worker(),
+                first_job=random.randrange(1, 20000),
             )
-        )
+        )  # runs' ports are made of it: another cluster has others
         (base / "slurmdbd.conf").write_text(
             SLURMDBD_CONF.format(base=base, user=self.user, db_port=self._db_port, dbd_port=self._dbd_port)
         )
