@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ sys.stdin.read()
 WAITING = """
 import sys, time, torch.distributed as dist
 from job.runtime import store_watch
-store_watch.LOOK_SECONDS = 0.1
+store_watch.LOOK_SECONDS, store_watch.SILENT_SECONDS = 0.1, 3.0
 store = dist.PrefixStore("torchelastic", dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False))
 with store_watch.ended_with(store, within=60):
     time.sleep(0.5)
@@ -38,10 +39,13 @@ def waiting(within: float) -> Iterator[tuple[subprocess.Popen[str], subprocess.P
         subprocess.Popen([*python, HOST], stdin=PIPE, stdout=PIPE, text=True) as host,
         subprocess.Popen([*python, WAITING, _line(host), str(within)], stdout=PIPE, stderr=PIPE, text=True) as rank,
     ):
-        assert _line(rank) == "joined", "as long as the host is there, nothing happens"
-        assert _line(rank) == "waiting"
-        yield host, rank
-        host.kill()
+        try:
+            assert _line(rank) == "joined", "as long as the host is there, nothing happens"
+            assert _line(rank) == "waiting"
+            yield host, rank
+        finally:
+            host.kill()
+            rank.kill()
 
 
 def _line(process: subprocess.Popen[str]) -> str:
@@ -62,3 +66,12 @@ def test_it_ends_where_the_others_do_not_come_to_be_started_again() -> None:
         _, said = rank.communicate(timeout=30)
     assert rank.returncode == ExitCode.RETRY
     assert "error: the other ranks have not joined the run within 1 s" in said
+
+
+def test_it_ends_where_the_meeting_place_no_longer_answers() -> None:
+    """As that of a node without power, whose connections nobody closes."""
+    with waiting(within=60) as (host, rank):
+        host.send_signal(signal.SIGSTOP)
+        _, said = rank.communicate(timeout=30)
+    assert rank.returncode == ExitCode.RETRY
+    assert "error: the ranks' meeting place has not answered for 3 s" in said
