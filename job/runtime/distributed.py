@@ -16,7 +16,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from job.errors import ExitCode, LostRankError, UserError, first_line
-from job.runtime.heartbeat import Heartbeats
+from job.runtime.heartbeat import Heartbeats, answered_within
 from job.runtime.launcher_variables import (
     Placement,
     placement,
@@ -264,17 +263,10 @@ def give_up(failure: str, exit_code: int) -> None:
     if _connections is None:
         return
     heartbeats = _connections.heartbeats
-
-    def tell() -> None:
-        try:
-            heartbeats.give_up(failure, exit_code)
-        except RuntimeError as error:
-            print(f"could not tell the other ranks: {_first_line(error)}", file=sys.stderr, flush=True)
-
-    # In a thread, because the store of a node that lost its power does not refuse, it just never answers.
-    thread = threading.Thread(target=tell, name="give-up", daemon=True)
-    thread.start()
-    thread.join(GIVE_UP_SECONDS)
+    try:
+        answered_within(GIVE_UP_SECONDS, lambda: heartbeats.give_up(failure, exit_code))
+    except RuntimeError as error:
+        print(f"could not tell the other ranks: {_first_line(error)}", file=sys.stderr, flush=True)
 
 
 def another_gave_up() -> bool:

@@ -11,12 +11,39 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 INTERVAL = 1.0  # seconds between two signs of life
+# A store answers within milliseconds, but hundreds of ranks may ask for all signs at once.
+ANSWER_SECONDS = 60.0
+
+T = TypeVar("T")
+
+
+def answered_within(seconds: float, question: Callable[[], T]) -> T:
+    """What a question to the store gives. Raises what that raises, and RuntimeError when it takes longer.
+
+    Asked in a thread: a host that lost its power closes no connection, nor does a frozen one. Neither ever answers, and
+    PyTorch's store has no timeout for that.
+    """
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="question to the store", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError as error:
+        raise RuntimeError(f"no answer in {seconds:g} s") from error
 
 
 @dataclass
@@ -48,7 +75,6 @@ class Heartbeats:
         # Separate connections: a store's client handles one request at a time, and a reader who waits for a sign that
         # never comes would keep this rank from publishing its own, so that it would look dead too.
         self._write, self._read = store.clone(), store.clone()  # type: ignore[attr-defined]  # missing in the stubs
-        self._read.set_timeout(timedelta(seconds=5 * INTERVAL))
         self._lock, self._end = threading.Lock(), threading.Event()
         self._publish()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -78,6 +104,9 @@ class Heartbeats:
 
         Raises RuntimeError when the store does not answer.
         """
+        return answered_within(ANSWER_SECONDS, self._others)
+
+    def _others(self) -> list[tuple[Sign, bool]]:
         before = self._signs()
         if self._end.wait(2.2 * INTERVAL):
             return []

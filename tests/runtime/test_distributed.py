@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks, start_ranks
 
 from job.errors import JobError, UserError
-from job.runtime import distributed
+from job.runtime import distributed, heartbeat
 
 
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,7 @@ def test_two_srun_tasks_agree(tmp_path: Path) -> None:
 
 
 def step_for_ever(timeout: float) -> None:
+    heartbeat.ANSWER_SECONDS = 4.0
     distributed.start("cpu", timeout)
     for step in range(10**9):
         distributed.progress(step, "train")
@@ -94,18 +95,26 @@ def test_rank_that_dies_is_named_at_once(tmp_path: Path) -> None:
     assert ") died or is frozen (last heard of in step " in ranks[0].said
 
 
-def test_rank_that_freezes_is_named_within_the_timeout(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("frozen", "words"),
+    [
+        (1, "died or is frozen"),
+        (0, "the node of rank 0, which keeps the rendezvous store, does not answer (no answer in 4 s)"),
+    ],
+)
+def test_rank_that_freezes_is_named_within_the_timeout(tmp_path: Path, frozen: int, words: str) -> None:
     ranks = start_ranks(2, tmp_path, step_for_ever, 2.0)
     for rank in ranks:
         rank.wait_for("running")
-    ranks[1].send(signal.SIGSTOP)
+    ranks[frozen].send(signal.SIGSTOP)
+    other = ranks[1 - frozen]
     try:
-        assert ranks[0].exit_code(20) == 134
-        assert "rank 1 (" in ranks[0].said
-        assert "died or is frozen" in ranks[0].said
-        assert "most recent call first" in ranks[0].said  # every thread's stack
+        assert other.exit_code(30) == 134
+        assert f"rank {frozen}" in other.said
+        assert words in other.said
+        assert "most recent call first" in other.said  # every thread's stack
     finally:
-        ranks[1].send(signal.SIGKILL)
+        ranks[frozen].send(signal.SIGKILL)
 
 
 def bad_data(rank: int) -> None:
