@@ -5,7 +5,7 @@ kill: rank 1 is killed in step 10.
 node: rank 1 is killed in step 10 on the node of the name FAULTY_NODE.
 crash: every rank is killed before its first step.
 kill-once: rank 1 is killed when the file FAULTY_FILE appears, in the first start only.
-freeze: rank 1 is stopped in step 10, in the first start only.
+freeze: rank 0, which keeps the store, is stopped in step 10, in the first start only.
 wait, kill-once: a run that begins at its first step takes five seconds for every step from 20 on, until it is told to
     stop.
 early: what runs before the ranks in a job's first start waits for a signal.
@@ -46,7 +46,7 @@ def train_step(job: Any, step: int, micro_batches: Any) -> None:
     bad_node = fault == "node" and os.environ["SLURMD_NODENAME"] == os.environ["FAULTY_NODE"]
     if step == 10 and job.process.rank == 1 and bad_node:
         os.kill(os.getpid(), signal.SIGKILL)
-    if step == 10 and job.process.rank == 1 and fault == "freeze" and first_start:
+    if step == 10 and job.process.rank == 0 and fault == "freeze" and first_start:
         os.kill(os.getpid(), signal.SIGSTOP)
     steps.append(step)
     end = time.monotonic() + 5 * (fault in ("wait", "kill-once") and steps[0] == 0 and step >= 20)

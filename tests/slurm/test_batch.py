@@ -157,7 +157,7 @@ def test_two_jobs_share_a_node(slurm: Slurm) -> None:
 
 
 def test_a_frozen_rank_does_not_hold_the_nodes(slurm: Slurm, quiet: Losses) -> None:
-    """It ends by nothing but KILL, long before srun's --wait is over."""
+    """The one that keeps the store. It ends by nothing but KILL, long before srun's --wait is over."""
     job = slurm.sbatch(
         "run",
         "training.sick_rank_timeout_seconds=15",
