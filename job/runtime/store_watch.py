@@ -50,34 +50,33 @@ class _Watch:
     within: float
     over: threading.Event = field(default_factory=threading.Event)
     began: float = field(default_factory=time.monotonic)
+    looks: int = 0  # since the last answer; a process that is stopped as a whole (Ctrl-Z) does not look meanwhile
     closed: bool = False
 
-    def __post_init__(self) -> None:
-        self.answered = self.began
-
     def ask(self) -> None:
-        """Note when the store answered last, or that the connection was closed."""
+        """Note that the store answered, or that the connection was closed."""
         while not self.over.wait(LOOK_SECONDS):
             try:
                 self.store.check(["there"])
             except RuntimeError:
                 self.closed = True
                 return
-            self.answered = time.monotonic()
+            self.looks = 0
 
     def look(self) -> None:
         """End the process when the others cannot come."""
         while not self.over.wait(LOOK_SECONDS):
-            found = self.trouble(time.monotonic())
+            self.looks += 1
+            found = self.trouble()
             if found and not self.over.is_set():
                 os.write(2, f"error: {found}\n".encode())
                 record_failure(found, ExitCode.RETRY, consequence=True)
                 os._exit(ExitCode.RETRY)
 
-    def trouble(self, now: float) -> str | None:
+    def trouble(self) -> str | None:
         """Why the others cannot come; None while they may."""
         if self.closed:
             return GONE
-        if now - self.answered > SILENT_SECONDS:
+        if self.looks * LOOK_SECONDS > SILENT_SECONDS:
             return SILENT.format(SILENT_SECONDS)
-        return ALONE.format(self.within) if now - self.began > self.within else None
+        return ALONE.format(self.within) if time.monotonic() - self.began > self.within else None
