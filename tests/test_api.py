@@ -47,6 +47,11 @@ def test_the_package_is_imported_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_mistake_need_not_wait_for_pytorchs_compiler() -> None:
+    code = "import sys, job.evaluate; print([name for name in sys.modules if name in ('torch._dynamo', 'sympy')])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+
+
 def test_latents_are_in_the_units_of_the_data(model: Model, data: Path) -> None:
     """As training standardizes them: what `encode` gives, standardized, is what an evaluation compares."""
     held_out = ShardDataset(data, "validation")
