@@ -35,8 +35,10 @@ from job.runtime.launcher_variables import (
     scheduler_job_id,
     share_address,
     started_by_torchrun,
+    store_mark,
 )
 from job.runtime.meeting_point import find_meeting_point
+from job.runtime.same_store import refuse_another
 from job.runtime.store_watch import ended_with
 
 # Ranks may come up minutes apart (image pulls, cold caches), however short the timeout of a running job is.
@@ -130,11 +132,16 @@ def _connect(process: Process, here: Placement, timeout_seconds: float) -> Conne
     on_cpu = process.device.type == "cpu"
     waiting = timedelta(seconds=max(START_SECONDS, timeout_seconds))
     meeting, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=waiting)))
+    refuse_another(meeting, store_mark(os.environ))
     store = dist.PrefixStore(f"job/{here.run_id}", meeting)
     # NCCL has a watchdog of its own, which aborts the process without saying which rank is missing. Ours names the
     # rank, so NCCL's is given twice the time: it acts only where ours could not, such as in a stuck driver call.
     patience = timeout_seconds if on_cpu else 2 * timeout_seconds
-    with ended_with(meeting, within=waiting.total_seconds()):
+    # Before anything that waits for all: of a rank that ends meanwhile nothing else tells. Rank 0 looks after all, and
+    # the others after it alone: as it ends, they end too, and hundreds that asked for hundreds of signs would be slow.
+    heartbeats = Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node)
+    watched = range(here.world_size) if here.rank == 0 else [0]
+    with ended_with(lambda: heartbeats.signs(watched), within=waiting.total_seconds()):
         dist.init_process_group(
             "gloo" if on_cpu else "nccl",
             store=store,
@@ -146,7 +153,7 @@ def _connect(process: Process, here: Placement, timeout_seconds: float) -> Conne
         return Connections(
             control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)),
             saves=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(SAVE_SECONDS, timeout_seconds))),
-            heartbeats=Heartbeats(dist.PrefixStore("signs", store), here.rank, here.world_size, process.node),
+            heartbeats=heartbeats,
         )
 
 

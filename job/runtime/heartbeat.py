@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -107,16 +107,23 @@ class Heartbeats:
         return answered_within(ANSWER_SECONDS, self._others)
 
     def _others(self) -> list[tuple[Sign, bool]]:
-        before = self._signs()
+        everyone = range(self._world_size)
+        before = self.signs(everyone)
         if self._end.wait(2.2 * INTERVAL):
             return []
         return [
-            (sign, sign.count > before[rank].count) for rank, sign in self._signs().items() if rank != self.sign.rank
+            (sign, sign.count > before[rank].count)
+            for rank, sign in self.signs(everyone).items()
+            if rank != self.sign.rank
         ]
 
-    def _signs(self) -> dict[int, Sign]:
+    def signs(self, ranks: Iterable[int]) -> dict[int, Sign]:
+        """What ranks last said; the count of one that has not joined is -1.
+
+        Raises RuntimeError when the store's host is gone, and waits as long as it does not answer.
+        """
         signs = {}
-        for rank in range(self._world_size):
+        for rank in ranks:
             if self._read.check([str(rank)]):
                 signs[rank] = Sign(**json.loads(self._read.get(str(rank))))
             else:

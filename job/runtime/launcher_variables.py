@@ -4,7 +4,7 @@ torchrun: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_*
 Arrays of tasks that know nothing of each other: SLURM_ARRAY_*; Kubernetes: JOB_COMPLETION_INDEX.
 Kubeflow Trainer: KUBEFLOW_TRAINER_SERVER_*.
 Launchers of this package: CYCLEVAE_STATUS_LINES, CYCLEVAE_FAILURES, CYCLEVAE_LAUNCHED, CYCLEVAE_LAST_END,
-CYCLEVAE_THREADS.
+CYCLEVAE_THREADS, CYCLEVAE_STORE.
 Users: CC, CXX (compilers), THP_MEM_ALLOC_ENABLE, PYTORCH_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG, OMP_NUM_THREADS,
 OMP_WAIT_POLICY, GOMP_SPINCOUNT, TORCH_CPP_LOG_LEVEL, RAY_USAGE_STATS_ENABLED; LD_PRELOAD, GLIBC_TUNABLES,
 MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, MALLOC_MMAP_MAX_ (memory).
@@ -146,6 +146,17 @@ def scheduler_job_id(environ: Mapping[str, str]) -> str:
 def started_by_torchrun(environ: Mapping[str, str]) -> bool:
     """Whether torchrun is this process's parent."""
     return "TORCHELASTIC_RUN_ID" in environ
+
+
+def tell_store_mark(mark: str | None) -> None:
+    """Tell the workers that torchrun will start the mark of the store at which it meets the others (CYCLEVAE_STORE)."""
+    if mark is not None:
+        os.environ["CYCLEVAE_STORE"] = mark
+
+
+def store_mark(environ: Mapping[str, str]) -> str | None:
+    """The mark that this worker's torchrun found; None where it has looked for none."""
+    return environ.get("CYCLEVAE_STORE")
 
 
 def status_lines(environ: Mapping[str, str]) -> bool:

@@ -17,7 +17,12 @@ import threading
 import time
 from pathlib import Path
 
-from job.runtime.launcher_variables import choose_threads, keep_signals_from_torchrun, quiet_cpp_warnings
+from job.runtime.launcher_variables import (
+    choose_threads,
+    keep_signals_from_torchrun,
+    quiet_cpp_warnings,
+    tell_store_mark,
+)
 from job.runtime.processors import own_threads
 from job.runtime.stop import on_signals
 
@@ -90,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     from torch.distributed.run import determine_local_world_size, parse_args, run
 
     from job.errors import ExitCode
+    from job.runtime.same_store import mark_for
 
     options = parse_args(arguments)
     if options.max_restarts:
@@ -104,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # torchrun would choose one thread where it starts several workers, and leave the other cores idle.
         choose_threads(own_threads(determine_local_world_size(options.nproc_per_node)))
+        tell_store_mark(mark_for(options))
         run(options)
     except ChildFailedError as error:
         code = exit_code([failure.exitcode for failure in error.failures.values()])

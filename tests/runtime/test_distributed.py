@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks, start_ranks
 
 from job.errors import JobError, UserError
-from job.runtime import distributed, heartbeat
+from job.runtime import distributed, heartbeat, store_watch
 
 
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +72,26 @@ def slurm_rank(rank: int) -> None:
 def test_two_srun_tasks_agree(tmp_path: Path) -> None:
     ranks = [start_ranks(1, tmp_path / str(rank), slurm_rank, rank)[0] for rank in range(2)]
     assert [rank.exit_code() for rank in ranks] == [0, 0], ranks[0].said + ranks[1].said
+
+
+def one_ends_as_it_starts(rank: int) -> None:
+    """After it has joined, and before the others know where to reach it: as by SIGKILL."""
+    store_watch.LOOK_SECONDS, store_watch.SILENT_SECONDS = 0.2, 3.0
+    if os.environ["RANK"] == str(rank):
+        distributed.dist.init_process_group = lambda *_, **__: os._exit(9)
+    distributed.start("cpu", 60.0)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_rank_that_ends_while_the_others_wait_for_all_is_noticed(tmp_path: Path, rank: int) -> None:
+    """Nothing else would tell them before the whole time for a start is over."""
+    ranks = start_ranks(3, tmp_path, one_ends_as_it_starts, rank)
+    ends = [one.exit_code(30) for one in ranks]
+    assert ends.pop(rank) == 9
+    assert ends == [134, 134], "\n".join(one.said for one in ranks)
+    if rank > 0:
+        assert f"rank {rank} (" in ranks[0].said
+        assert "had joined the run and has given no sign of life for 3 s" in ranks[0].said
 
 
 def step_for_ever(timeout: float) -> None:

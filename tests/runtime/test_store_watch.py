@@ -20,12 +20,15 @@ sys.stdin.read()
 WAITING = """
 import sys, time, torch.distributed as dist
 from job.runtime import store_watch
+from job.runtime.heartbeat import Heartbeats
 store_watch.LOOK_SECONDS, store_watch.SILENT_SECONDS = 0.1, 3.0
-store = dist.PrefixStore("torchelastic", dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False))
-with store_watch.ended_with(store, within=60):
+store = dist.PrefixStore("signs", dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False))
+heartbeats = Heartbeats(store, rank=1, world_size=2, node="here")
+signs = lambda: heartbeats.signs([0])
+with store_watch.ended_with(signs, within=60):
     time.sleep(0.5)
 print("joined", flush=True)
-with store_watch.ended_with(store, within=float(sys.argv[2])):
+with store_watch.ended_with(signs, within=float(sys.argv[2])):
     print("waiting", flush=True)
     time.sleep(60)
 """
