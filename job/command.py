@@ -143,7 +143,8 @@ def unknown_key(key: str) -> str:
     lgdlm = LGDLM_KEYS.get(key) or LGDLM_KEYS.get(key.split(".")[0])
     if lgdlm:
         return f"{key} is a key of LGDLM that is not used here: {lgdlm}"
-    near = difflib.get_close_matches(key, keys(), n=2, cutoff=0.6)
+    same = [known for known in keys() if known.rpartition(".")[2] == key]
+    near = same or difflib.get_close_matches(key, keys(), n=2, cutoff=0.6)
     if near:
         return f"unknown configuration key {key}; did you mean {' or '.join(near)}?"
     return f"unknown configuration key {key}; the keys and their meanings are in job/config.py"

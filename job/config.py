@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from job.errors import UserError
-from job.files import file_name
+from job.files import file_name, is_url
 
 LOSS_TYPES = ("cycle_vae", "l2t", "t2l", "unconditional", "random", "sequential")
 LARGEST_SEED = 2**64 - 1  # that PyTorch takes
@@ -404,10 +404,23 @@ def checked_name(run_name: Any) -> str:
     return str(run_name)
 
 
+def checked_directory(save_dir: Any) -> str:
+    """logging.save_dir. UserError for what is no directory of a file system; asked for as `checked_name` is."""
+    if not str(save_dir).strip():
+        raise UserError("logging.save_dir is empty: give the directory above the run's, such as runs")
+    if is_url(str(save_dir)):
+        raise UserError(
+            f"logging.save_dir={save_dir}: runs are written to a directory, not to a store; give a directory, "
+            "and copy finished runs"
+        )
+    return str(save_dir)
+
+
 ConfigStore.instance().store(name="schema", node=Config)
 # For configs/base.yaml: directories of a sweep, and of a run.
 OmegaConf.register_new_resolver("file_name", file_name, replace=True)
 OmegaConf.register_new_resolver("checked_name", checked_name, replace=True)
+OmegaConf.register_new_resolver("checked_directory", checked_directory, replace=True)
 
 
 def config_dir() -> Path:

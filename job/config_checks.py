@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from job.config import MODES, Config, DecodingConfig, checked_name, default_of, get, keys
+from job.config import MODES, Config, DecodingConfig, checked_directory, checked_name, default_of, get, keys
 from job.errors import UserError
 from job.files import is_url
 from job.row_kinds import Counts
@@ -43,6 +43,7 @@ def validate(config: Config) -> list[str]:
     refuse_unknown_allowances(config)
     refuse_draws_without_temperature(config.decoding)
     checked_name(config.logging.run_name)
+    checked_directory(config.logging.save_dir)
     return [*degenerate_epsilon(config), *untrained_passes(config, config.decoding)]
 
 
@@ -72,9 +73,11 @@ def refuse_unread(config: Config, dotted: str, value: Any, f: dataclasses.Field[
         wanted = (wanted,)
     there = get(config, other)
     if there not in wanted:
+        # The configuration file may have set it, and not the command line, from which it can be left out.
+        default = "null" if default_of(f) is None else default_of(f)
         raise UserError(
             f"{dotted}={value} has no effect while {other}={there}; "
-            f"leave it out or set {other}={' or '.join(map(str, wanted))}"
+            f"leave it out ({dotted}={default}) or set {other}={' or '.join(map(str, wanted))}"
         )
 
 

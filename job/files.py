@@ -59,9 +59,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        # A full disk names no file, and nobody knows the temporary one.
-        error.filename, error.filename2 = str(path), None
-        raise
+        # A full disk names no file, and nobody knows the temporary one. NumPy says only how much it could write.
+        reason = error.strerror or f"not written whole, as on a full disk ({error})"
+        raise OSError(error.errno or errno.EIO, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(target.parent, os.O_RDONLY)
@@ -77,8 +77,10 @@ def storage_problem(error: BaseException) -> str | None:
         return None
     path = Path(str(error.filename)).absolute()
     # The system says only that some directory on the way is none, or that one cannot be made.
-    in_the_way = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-    if error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way is not None:
+    in_the_way = next((place for place in (path, *path.parents) if place.is_symlink() or place.exists()), path)
+    if in_the_way.is_symlink() and not in_the_way.exists():
+        return f"{in_the_way}: a link to {in_the_way.readlink()}, which is not there"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and not in_the_way.is_dir():
         return f"{in_the_way}: is a file where a directory is needed; move it away or give another name"
     if error.errno == errno.EISDIR:
         return f"{error.filename}: is a directory where a file is needed; move it away"

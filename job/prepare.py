@@ -22,6 +22,7 @@ from job.data.preview import preview
 from job.data.shards import DatasetInfo, ShardDataset
 from job.data.work import Preparation
 from job.errors import UsageError, UserError
+from job.files import is_url, storage_problem
 from job.row_kinds import LATENT
 from job.runtime.launcher_variables import Placement, array_placement, keep_ray_quiet, placement
 
@@ -61,6 +62,17 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
         group.add_argument(name, choices=declared["choices"], default=default, metavar=declared["metavar"], help=text)
 
 
+def directory(name: str) -> Path:
+    """The directory of a dataset that is to be written. UsageError for what is none."""
+    if not name:
+        raise UsageError("--out is empty: give a directory")
+    if is_url(name):
+        raise UsageError(
+            f"--out {name}: datasets are written to a directory, not to a store; copy it when it is finished"
+        )
+    return Path(name)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -68,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         description="Turn texts into shards of tokens and latents. Interrupted, the same command goes on; "
         "under torchrun or srun the processes divide the shards.",
     )
-    p.add_argument("--out", type=Path, help="directory of the dataset")
+    p.add_argument("--out", type=directory, help="directory of the dataset")
     p.add_argument(
         "--dry-run",
         action="store_true",
@@ -213,7 +225,8 @@ def run(arguments: argparse.Namespace) -> None:
         before = finished(preparation)
         info = before or prepare(preparation)
     except OSError as error:  # the error of a full disk names no file
-        raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
+        problem = storage_problem(error) or f"{error.filename or arguments.out}: {error.strerror or error}"
+        raise UserError(problem) from error
     if info and preparation.rank == 0:
         print((f"{arguments.out}: finished already\n" if before else "") + summary(arguments.out, info))
 

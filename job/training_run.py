@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from job import checkpoint_names
 from job.batch_sizes import batch_sizes
 from job.config import Config
 from job.config_checks import refuse_idle_rows
@@ -173,8 +174,15 @@ def describe_nonfinite(run: TrainingRun) -> str:
     if len(samples) > limit:
         listed += f" and {len(samples) - limit} more"
     in_a_row = run.config.training.max_nonfinite_steps
+    saved = max(checkpoint_names.steps(run.checkpointer.directory), default=None)
+    if saved is None:
+        kept = "there is no checkpoint"
+    elif saved <= step + 1 - in_a_row:
+        kept = f"the last checkpoint, of step {saved}, is from before"
+    else:
+        kept = f"the last checkpoint, of step {saved}, is not from before; save less often (logging.save_freq)"
     return (
         f"loss or gradient not finite in {in_a_row} steps in a row (training.max_nonfinite_steps), "
         f"last in step {step}: not finite: {terms}; first bad gradient: {parameter}; training samples {listed}; "
-        "the last checkpoint is from before"
+        f"{kept}"
     )

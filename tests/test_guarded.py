@@ -135,6 +135,26 @@ def test_a_file_that_does_not_fit_on_the_disk_is_named(tmp_path: Path) -> None:
     assert storage_problem(failed.value) == f"{tmp_path}/config.yaml: No space left on device"
 
 
+def test_an_array_that_does_not_fit_on_the_disk_is_named(tmp_path: Path) -> None:
+    """NumPy's error has no number, and no name of a file."""
+
+    def refuse(_file: object) -> None:
+        raise OSError("225 requested and 0 written")
+
+    with pytest.raises(OSError, match="full disk") as failed:
+        write_whole(tmp_path / "latents.npy", refuse)
+    said = "not written whole, as on a full disk (225 requested and 0 written)"
+    assert storage_problem(failed.value) == f"{tmp_path}/latents.npy: {said}"
+
+
+def test_a_directory_behind_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    """As a scratch disk's that is not mounted."""
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch")
+    with pytest.raises(FileExistsError) as failed:
+        (tmp_path / "runs").mkdir(exist_ok=True)
+    assert storage_problem(failed.value) == f"{tmp_path}/runs: a link to {tmp_path}/scratch, which is not there"
+
+
 def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> None:
     """A rename over it would leave a file in the place of a pipe, a link or, for root, /dev/null."""
     pipe, linked, link = tmp_path / "pipe", tmp_path / "file", tmp_path / "link"

@@ -194,15 +194,20 @@ def test_bad_steps_in_a_row_end_the_run_by_name(prepared: Path, tmp_path: Path) 
         "cycle_latent_loss",
         "first bad gradient",
         "training samples",
+        "there is no checkpoint",
     ):
         assert word in str(stopped.value)
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+    config.logging.save_freq = 1
+    with pytest.raises(UserError, match="the last checkpoint, of step 1, is not from before; save less often"):
+        train(config, tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["loss.loss_typ=l2t"], ExitCode.USAGE, "did you mean loss.loss_type"),
+        (["lr=0.1"], ExitCode.USAGE, "did you mean optimizer.lr?"),
         (["data.token_dir=x"], ExitCode.USAGE, "job.convert data"),
         (["tokenizer.path=x"], ExitCode.USAGE, "job.prepare --tokenizer"),
         (["+loss.foo=1"], ExitCode.USAGE, "unknown configuration key loss.foo"),
@@ -222,6 +227,12 @@ def test_bad_steps_in_a_row_end_the_run_by_name(prepared: Path, tmp_path: Path) 
         (["data=synthetic", "model.vocab_size=7"], ExitCode.FAILED, "model.vocab_size=7"),
         (["data=synthetic", "monitoring.host=192.0.2.1"], ExitCode.FAILED, "monitoring.host=192.0.2.1"),
         (["data=synthetic", "logging.run_name="], ExitCode.USAGE, "logging.run_name=: give a name"),
+        (["data=synthetic", "logging.save_dir="], ExitCode.USAGE, "logging.save_dir is empty: give"),
+        (
+            ["data=synthetic", "logging.save_dir=s3://b/r"],
+            ExitCode.USAGE,
+            "logging.save_dir=s3://b/r: runs are written",
+        ),
         (["data=synthetic", "logging.run_name=../x"], ExitCode.USAGE, "logging.run_name=../x: give a name"),
         (["data.dir=/a=b"], ExitCode.USAGE, """'data.dir="/a=b"'"""),
         (["loss=sequential", "training.sequential_schedule=[{type: l2t}]"], ExitCode.USAGE, "steps"),
@@ -236,7 +247,7 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["train", *arguments, f"logging.save_dir={tmp_path}"])
+    monkeypatch.setattr("sys.argv", ["train", f"logging.save_dir={tmp_path}", *arguments])
     monkeypatch.setattr(main_job, "failures", [])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CXX", "no-compiler")

@@ -35,7 +35,7 @@ from job.data.shards import DatasetInfo
 from job.data.splitting import Division
 from job.data.text_shards import TextShards
 from job.data.text_store import TextStore
-from job.data.unpaired import write_latents, write_texts
+from job.data.unpaired import finite_latents, write_latents, write_texts
 from job.data.work import Preparation, TextShard, read_json
 from job.data.writer import ShardRecord, write_info, write_shard
 from job.errors import UserError
@@ -115,6 +115,10 @@ def _read_and_fit(preparation: Preparation) -> dict[str, Any]:
     fitting = Fitting(options, preparation.local, preparation.pattern, preparation.resources)
     files = source_files.of_options(options)
     directory = preparation.work / "sorting"
+    if options.unpaired_latents:
+        # They are written last, but a mistake in them should be told before texts are encoded for hours.
+        name = options.unpaired_latents
+        finite_latents(name, fetch(name, "--unpaired-latents", directory / "unpaired.npy"))
     latents = fetch(options.latents, "--latents", directory / "latents.npy") if options.latents else None
     given = GivenLatents(options, latents, preparation.work / "given.float32") if options.encoder == GIVEN else None
     if given:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO
 
+from job.data.console import say
 from job.data.remote import RemoteFile
 from job.errors import UserError
 
@@ -248,7 +249,7 @@ def _parquet(path: SourceFile, keys: Sequence[str]) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
-    row = 0
+    row = nulls = 0
     try:
         file = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb"))
         _refuse_missing_columns(path, file.schema_arrow, keys)
@@ -257,8 +258,10 @@ def _parquet(path: SourceFile, keys: Sequence[str]) -> Iterator[Record]:
                 row += 1
                 found = {key: _nested_or_none(record, key) for key in keys}
                 if found[keys[0]] is None:
-                    found[keys[0]] = ""
+                    found[keys[0]], nulls = "", nulls + 1
                 yield found, f"{path} row {row}"
+        if nulls:
+            say(f"{path}: {nulls} of {row} rows have no {keys[0]} (null) and give no text")
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
 

@@ -17,7 +17,7 @@ from typing import Any
 from job.data.options import Options, flag
 from job.data.records import SourceFile
 from job.data.remote import RemoteFile, find_one
-from job.data.sources import DIRECTORY_SUFFIXES, EMBEDDED, HUGGING_FACE, find_files, is_of_hub, is_saved
+from job.data.sources import DIRECTORY_SUFFIXES, EMBEDDED, HUGGING_FACE, files_below, find_files, is_of_hub, is_saved
 from job.errors import UserError
 from job.files import is_url
 
@@ -45,16 +45,11 @@ def entries(sources: Sequence[str], known: Sequence[Entry] = ()) -> list[Entry]:
         elif is_saved(name):
             found += [_file_entry(path, of_path) for path in sorted(Path(name).rglob("*.arrow"))]
         elif (directory := Path(name.partition(":")[0])).is_dir():
-            found += [_file_entry(path, of_path) for path in _shown_files(directory)]
+            # Its README.md may say which ones the library reads.
+            found += [_file_entry(path, of_path) for path in files_below(directory) if path.is_file()]
         else:
             found.append({"name": source})
     return found
-
-
-def _shown_files(directory: Path) -> list[Path]:
-    """All files of a directory that Hugging Face's library may look at; a README.md may say which ones it reads."""
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return sorted(path for path in files if not any(part[0] == "." for part in path.relative_to(directory).parts))
 
 
 def left_out(sources: Sequence[str]) -> list[str]:
@@ -67,7 +62,7 @@ def left_out(sources: Sequence[str]) -> list[str]:
     read = {path.absolute() for source in local for path in find_files(source) if isinstance(path, Path)}
     lines = []
     for source in filter(os.path.isdir, local):
-        others = [path for path in _shown_files(Path(source)) if path.absolute() not in read]
+        others = [path for path in files_below(Path(source)) if path.absolute() not in read]
         if others:
             names = ", ".join(str(path.relative_to(source)) for path in others[:NAMED])
             more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""

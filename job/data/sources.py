@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,19 +144,44 @@ def is_of_hub(source: str) -> bool:
     return source.startswith(HUGGING_FACE) and not is_url(source)
 
 
+def files_below(directory: Path) -> list[Path]:
+    """Files of a directory and of those in it, sorted; also behind links, and links that lead nowhere.
+
+    Hidden ones are left out: editors and version control keep older copies there.
+    """
+    files, seen = [], set()
+    for place, directories, names in os.walk(directory, followlinks=True):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        real = os.path.realpath(place)
+        if real in seen:  # a link to what was walked already, or to a directory that it lies in
+            directories.clear()
+            continue
+        seen.add(real)
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
 def find_files(source: str) -> Sequence[SourceFile]:
     """Files of a path, directory, glob or URL, sorted. UserError if there are none."""
     if is_url(source):
         return find_remote(source, _is_of_directory)
+    if not source:
+        raise UserError("--source is empty: give a file, a directory or a pattern")
     path = Path(source)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if _is_of_directory(file.name) and file.is_file()]
+        files = [file for file in files_below(path) if _is_of_directory(file.name)]
     elif path.is_file():
         files = [path]
     else:
-        files = [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
+        found = map(Path, glob.glob(source, recursive=True))
+        files = [file for file in found if file.is_file() or not file.exists()]
+        if not files and path.exists():
+            raise UserError(f"--source {source}: no regular file; texts are read more than once, so write them to one")
+    for file in files:
+        if not file.exists():
+            raise UserError(f"--source {source}: {file} is a link to {file.readlink()}, which is not there")
     if not files and path.is_dir():
-        there = sorted(str(file) for file in path.rglob("*") if kind_of(file) in SUFFIXES)
+        there = [str(file) for file in files_below(path) if kind_of(file) in SUFFIXES]
         named = f"; files of other kinds are read when they are named: --source {there[0]}" if there else ""
         raise UserError(f"--source {source}: no file of {', '.join(DIRECTORY_SUFFIXES)} in this directory{named}")
     if not files:

@@ -40,7 +40,7 @@ def write_latents(preparation: Preparation, records: Sequence[ShardRecord], file
 
     A latent alone is decoded to a text in training, which must have some length: the likely one.
     """
-    latents = _finite_latents(str(preparation.options.unpaired_latents), file)
+    latents = finite_latents(str(preparation.options.unpaired_latents), file)
     paired = [record for record in records if record.split == "train" and record.kind == PAIRED]
     first = _arrays_of(preparation.out, paired)
     if latents.shape[1] != first[0].shape[1]:
@@ -71,7 +71,7 @@ def _arrays_of(directory: Path, paired: Sequence[ShardRecord]) -> tuple[np.ndarr
     return np.concatenate(latents)[:LENGTH_SAMPLES], np.concatenate(lengths)[:LENGTH_SAMPLES]
 
 
-def _finite_latents(name: str, path: Path) -> np.ndarray:
+def finite_latents(name: str, path: Path) -> np.ndarray:
     """The latents [N, D] of a file. UserError when they are none, or not all finite."""
     try:
         latents: np.ndarray = np.load(path, allow_pickle=False)  # a pickle could run code

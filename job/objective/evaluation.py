@@ -203,8 +203,11 @@ def participation_ratio(x: Tensor) -> float:
 def retrieval(similarity: Tensor, k: int) -> float:
     """How often the own column is among the k largest of its row, of similarities [N, N].
 
-    Columns that are equal come in random order: a tie counts as the chance of being among the k.
+    Columns that are equal come in random order: a tie counts as the chance of being among the k. NaN where a similarity
+    is: it compares as neither larger nor smaller, and a broken model would find everything.
     """
+    if similarity.isnan().any():
+        return float("nan")
     own = similarity.diagonal()[:, None]
     larger, equal = (similarity > own).sum(1), (similarity == own).sum(1)
     return float(((k - larger).double() / equal).clamp(0, 1).mean())

@@ -311,6 +311,8 @@ BAD_COMMANDS = {
     "--validation-fraction 1": "between 0 and 1",
     "--vocab-size 10": "give at least 260",
     "--max-length 0": "give at least 1",
+    "--out s3://bucket/data": "--out s3://bucket/data: datasets are written to a directory",
+    "--out=": "--out is empty: give a directory",
     "--ray-actors 2": "--ray-actors has no effect without --ray",
     "--ray-gpus-per-actor 0.5": "--ray-gpus-per-actor has no effect without --ray",
     "--ray --ray-gpus-per-actor -1": "give at least 0",
@@ -328,6 +330,7 @@ def test_a_bad_command_line_exits_2(tmp_path: Path, options: str, capsys: pytest
     ("options", "message"),
     [
         ("--source nowhere.txt", "no such file"),
+        ("--source=", "--source is empty"),
         ("--source {} --tokenizer nowhere --local-files-only", "tokenizer nowhere: no such file"),
     ],
 )

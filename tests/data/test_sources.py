@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -40,6 +41,29 @@ def test_a_directory_gives_the_kinds_of_file_that_the_help_names(tmp_path: Path)
     (tmp_path / "empty" / "f.csv").touch()
     with pytest.raises(UserError, match=r"in this directory; .* named: --source \S*empty/f\.csv$"):
         find_files(str(tmp_path / "empty"))
+
+
+def test_a_directory_is_read_behind_links_and_without_what_is_hidden(tmp_path: Path) -> None:
+    """Large directories lie on other disks; hidden ones hold the older copies of editors."""
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for directory in (texts / ".ipynb_checkpoints", elsewhere):
+        directory.mkdir(parents=True)
+        (directory / "b.txt").touch()
+    for name in ("a.txt", ".a.txt"):
+        (texts / name).touch()
+    (texts / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(texts)
+    assert [str(path) for path in find_files(str(texts))] == [f"{texts}/a.txt", f"{texts}/linked/b.txt"]
+    (texts / "c.txt").symlink_to(tmp_path / "gone.txt")
+    for source in (texts, texts / "*.txt"):
+        with pytest.raises(UserError, match=r"c\.txt is a link to \S*gone\.txt, which is not there$"):
+            find_files(str(source))
+
+
+def test_what_can_be_read_but_once_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no regular file"):
+        find_files(str(tmp_path / "pipe"))
 
 
 def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:

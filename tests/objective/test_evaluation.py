@@ -258,3 +258,8 @@ def test_retrieval_counts_ties_as_chances() -> None:
     similarity = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.9, 0.8, 0.7, 0.1], [0.0, 0.0, 0.0, 1.0]])
     assert retrieval(similarity, 1) == pytest.approx((1 + 1 / 4 + 0 + 1) / 4)
     assert retrieval(similarity, 3) == pytest.approx((1 + 3 / 4 + 1 + 1) / 4)
+
+
+def test_a_broken_model_retrieves_nothing() -> None:
+    """NaN is neither smaller than another nor equal to it."""
+    assert math.isnan(retrieval(torch.full((4, 4), math.nan), 1))
