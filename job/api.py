@@ -30,7 +30,7 @@ from job.data.encoders import ENCODER_FILE, Encoder, load_encoder
 from job.data.lengths import predicted_lengths
 from job.data.loader import scale_of
 from job.data.tokenizer import TextTokenizer
-from job.errors import UserError
+from job.errors import UserError, first_line
 from job.objective.cycle_decoding import decode, encode
 from job.round_trips import length_mask, padded
 from job.runtime.precision import autocast
@@ -83,8 +83,9 @@ def load(
     else:
         try:
             place = torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+            torch.empty(0, device=place)  # whether it is there
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(f"device {str(device)!r}: {first_line(error)}") from error
     cache = Path(cache_dir) if cache_dir is not None else None
     trained = load_trained(Path(path), data, average, cache)
     return Model(trained, place, dtype or trained.config.training.dtype)
@@ -133,7 +134,10 @@ class Model:
         if self.trained.tokenizer is None:
             reason = "the data came without one; use encode_ids and decode_ids, or convert the data with --tokenizer"
             if self.description.tokenizer:
-                reason = f"{self.description.tokenizer} is not beside it; name the run's data with --data DIR"
+                reason = (
+                    f"{self.description.tokenizer} is not beside it, or not the same any more; "
+                    "name the run's data with --data DIR"
+                )
             raise UserError(f"{self.trained.path}: texts need a tokenizer, and {reason}")
         return self.trained.tokenizer
 
@@ -171,6 +175,7 @@ class Model:
         progress: bool = False,
     ) -> np.ndarray:
         """`encode` of token ids, int [L] each."""
+        rows = self._checked_ids(rows)
         decoding = self._decoding({} if steps is None else {"latent_steps": steps})
         latents = np.empty((len(rows), self.latent_dim), np.float32)
 
@@ -179,6 +184,10 @@ class Model:
             latents[chosen] = encode(self.objective, tokens, mask, decoding, seed).float().cpu()
 
         self._in_batches([len(row) for row in rows], encode_batch, batch_size, "encode" if progress else None)
+        broken = np.flatnonzero(~np.isfinite(latents).all(1))
+        if len(broken):
+            where = f"{self.trained.path}: the latent of text {broken[0] + 1}"
+            raise UserError(f"{where} is not finite: the run diverged, or its weights are damaged")
         scale = scale_of(self.description)
         return latents if scale is None else scale.raw(torch.from_numpy(latents)).numpy()
 
@@ -225,6 +234,8 @@ class Model:
         decoding = self._decoding(options)
         if template is not None and lengths is not None:
             raise UserError("a template says how long its texts are; leave lengths out")
+        if template is not None:
+            template = self._checked_ids(template)
         raw = self._checked(latents)
         counts = self._counts(raw, lengths if template is None else [len(row) for row in template])
         scale = scale_of(self.description)
@@ -319,13 +330,27 @@ class Model:
             warnings.warn(warning, DecodingWarning, stacklevel=4)
         return decoding
 
+    def _checked_ids(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Token ids as int64 [L] each. UserError when they are no such thing, or not this model's."""
+        checked = []
+        for number, row in enumerate(rows, 1):
+            ids = np.asarray(row)
+            if ids.ndim != 1 or not 0 < len(ids) <= self.max_length:
+                raise UserError(f"row {number}: of shape {list(ids.shape)}; give 1 to {self.max_length} token ids")
+            if ids.dtype.kind not in "iu":
+                raise UserError(f"row {number}: token ids are whole numbers, not {ids.dtype}")
+            if ids.min() < 0 or ids.max() >= self.trained.vocab_size:
+                raise UserError(f"row {number}: token ids lie between 0 and {self.trained.vocab_size - 1}")
+            checked.append(ids.astype(np.int64))
+        return checked
+
     def _checked(self, latents: ArrayLike) -> np.ndarray:
         """Latents as float32 [N, D]. UserError when they are no such thing."""
         try:
             raw = np.array(latents, np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"latents are not rows of numbers of one length ({error})") from error
-        if raw.size == 0:
+        if raw.shape == (0,):
             return np.empty((0, self.latent_dim), np.float32)
         if raw.ndim != 2 or raw.shape[1] != self.latent_dim:
             raise UserError(f"latents of shape {list(raw.shape)}; this model takes [N, {self.latent_dim}]")

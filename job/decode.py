@@ -16,7 +16,7 @@ from job.arguments import (
     given_decoding,
 )
 from job.command import guarded
-from job.text_files import read_latents, read_lengths, refuse_output, say_written, write_texts
+from job.text_files import read_latents, read_lengths, refuse_output, refuse_same, say_written, write_texts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parser().parse_args(argv)
     refuse_output(options.texts, (".txt", ".jsonl"))
+    refuse_same([options.latents, *([options.lengths] if options.lengths else [])], [options.texts])
     latents, lengths = read_latents(options.latents)
     model = load(
         options.path, device=options.device, average=options.ema, data=options.data, cache_dir=options.cache_dir

@@ -11,7 +11,7 @@ from job.api import load
 from job.arguments import add_device_option, add_inference_options, add_model_options, at_least
 from job.command import guarded
 from job.errors import UserError
-from job.text_files import read_texts, refuse_output, say_written, write_latents, write_lengths
+from job.text_files import read_texts, refuse_output, refuse_same, say_written, write_latents, write_lengths
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_output(options.latents, (".npy", ".jsonl"))
     if options.lengths:
         refuse_output(options.lengths, ())
+    refuse_same([options.texts], [options.latents, *([options.lengths] if options.lengths else [])])
     texts = read_texts(options.texts, options.text_key)
     if not texts:
         raise UserError(f"{options.texts}: no texts")

@@ -10,10 +10,10 @@ from job.config import to_dict
 from job.data.description import to_values, write_model_files
 from job.data.optional import import_optional
 from job.errors import UserError
-from job.files import whole_directory, write_json, write_text, write_whole
+from job.files import file_entry, whole_directory, write_json, write_text, write_whole
 from job.model.weights import WEIGHTS_FILE, serialize
 from job.model_card import CARD_FILE, FIGURES_KEY, held_out_figures, model_card
-from job.trained import CONFIG_FILE, RECORD_KEY, Trained
+from job.trained import CONFIG_FILE, RECORD_KEY, WEIGHTS_KEY, Trained
 
 
 def write_export(trained: Trained, out: Path) -> None:
@@ -34,6 +34,7 @@ def write_export(trained: Trained, out: Path) -> None:
     content = serialize(trained.weights, step=str(trained.step), **{RECORD_KEY: description})
     with whole_directory(out) as partial:
         write_whole(partial / WEIGHTS_FILE, lambda file: file.write(content))
+        values[WEIGHTS_KEY] = file_entry(partial / WEIGHTS_FILE)
         write_model_files(partial, trained.description, trained.directories)
         write_text(partial / CARD_FILE, model_card(trained, out.name))
         write_json(partial / CONFIG_FILE, values, indent=2)

@@ -100,7 +100,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     UserError where `path` exists.
     """
     refuse_existing(path)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")  # hidden: a name that a user hardly gives
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
     try:

@@ -23,6 +23,7 @@ from job.errors import UserError
 from job.files import write_whole
 
 STANDARD = "-"
+NO_LINES = (".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # job.prepare reads them, as what they are
 NPY_MAGIC = b"\x93NUMPY"
 
 
@@ -85,6 +86,18 @@ def refuse_output(name: str, suffixes: Sequence[str]) -> None:
         )
 
 
+def refuse_same(read: Sequence[str], written: Sequence[str]) -> None:
+    """UserError where a file would be written that is read, or written twice."""
+    taken: list[Path | str] = [Path(name).resolve() for name in read if name != STANDARD]
+    for name in written:
+        if name != STANDARD and Path(name).exists() and not Path(name).is_file():
+            continue  # such as /dev/null
+        place = name if name == STANDARD else Path(name).resolve()
+        if place in taken:
+            raise UserError(f"{name}: it would be written over; give each file a name of its own")
+        taken.append(place)
+
+
 def _lines(name: str, content: bytes) -> list[str]:
     try:
         # Not splitlines: it also splits at characters, such as U+2028, that may stand inside a text.
@@ -110,8 +123,11 @@ def _objects(name: str, content: bytes, key: str) -> list[dict[str, Any]]:
 
 def read_texts(name: str, key: str = "text") -> list[str]:
     """Texts of a .jsonl file, or of the lines of any other file or of standard input."""
+    ending = Path(name).suffix.lower()
+    if ending in NO_LINES:
+        raise UserError(f"{name}: texts are read as lines, or from .jsonl; write them to such a file")
     content = _content(name)
-    if Path(name).suffix != ".jsonl":
+    if ending not in (".jsonl", ".ndjson"):
         return _lines(name, content)
     texts = [value[key] for value in _objects(name, content, key)]
     for number, text in enumerate(texts, 1):

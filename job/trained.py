@@ -3,7 +3,7 @@
 An exported directory (`job.export` writes it) holds all that a program needs of a run, and no data:
 
     model.safetensors    weights, with the settings that their shapes mean, and the description, in the header
-    config.json          the run's configuration, the step, whether the weights are the moving average
+    config.json          the run's configuration, the step, whether the weights are the moving average, their SHA-256
     model.json, tokenizer.json, encoder.safetensors    as in RUN/model (job.data.description)
     README.md            the model card
 """
@@ -33,6 +33,7 @@ from job.data.description import (
     describe_dataset,
     find_tokenizer,
     from_values,
+    is_file,
     read_description,
     refuse_other_data,
 )
@@ -47,6 +48,7 @@ from job.objective.objective import Objective
 from job.runtime.checkpoint import Checkpoint, open_checkpoint, read_weights
 
 CONFIG_FILE = "config.json"
+WEIGHTS_KEY = "weights"  # of config.json: size and SHA-256 of the weights; missing in exports of before 2026-11-28
 RECORD_KEY = "description"  # of the ModelDescription in a checkpoint's record and in the header of exported weights
 
 
@@ -62,6 +64,10 @@ class Trained:
     description: ModelDescription
     directories: list[Path]  # where the description's files may be
     data: Path | None  # prepared data to use instead of the run's own
+
+    def __post_init__(self) -> None:
+        # The tokenizer is read when it is first needed, and a program may have changed its directory by then.
+        self.directories = [directory.absolute() for directory in self.directories]
 
     @property
     def vocab_size(self) -> int:
@@ -268,6 +274,8 @@ def _load_export(path: Path, named: Path | str | None, average: bool | None, cac
         values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
         config, step, averaged = from_dict(values["config"]), values["step"], values["averaged"]
         mask_token_id = values["mask_token_id"]
+        if WEIGHTS_KEY in values and not is_file(path / WEIGHTS_FILE, values[WEIGHTS_KEY]):
+            raise ValueError(f"{WEIGHTS_FILE} is missing or damaged: SHA-256 differs")
         weights = load_file(path / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(

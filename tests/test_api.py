@@ -19,6 +19,7 @@ from job import convert, decode, encode, evaluate, load, sample
 from job.api import DecodingWarning, Model
 from job.data.shards import ShardDataset
 from job.errors import UserError
+from job.text_files import refuse_same
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["The parser returns the first line.", "A thread opens an empty list.", "Every test checks each value."]
@@ -111,6 +112,12 @@ def test_a_round_trip_is_both_ways_with_the_own_lengths(model: Model) -> None:
         (lambda model: model.encode(["fine", float("nan")]), "text 2 is nan, not a string"),
         (lambda model: model.encode(["word " * 50]), "this model takes 1 to 32"),
         (lambda model: model.decode(np.zeros((2, 7))), r"\[2, 7\]; this model takes \[N, 8\]"),
+        (lambda model: model.decode(np.zeros((2, 0))), r"\[2, 0\]; this model takes \[N, 8\]"),
+        (lambda model: model.encode_ids([[]]), r"row 1: of shape \[0\]; give 1 to 32 token ids"),
+        (lambda model: model.encode_ids([[5], [10**6]]), "row 2: token ids lie between 0 and"),
+        (lambda model: model.encode_ids([[-1]]), "row 1: token ids lie between 0 and"),
+        (lambda model: model.encode_ids([[0.5]]), "row 1: token ids are whole numbers"),
+        (lambda model: model.decode_ids(np.zeros((1, 8)), template=[[-1]]), "row 1: token ids lie between"),
         (lambda model: model.decode(np.zeros(8)), r"\[8\]; this model takes \[N, 8\]"),
         (lambda model: model.decode(np.full((1, 8), np.nan)), "latent 1 holds a number that is not finite"),
         (lambda model: model.decode([["a"] * 8]), "not rows of numbers"),
@@ -210,6 +217,10 @@ def test_standard_input_and_output(run: Path, elsewhere: Path, model: Model) -> 
         (decode, ["in.jsonl", "out.txt"], b'{"latent": [1, 2]}\n', "this model takes \\[N, 8\\]"),
         (decode, ["in.jsonl", "out.csv"], b"", "out.csv: give a name that ends with .txt or .jsonl"),
         (decode, ["in.jsonl", "in.txt/out.txt"], b"", "in.txt/out.txt: no file can be written there"),
+        (encode, ["in.txt", "out.npy", "--lengths", "in.txt"], b"text\n", "in.txt: it would be written over"),
+        (encode, ["in.txt", "out.jsonl", "--lengths", "./out.jsonl"], b"text\n", "out.jsonl: it would be written over"),
+        (decode, ["in.jsonl", "in.jsonl"], b"", "in.jsonl: it would be written over"),
+        (encode, ["in.csv", "out.npy"], b"", "in.csv: texts are read as lines, or from .jsonl"),
         (encode, ["in.txt", "out.npy", "--lengths", "."], b"text\n", r"\.: no file can be written there"),
     ],
 )
@@ -221,6 +232,12 @@ def test_files_that_cannot_be_used_are_named(
     with pytest.raises(UserError, match=words):
         command.main([str(run), *arguments])  # type: ignore[attr-defined]
     assert not list(elsewhere.glob("out.*"))
+
+
+def test_two_results_do_not_share_standard_output() -> None:
+    refuse_same(["-"], ["-", "/dev/null", "/dev/null"])
+    with pytest.raises(UserError, match="-: it would be written over"):
+        refuse_same([], ["-", "-"])
 
 
 # Without the run, and without the data.
@@ -282,10 +299,34 @@ def test_a_checkpoint_that_was_copied_alone_knows_its_statistics(
         assert alone.description == model.description
         latents = model.encode(TEXTS)
         assert [row.tolist() for row in alone.decode_ids(latents)] == [r.tolist() for r in model.decode_ids(latents)]
-        with pytest.raises(UserError, match=r"tokenizer\.json is not beside it; name the run's data with --data"):
+        with pytest.raises(UserError, match=r"tokenizer\.json is not beside it, .*; name the run's data with --data"):
             alone.encode(TEXTS)
     finally:
         data.with_name("away").rename(data)
+
+
+def test_a_program_may_change_its_directory(run: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    loaded = load(run.name, device="cpu")
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert loaded.encoder().encode(TEXTS).shape == (3, 8)
+
+
+def test_a_damaged_export_is_refused(run: Path, elsewhere: Path) -> None:
+    convert.main(["export", str(run), "exported"])
+    weights = bytearray(Path("exported/model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 0x40
+    Path("exported/model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors is missing or damaged: SHA-256 differs"):
+        load("exported", device="cpu")
+
+
+def test_latents_that_are_not_finite_are_no_result(run: Path) -> None:
+    broken = load(run, device="cpu")
+    next(iter(broken.objective.model.parameters())).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="the latent of text 1 is not finite"):
+        broken.encode(TEXTS)
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:

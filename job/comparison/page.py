@@ -8,7 +8,7 @@ from typing import Any
 
 from job.comparison.compared import Comparison, Figures, words_of
 from job.comparison.runs import shown
-from job.comparison.text import counted, metric_row, number, progress, short_paths, summary
+from job.comparison.text import counted, metric_row, number, short_paths, steps_shown, summary
 from job.pages.blocks import Folded, Table, Text
 from job.pages.page import Page, Section, write_page
 from job.pages.plots import Plot
@@ -116,6 +116,6 @@ def runs_block(comparison: Comparison) -> Table:
     for run in (run for setting in comparison.settings for run in setting.runs):
         values = [shown(run.settings.get(key)) for key in comparison.keys]
         figures = [number(run.figure(metric, comparison.step)) for metric in comparison.metrics]
-        rows.append([*values, str(run.seed), progress(run), *figures, paths[run.path]])
+        rows.append([*values, str(run.seed), steps_shown(run, comparison.step), *figures, paths[run.path]])
     first = len(comparison.keys)
     return Table(columns, rows, numbers=tuple(range(first, len(columns) - 1)))

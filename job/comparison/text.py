@@ -46,12 +46,14 @@ def runs_table(comparison: Comparison) -> list[str]:
         for run in setting.runs:
             figures = [number(run.figure(metric, comparison.step)) for metric in comparison.metrics]
             values = [shown(setting.values[key]) for key in comparison.keys]
-            rows.append([*values, str(run.seed), progress(run), *figures, paths[run.path]])
+            rows.append([*values, str(run.seed), steps_shown(run, comparison.step), *figures, paths[run.path]])
     return aligned(rows)
 
 
-def progress(run: Run) -> str:
-    """Steps done; of those to do, where it is not finished."""
+def steps_shown(run: Run, step: int | None) -> str:
+    """The step that the figures are of, where one was asked for; else those done, of those to do if it goes on."""
+    if step is not None:
+        return str(step)
     return str(run.steps) if run.finished else f"{run.steps}/{run.target_steps}"
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _newest_of(directory: Path, steps: list[int]) -> Checkpoint | str:
-    """The newest valid checkpoint of these steps, or what is wrong with the newest."""
-    problems = []
+    """The newest valid checkpoint of these steps, or what is wrong with the newest.
+
+    Those that are passed over for it are named on standard error; not those that a run has removed meanwhile.
+    """
+    problems: dict[Path, str] = {}
     for step in reversed(steps):
-        found = validate(directory / directory_name(step))
+        path = directory / directory_name(step)
+        found = validate(path)
         if isinstance(found, Checkpoint):
+            for damaged, problem in problems.items():
+                if damaged.exists():
+                    print(f"warning: {damaged}: {problem}; step {step} is taken instead", file=sys.stderr, flush=True)
             return found
-        problems.append(found)
-    return problems[0]
+        problems[path] = found
+    return next(iter(problems.values()))
 
 
 def read_weights(checkpoint: Checkpoint, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -95,6 +95,9 @@ def test_runs_that_are_not_finished_are_compared_and_named(tmp_path: Path, capsy
     assert "fewer than 3 seeds" in told
     found = compared(capsys, str(tmp_path), "--step", "50")
     assert [line["by_seed"] for line in found["metrics"][METRIC]] == [{"42": 0.1}, {"42": 0.3}, {}]
+    main([str(tmp_path), "--step", "50", "--by", "optimizer.lr"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[-1:] == ["a"]]
+    assert ["0.1", "42", "50"] in [row[:3] for row in rows]
 
 
 def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

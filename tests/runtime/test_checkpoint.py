@@ -125,7 +125,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoint_is_named_skipped_and_left_alone(tmp_path: Path, damage: str) -> None:
+def test_damaged_checkpoint_is_named_skipped_and_left_alone(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     c = checkpointer(tmp_path)
     for step in (10, 20):
         c.save(step, state(step), {"lr": 0.5}, blocking=True)
@@ -145,6 +147,12 @@ def test_damaged_checkpoint_is_named_skipped_and_left_alone(tmp_path: Path, dama
     assert same(back, state(10))
     with pytest.raises(UserError, match=words):
         open_checkpoint(tmp_path / "step_00000020")
+    capsys.readouterr()
+    assert open_checkpoint(tmp_path).step == 10
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {tmp_path}/step_00000020: ")
+    assert words in told
+    assert told.endswith("; step 10 is taken instead\n")
     again.save(20, state(21), {}, blocking=True)  # the run comes by again
     assert open_checkpoint(tmp_path).step == 20
 
