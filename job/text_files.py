@@ -122,7 +122,7 @@ def _objects(name: str, content: bytes, key: str) -> list[dict[str, Any]]:
 
 
 def read_texts(name: str, key: str = "text") -> list[str]:
-    """Texts of a .jsonl file, or of the lines of any other file or of standard input."""
+    """Texts of a .jsonl file, or of the lines of another file or of standard input. UserError for a table's file."""
     ending = Path(name).suffix.lower()
     if ending in NO_LINES:
         raise UserError(f"{name}: texts are read as lines, or from .jsonl; write them to such a file")

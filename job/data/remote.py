@@ -93,10 +93,16 @@ def find_remote(source: str, is_of_directory: Callable[[str], bool], option: str
         found, is_directory = {}, False
     except Exception as error:  # each store's library has its own kinds
         raise UserError(f"{option} {source}: cannot be read ({problem_of(error)}); {SEE}") from error
+
+    def is_read(name: str) -> bool:
+        """Of a directory no other kinds of files; nothing hidden unless it is named, as of directories here."""
+        below = set(PurePosixPath(name).parts) - set(PurePosixPath(path).parts)
+        if any(part.startswith(".") for part in below):
+            return False
+        return not is_directory or is_of_directory(PurePosixPath(name).name)
+
     files = [
-        _remote_file(filesystem, name, info)
-        for name, info in found.items()
-        if info["type"] == "file" and (not is_directory or is_of_directory(PurePosixPath(name).name))
+        _remote_file(filesystem, name, info) for name, info in found.items() if info["type"] == "file" and is_read(name)
     ]
     if not files:
         raise UserError(f"{option} {source}: no file there that is read (or no such bucket); {SEE}")

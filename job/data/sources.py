@@ -161,6 +161,10 @@ def files_below(directory: Path) -> list[Path]:
     return sorted(files)
 
 
+def _leads_nowhere(file: Path) -> bool:
+    return file.is_symlink() and not file.exists()
+
+
 def find_files(source: str) -> Sequence[SourceFile]:
     """Files of a path, directory, glob or URL, sorted. UserError if there are none."""
     if is_url(source):
@@ -174,11 +178,11 @@ def find_files(source: str) -> Sequence[SourceFile]:
         files = [path]
     else:
         found = map(Path, glob.glob(source, recursive=True))
-        files = [file for file in found if file.is_file() or not file.exists()]
+        files = [file for file in found if file.is_file() or _leads_nowhere(file)]
         if not files and path.exists():
             raise UserError(f"--source {source}: no regular file; texts are read more than once, so write them to one")
     for file in files:
-        if not file.exists():
+        if _leads_nowhere(file):
             raise UserError(f"--source {source}: {file} is a link to {file.readlink()}, which is not there")
     if not files and path.is_dir():
         there = [str(file) for file in files_below(path) if kind_of(file) in SUFFIXES]

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from job.errors import LostRankError
+from job.runtime.launcher_variables import DEFAULT_PORT
 
 KEY = "cyclevae/mark"
 PATIENCE_SECONDS = 600  # torchrun's own, unless its --rdzv-conf has a timeout
-PORT = 29_500  # likewise
 
 
 def mark_of(store: dist.Store) -> str:
@@ -38,7 +38,9 @@ def mark_for(options: Namespace) -> str | None:
     if options.standalone or options.rdzv_backend != "static" or options.node_rank == 0:
         return None
     given = dict(part.split("=", 1) for part in options.rdzv_conf.split(",") if "=" in part)
-    host, port = parse_rendezvous_endpoint(options.rdzv_endpoint or options.master_addr, options.master_port or PORT)
+    host, port = parse_rendezvous_endpoint(
+        options.rdzv_endpoint or options.master_addr, options.master_port or DEFAULT_PORT
+    )
     patience = timedelta(seconds=int(given.get("timeout", PATIENCE_SECONDS)))
     return mark_of(dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience))
 

@@ -84,6 +84,7 @@ def fill(store: Any, root: str, directory: Path) -> None:
         "deep/b.jsonl.gz": gzip.compress(lines),
         "deep/c.jsonl.zst": pa.compress(lines, "zstd", asbytes=True),
         "deep/README.md": b"not meant\n",
+        "deep/.older/a.jsonl": lines,
         "d.json": json.dumps([{"text": text} for text in TEXTS]).encode(),
         "e.csv": table,
         "f.tsv.gz": gzip.compress("\n".join(["text", *TEXTS]).encode()),

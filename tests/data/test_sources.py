@@ -60,6 +60,12 @@ def test_a_directory_is_read_behind_links_and_without_what_is_hidden(tmp_path: P
             find_files(str(source))
 
 
+def test_rows_without_a_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["one", "two"]
+    assert "a.parquet: 1 of 3 rows have no text (null)" in capsys.readouterr().err
+
+
 def test_what_can_be_read_but_once_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="no regular file"):

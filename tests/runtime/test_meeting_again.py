@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from job.command import exit_code_of
 from job.runtime import distributed
 
 def main():
-    Path(f"up-{os.environ['NODE']}").write_text(f"{os.getpid()} ")
+    print("up", os.getpid(), flush=True)
     while not Path("go").exists():
         time.sleep(0.02)
     distributed.start("cpu", 60.0)
@@ -47,7 +48,7 @@ def two_nodes(directory: Path, port: int, kind: str) -> Iterator[Callable[[int],
     def start(node: int) -> subprocess.Popen[bytes]:
         where = [option.format(node=node, port=port, is_host=node == 0) for option in OPTIONS[kind]]
         command = [sys.executable, "-m", "job.runtime.torchrun", "--nnodes=2", *where, "worker.py"]
-        env = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "NODE": str(node)}
+        env = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
         with (directory / f"node{node}.txt").open("a") as said:
             there.append(
                 subprocess.Popen(command, cwd=directory, env=env, stdout=said, stderr=said, start_new_session=True)
@@ -57,6 +58,7 @@ def two_nodes(directory: Path, port: int, kind: str) -> Iterator[Callable[[int],
     try:
         yield start
     finally:
+        (directory / "go").touch()  # for workers of a test that failed: they end without their torchrun
         for node in there:
             kill(node)
 
@@ -77,6 +79,11 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def workers(said: Path) -> list[int]:
+    """Process ids of the workers that a node has started."""
+    return [int(pid) for pid in re.findall(r"^up (\d+)$", said.read_text(), re.MULTILINE)]
+
+
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -89,9 +96,9 @@ def test_a_rank_whose_torchrun_met_the_attempt_before_ends_at_once(tmp_path: Pat
     port = free_port()
     with two_nodes(tmp_path, port, kind) as start:
         first, second = start(0), start(1)
-        wait_for(lambda: (tmp_path / "up-0").exists() and (tmp_path / "up-1").exists())
+        wait_for(lambda: workers(tmp_path / "node0.txt") and workers(tmp_path / "node1.txt"))
         kill(first)
-        os.kill(int((tmp_path / "up-0").read_text()), signal.SIGKILL)
+        os.kill(workers(tmp_path / "node0.txt")[0], signal.SIGKILL)
         first = start(0)
         wait_for(lambda: listens(port))
         (tmp_path / "go").touch()
