@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from job.api_inputs import counts_of_tokens, list_of_texts, raw_latents, token_ids
 from job.config import Config, DecodingConfig
 from job.config_checks import check_decoding
 from job.data.description import ModelDescription, find_file
@@ -175,7 +176,7 @@ class Model:
         progress: bool = False,
     ) -> np.ndarray:
         """`encode` of token ids, int [L] each."""
-        rows = self._checked_ids(rows)
+        rows = token_ids(rows, self.max_length, self.trained.vocab_size)
         decoding = self._decoding({} if steps is None else {"latent_steps": steps})
         latents = np.empty((len(rows), self.latent_dim), np.float32)
 
@@ -235,9 +236,13 @@ class Model:
         if template is not None and lengths is not None:
             raise UserError("a template says how long its texts are; leave lengths out")
         if template is not None:
-            template = self._checked_ids(template)
-        raw = self._checked(latents)
-        counts = self._counts(raw, lengths if template is None else [len(row) for row in template])
+            template = token_ids(template, self.max_length, self.trained.vocab_size)
+            lengths = [len(row) for row in template]
+        raw = raw_latents(latents, self.latent_dim)
+        if lengths is None:
+            counts = self.likely_lengths(raw)
+        else:
+            counts = counts_of_tokens(lengths, len(raw), self.max_length)
         scale = scale_of(self.description)
         z = torch.from_numpy(raw) if scale is None else scale.standardized(torch.from_numpy(raw))
         rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(raw)
@@ -264,7 +269,7 @@ class Model:
                 "or export it again from its run"
             )
         longest = min(self.max_length, self.description.max_length)
-        return predicted_lengths(self.description.length_weights, self._checked(latents), longest)
+        return predicted_lengths(self.description.length_weights, raw_latents(latents, self.latent_dim), longest)
 
     # Both.
 
@@ -297,13 +302,13 @@ class Model:
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text."""
-        return [len(row) for row in self.tokenizer.encode(_checked_texts(texts))]
+        return [len(row) for row in self.tokenizer.encode(list_of_texts(texts))]
 
     # What the methods share.
 
     def _rows(self, texts: Sequence[str], truncate: bool) -> list[np.ndarray]:
         """Token ids of texts. UserError for an empty text, and for one that is too long."""
-        texts = _checked_texts(texts)
+        texts = list_of_texts(texts)
         rows = self.tokenizer.encode(texts)
         if truncate:
             rows = [row[: self.max_length] for row in rows]
@@ -330,53 +335,6 @@ class Model:
             warnings.warn(warning, DecodingWarning, stacklevel=4)
         return decoding
 
-    def _checked_ids(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Token ids as int64 [L] each. UserError when they are no such thing, or not this model's."""
-        checked = []
-        for number, row in enumerate(rows, 1):
-            ids = np.asarray(row)
-            if ids.ndim != 1 or not 0 < len(ids) <= self.max_length:
-                raise UserError(f"row {number}: of shape {list(ids.shape)}; give 1 to {self.max_length} token ids")
-            if ids.dtype.kind not in "iu":
-                raise UserError(f"row {number}: token ids are whole numbers, not {ids.dtype}")
-            if ids.min() < 0 or ids.max() >= self.trained.vocab_size:
-                raise UserError(f"row {number}: token ids lie between 0 and {self.trained.vocab_size - 1}")
-            checked.append(ids.astype(np.int64))
-        return checked
-
-    def _checked(self, latents: ArrayLike) -> np.ndarray:
-        """Latents as float32 [N, D]. UserError when they are no such thing."""
-        try:
-            raw = np.array(latents, np.float32)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"latents are not rows of numbers of one length ({error})") from error
-        if raw.shape == (0,):
-            return np.empty((0, self.latent_dim), np.float32)
-        if raw.ndim != 2 or raw.shape[1] != self.latent_dim:
-            raise UserError(f"latents of shape {list(raw.shape)}; this model takes [N, {self.latent_dim}]")
-        bad = np.flatnonzero(~np.isfinite(raw).all(1))
-        if len(bad):
-            raise UserError(f"latent {bad[0] + 1} holds a number that is not finite")
-        return raw
-
-    def _counts(self, raw: np.ndarray, lengths: Lengths) -> np.ndarray:
-        """Token counts, int64 [N], of the texts to decode from raw latents [N, D]."""
-        if lengths is None:
-            return self.likely_lengths(raw)
-        counts = np.array(lengths)
-        if counts.dtype.kind not in "iu" and counts.size:
-            raise UserError(f"lengths are counts of tokens, not {counts.dtype}")
-        if counts.ndim == 0:
-            counts = np.full(len(raw), counts)
-        if counts.shape != (len(raw),):
-            raise UserError(f"{counts.size} lengths for {len(raw)} latents")
-        wrong = np.flatnonzero((counts < 1) | (counts > self.max_length))
-        if len(wrong):
-            raise UserError(
-                f"length {counts[wrong[0]]} of text {wrong[0] + 1}: this model takes 1 to {self.max_length} tokens"
-            )
-        return counts.astype(np.int64)
-
     def _in_batches(
         self, lengths: Sequence[int], compute: Callable[[np.ndarray], None], batch_size: int, bar: str | None
     ) -> None:
@@ -394,14 +352,3 @@ class Model:
 def _chunks(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _checked_texts(texts: Iterable[str]) -> list[str]:
-    """Texts as a list. UserError for a single one, and for what is no text, such as the NaN of a table's empty cell."""
-    if isinstance(texts, str):
-        raise UserError("give a list of texts, not a single one")
-    listed = list(texts)
-    for number, text in enumerate(listed, 1):
-        if not isinstance(text, str):
-            raise UserError(f"text {number} is {text!r}, not a string")
-    return listed
