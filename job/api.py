@@ -16,14 +16,14 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from job.api_inputs import counts_of_tokens, list_of_texts, raw_latents, token_ids
+from job.api_inputs import counts_of_tokens, list_of_texts, raw_latents, real_number, token_ids, whole_number
 from job.config import Config, DecodingConfig
 from job.config_checks import check_decoding
 from job.data.description import ModelDescription, find_file
@@ -85,7 +85,7 @@ def load(
         try:
             place = torch.device(device)
             torch.empty(0, device=place)  # whether it is there
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, TypeError) as error:
             raise UserError(f"device {str(device)!r}: {first_line(error)}") from error
     cache = Path(cache_dir) if cache_dir is not None else None
     trained = load_trained(Path(path), data, average, cache)
@@ -161,7 +161,7 @@ class Model:
         loss.latent_t_mode=random. `truncate` cuts texts of more than `max_length` tokens. `progress` draws a bar on
         standard error.
 
-        UserError for an empty text, one that is too long, or a model without a tokenizer.
+        UserError for an empty text, one that is too long, an option that cannot be, or a model without a tokenizer.
         """
         rows = self._rows(texts, truncate)
         return self.encode_ids(rows, steps=steps, seed=seed, batch_size=batch_size, progress=progress)
@@ -177,7 +177,8 @@ class Model:
     ) -> np.ndarray:
         """`encode` of token ids, int [L] each."""
         rows = token_ids(rows, self.max_length, self.trained.vocab_size)
-        decoding = self._decoding({} if steps is None else {"latent_steps": steps})
+        decoding = self._decoding({} if steps is None else {"latent_steps": whole_number("steps", steps, 1)})
+        seed = whole_number("seed", seed)
         latents = np.empty((len(rows), self.latent_dim), np.float32)
 
         def encode_batch(chosen: np.ndarray) -> None:
@@ -211,7 +212,8 @@ class Model:
         was fitted when training began (`likely_lengths`).
 
         DecodingOptions say how: for instance steps=4, or temperature=0.7 with candidates=8. Draws are made by `seed`
-        and the latent's place in the call. UserError for latents of another width or that are not finite.
+        and the latent's place in the call. UserError for latents of another width or that are not finite, for an option
+        that cannot be, and where the model's probabilities are not finite.
         """
         rows = self.decode_ids(latents, lengths, seed=seed, batch_size=batch_size, progress=progress, **options)
         return [self.tokenizer.decode(row) for row in rows]
@@ -232,7 +234,7 @@ class Model:
         With `template`, token ids int [L] for each latent, what is not the mask token there is kept, and lengths are
         those of the template's rows.
         """
-        decoding = self._decoding(options)
+        decoding, seed = self._decoding(options), whole_number("seed", seed)
         if template is not None and lengths is not None:
             raise UserError("a template says how long its texts are; leave lengths out")
         if template is not None:
@@ -256,6 +258,13 @@ class Model:
                 rows[index] = row[: counts[index]]
 
         self._in_batches(counts.tolist(), decode_batch, batch_size, "decode" if progress else None)
+        # The mask token is never decoded, so it stands where there was nothing to decode by.
+        broken = [index for index, row in enumerate(rows) if self.description.mask_token_id in row]
+        if broken:
+            raise UserError(
+                f"{self.trained.path}: latent {broken[0] + 1} cannot be decoded: the probabilities of its tokens are "
+                "not finite; it, or 1 / temperature, is far too large, or the run diverged or its weights are damaged"
+            )
         return rows
 
     def likely_lengths(self, latents: ArrayLike) -> np.ndarray:
@@ -327,10 +336,14 @@ class Model:
 
         Warns (DecodingWarning) of passes that the model was not trained for.
         """
-        names = [declared.name for declared in dataclasses.fields(DecodingConfig)]
-        if unknown := sorted(options.keys() - set(names)):
-            raise UserError(f"{unknown[0]}: no such option; choose among {', '.join(names)}")
-        decoding = dataclasses.replace(self.config.decoding, **options)
+        defaults = dataclasses.asdict(DecodingConfig())
+        given: dict[str, Any] = {}
+        for name, value in options.items():
+            if name not in defaults:
+                raise UserError(f"{name}: no such option; choose among {', '.join(defaults)}")
+            checked = whole_number if isinstance(defaults[name], int) else real_number
+            given[name] = checked(name, value)
+        decoding = dataclasses.replace(self.config.decoding, **given)
         for warning in check_decoding(self.config, decoding):
             warnings.warn(warning, DecodingWarning, stacklevel=4)
         return decoding
@@ -339,8 +352,7 @@ class Model:
         self, lengths: Sequence[int], compute: Callable[[np.ndarray], None], batch_size: int, bar: str | None
     ) -> None:
         """Call `compute` with the places [B] of a batch at a time, rows of similar lengths together."""
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: give at least 1")
+        batch_size = whole_number("batch_size", batch_size, 1)
         # The longest first, so that a batch which does not fit into memory is met at once.
         order = np.argsort(-np.array(lengths, np.int64), kind="stable")
         with autocast(self.dtype, self.device), tqdm(desc=bar, total=len(order), disable=bar is None) as shown:

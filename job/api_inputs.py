@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,10 +11,29 @@ from numpy.typing import ArrayLike
 from job.errors import UserError
 
 
+def whole_number(name: str, value: object, least: int | None = None) -> int:
+    """The value of an option that is a whole number, numpy's ones too. UserError for another one, and below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise UserError(f"{name}={value!r}: give a whole number")
+    if least is not None and value < least:
+        raise UserError(f"{name}={value}: give at least {least}")
+    return int(value)
+
+
+def real_number(name: str, value: object) -> float:
+    """The value of an option that is any number. UserError for another one."""
+    # Of numpy's numbers only float64 is a float, but all are Real; so is bool.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"{name}={value!r}: give a number")
+    return float(value)
+
+
 def list_of_texts(texts: Iterable[str]) -> list[str]:
     """Texts as a list. UserError for a single one, and for what is no text, such as the NaN of a table's empty cell."""
     if isinstance(texts, str):
         raise UserError("give a list of texts, not a single one")
+    if not isinstance(texts, Iterable):
+        raise UserError(f"give a list of texts, not {texts!r}")
     listed = list(texts)
     for number, text in enumerate(listed, 1):
         if not isinstance(text, str):

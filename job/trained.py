@@ -124,6 +124,11 @@ def load_trained(
         raise UserError(f"{path}: no such directory; give a run directory like runs/demo or a checkpoint in it")
     if (path / CONFIG_FILE).is_file():
         trained = _load_export(path, data, average, cache)
+    elif (path / WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"{path / CONFIG_FILE}: missing, so nothing says what model {WEIGHTS_FILE} is of; copy the exported "
+            "directory as a whole, or export it again with `python -m job.convert export`"
+        )
     else:
         trained = _load_checkpoint(path, data, average, cache)
     if data is not None:
@@ -271,9 +276,16 @@ def _load_export(path: Path, named: Path | str | None, average: bool | None, cac
     if average:
         raise UserError(f"{path} is an exported model: export it again with --ema instead")
     try:
-        values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
+        values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_bytes())
         config, step, averaged = from_dict(values["config"]), values["step"], values["averaged"]
         mask_token_id = values["mask_token_id"]
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path / CONFIG_FILE}: damaged, or of another version ({said}); copy the exported directory once "
+            "more, or export it again with `python -m job.convert export`"
+        ) from error
+    try:
         if WEIGHTS_KEY in values and not is_file(path / WEIGHTS_FILE, values[WEIGHTS_KEY]):
             raise ValueError(f"{WEIGHTS_FILE} is missing or damaged: SHA-256 differs")
         weights = load_file(path / WEIGHTS_FILE)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from job.api import DecodingWarning, Model
 from job.data.shards import ShardDataset
 from job.errors import UserError
 from job.text_files import refuse_same
+from job.trained import load_trained
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["The parser returns the first line.", "A thread opens an empty list.", "Every test checks each value."]
@@ -108,6 +113,21 @@ def test_a_round_trip_is_both_ways_with_the_own_lengths(model: Model) -> None:
     [
         (lambda model: model.encode("one text"), "list of texts"),
         (lambda model: model.encode(["fine"], batch_size=0), "batch_size=0: give at least 1"),
+        (lambda model: model.encode(["fine"], batch_size=None), "batch_size=None: give a whole number"),
+        (lambda model: model.encode(["fine"], batch_size=True), "batch_size=True: give a whole number"),
+        (lambda model: model.encode(["fine"], steps=1.5), "steps=1.5: give a whole number"),
+        (lambda model: model.encode(["fine"], steps=0), "steps=0: give at least 1"),
+        (lambda model: model.encode(["fine"], seed="1"), "seed='1': give a whole number"),
+        (lambda model: model.encode(None), "give a list of texts, not None"),
+        (lambda model: model.encode(["fine", "a\ud800b"]), r"text 2: half of a surrogate pair \(\\ud800\)"),
+        (lambda model: model.decode(np.zeros((1, 8)), seed=1.5), "seed=1.5: give a whole number"),
+        (lambda model: model.decode(np.zeros((1, 8)), steps=1.5), "steps=1.5: give a whole number"),
+        (lambda model: model.decode(np.zeros((1, 8)), steps=None), "steps=None: give a whole number"),
+        (lambda model: model.decode(np.zeros((1, 8)), candidates=True), "candidates=True: give a whole number"),
+        (lambda model: model.decode(np.zeros((1, 8)), temperature="x"), "temperature='x': give a number"),
+        (lambda model: model.decode(np.zeros((1, 8)), temperature=np.float32("nan")), "temperature=nan: give a finite"),
+        (lambda model: model.decode(np.zeros((1, 8)), top_p=True), "top_p=True: give a number"),
+        (lambda model: model.decode(np.full((2, 8), [[0], [1e20]])), "latent 2 cannot be decoded: the probabilities"),
         (lambda model: model.encode(["fine", "", ""]), r"text 2, '': 0 tokens; this model takes 1 to 32 \(1 more"),
         (lambda model: model.encode(["fine", float("nan")]), "text 2 is nan, not a string"),
         (lambda model: model.encode(["word " * 50]), "this model takes 1 to 32"),
@@ -142,9 +162,65 @@ def test_how_it_is_computed_can_be_chosen(run: Path, model: Model) -> None:
     for options, words in (
         ({"dtype": "float16"}, "dtype 'float16': choose one of auto, bf16, fp32"),
         ({"device": "gpu"}, "device 'gpu': "),
+        ({"device": None}, "device 'None': "),
     ):
         with pytest.raises(UserError, match=words):
-            load(run, **options)  # type: ignore[arg-type]
+            load(run, **options)
+
+
+def test_numbers_of_numpy_are_numbers(model: Model) -> None:
+    three: Any = np.int64(3)
+    latents = model.encode(TEXTS, seed=three, batch_size=three)
+    np.testing.assert_allclose(latents, model.encode(TEXTS, seed=3), atol=1e-6)
+    half: Any = np.float32(0.5)
+    drawn = model.decode_ids(latents, 9, temperature=half, seed=three, candidates=three)
+    same = model.decode_ids(latents, 9, temperature=0.5, seed=3, candidates=3)
+    assert [row.tolist() for row in drawn] == [row.tolist() for row in same]
+
+
+@pytest.mark.parametrize("copied", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy])
+def test_a_copy_gives_the_same_bits(copied: Callable[[Any], Any], run: Path, data: Path, model: Model) -> None:
+    original = load(run, device="cpu", data=data)
+    latents, rows = original.encode(TEXTS), original.decode_ids(model.encode(TEXTS), 9, temperature=2.0)
+    whole, with_inner = copied(original), load(run, device="cpu")
+    with_inner.objective.model = copied(original.objective.model)
+    for weight in original.objective.parameters():
+        weight.data.zero_()  # copies have weights of their own
+    for same in (whole, with_inner):
+        np.testing.assert_array_equal(same.encode(TEXTS), latents)
+        again = same.decode_ids(latents, 9, temperature=2.0)
+        assert [row.tolist() for row in again] == [row.tolist() for row in rows]
+    assert whole.decode(latents) == model.decode(latents)
+    np.testing.assert_array_equal(whole.encoder().encode(TEXTS), model.encoder().encode(TEXTS))
+
+
+@pytest.mark.filterwarnings("ignore::job.api.DecodingWarning")
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_programs_default_type_changes_nothing(dtype: torch.dtype, implementation: str, run: Path) -> None:
+    def results() -> list[Any]:
+        trained = load_trained(run)
+        trained.config.model.implementation = implementation
+        loaded = Model(trained, torch.device("cpu"), "fp32")
+        latents = loaded.encode(TEXTS, steps=2)
+        rows = loaded.decode_ids(latents, 9, temperature=0.8, top_p=0.9, steps=3, remasking=0.3, candidates=2)
+        corrected = loaded.decode_ids(latents, 9, corrections=1)
+        figures = evaluate.Held(trained, loaded.device, 8, 8).measured(loaded.config.decoding)
+        return [latents.tolist(), [row.tolist() for row in rows], [row.tolist() for row in corrected], figures]
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    try:
+        assert results() == expected
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_no_texts_have_no_latents(model: Model) -> None:
+    latents = model.encoder().encode([])
+    assert latents.shape == (0, 8)
+    assert latents.dtype == np.float32
 
 
 def test_a_text_is_cut_on_request(model: Model) -> None:
@@ -320,13 +396,24 @@ def test_a_damaged_export_is_refused(run: Path, elsewhere: Path) -> None:
     Path("exported/model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match=r"model\.safetensors is missing or damaged: SHA-256 differs"):
         load("exported", device="cpu")
+    for damaged in (b"", b"[]", b"\xff", b'{"config": {"unknown": 1}}', b"{}"):
+        Path("exported/config.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"exported/config\.json: damaged, or of another version"):
+            load("exported", device="cpu")
+    Path("exported/config.json").unlink()
+    with pytest.raises(UserError, match=r"exported/config\.json: missing, .*; copy the exported directory as a whole"):
+        load("exported", device="cpu")
 
 
-def test_latents_that_are_not_finite_are_no_result(run: Path) -> None:
+@pytest.mark.filterwarnings("ignore::job.api.DecodingWarning")
+def test_what_is_not_finite_is_no_result(run: Path) -> None:
     broken = load(run, device="cpu")
     next(iter(broken.objective.model.parameters())).data.fill_(float("nan"))
     with pytest.raises(UserError, match="the latent of text 1 is not finite"):
         broken.encode(TEXTS)
+    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "candidates": 2}, {"corrections": 1}):
+        with pytest.raises(UserError, match="latent 1 cannot be decoded: the probabilities of its tokens are not fin"):
+            broken.decode(np.zeros((2, 8)), 5, **options)
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:

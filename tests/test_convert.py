@@ -163,12 +163,18 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("damage", ["model.safetensors", "config.json"])
-def test_a_damaged_export_is_refused(damage: str, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("model.safetensors", r"not a whole exported model \(model\.safetensors"),
+        ("config.json", r"config\.json: damaged"),
+    ],
+)
+def test_a_damaged_export_is_refused(damage: str, words: str, run: Path, tmp_path: Path) -> None:
     convert.main(["export", str(run), str(tmp_path / "out")])
     path = tmp_path / "out" / damage
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a whole exported model"):
+    with pytest.raises(UserError, match=words):
         load_trained(tmp_path / "out")
 
 

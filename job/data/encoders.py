@@ -143,6 +143,8 @@ class LsaEncoder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), D]."""
+        if not len(texts):  # which scikit-learn refuses
+            return np.empty((0, self.projection.shape[1]), np.float32)
         with threadpool_limits(1):
             return np.asarray(self.tfidf.transform(texts) @ self.projection, np.float32)
 
@@ -222,6 +224,8 @@ class SentenceTransformersEncoder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), D]."""
+        if not len(texts):  # of which the library makes an array without a width
+            return self.encode(["width"])[:0]
         latents = self.model.encode(
             list(texts),
             batch_size=self.batch_size,

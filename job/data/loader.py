@@ -34,7 +34,8 @@ class LatentScale:
     @classmethod
     def of(cls, statistics: DatasetInfo | ModelDescription) -> LatentScale:
         """Mean and standard deviation of the training latents."""
-        return cls(torch.tensor(statistics.latent_mean), torch.tensor(statistics.latent_std))
+        mean, std = statistics.latent_mean, statistics.latent_std
+        return cls(torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32))
 
     def standardized(self, raw: torch.Tensor) -> torch.Tensor:
         """Latents [N, D] as a model sees them."""

@@ -86,6 +86,8 @@ class Model2VecEncoder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), D]."""
+        if not len(texts):  # which the library refuses
+            return np.empty((0, self.model.dim), np.float32)
         latents = self.model.encode(
             list(texts), max_length=None, normalize=self.normalize, use_multiprocessing=False, show_progress_bar=False
         )

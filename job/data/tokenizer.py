@@ -20,6 +20,17 @@ PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>", "<|endoftext|>")
 MIN_VOCAB_SIZE = 260  # every byte, mask, padding and something to learn
 
 
+def refuse_half_of_pair(text: str, where: str) -> None:
+    """UserError that says `where` a text has half of a surrogate pair, which no tokenizer and no file of text takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"{where}: half of a surrogate pair ({found}), which is no character; mend or remove it"
+        ) from error
+
+
 class TextTokenizer:
     """A tokenizer whose rows are neither padded nor cut, and whose special tokens cannot be written in a text.
 
@@ -54,10 +65,15 @@ class TextTokenizer:
         return sorted(number for number, token in added.items() if token.special and number != self.unknown_token_id)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int64 [L]. UserError for a character that the tokenizer has no token for at all."""
+        """Token ids of each text, int64 [L].
+
+        UserError for half of a surrogate pair, and for a character that the tokenizer has no token for at all.
+        """
         try:
             encodings = self.tokenizer.encode_batch_fast(list(texts))
         except Exception as error:  # tokenizers raises bare Exception
+            for number, text in enumerate(texts, 1):
+                refuse_half_of_pair(text, f"text {number}")
             raise UserError(
                 f"the tokenizer cannot encode these texts ({str(error).splitlines()[0]}); use another one"
             ) from error

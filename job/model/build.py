@@ -18,6 +18,17 @@ IMPLEMENTATIONS: dict[str, type[MultimodalMMDiT]] = {"fast": FastMMDiT, "plain":
 
 
 @contextmanager
+def _in_float32() -> Iterator[None]:
+    """Parameters and buffers are float32 inside, whatever a program that uses the model has set as its default."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seeded generators inside, the caller's state untouched outside."""
     state = random.getstate()
@@ -32,7 +43,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def build_model(config: ModelConfig, vocab_size: int, latent_dim: int, seed: int) -> MultimodalMMDiT:
     """A new model on the CPU, the same for the same seed on every machine and in either implementation."""
-    with _seeded(seed):
+    with _in_float32(), _seeded(seed):
         return IMPLEMENTATIONS[config.implementation](config, vocab_size, latent_dim)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ class FastMMDiT(MultimodalMMDiT):
         self.checkpointing = False  # keep no activations inside blocks, compute them again in backward
         for block in self.mmdit.blocks:  # type: ignore[union-attr]
             # A method of the block, so that FSDP can gather the block's weights for the call and let go of them after.
-            block.encode = MethodType(encode_block, block)
+            # A MethodType would be pickled as the block's attribute of the function's name, which does not exist.
+            block.encode = partial(encode_block, block)
 
     def encode(self, groups: Sequence[Group], padding: Padding) -> Encoded:
         if not self._records(padding):

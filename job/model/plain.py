@@ -23,7 +23,7 @@ class PlainMMDiT(MultimodalMMDiT):
     every_head = False  # compute both heads in every pass, as LGDLM does; the benchmark's baseline
 
     def encode(self, groups: Sequence[Group], padding: Padding) -> Encoded:
-        nothing = torch.empty(0, device=padding.mask.device)
+        nothing = torch.empty(0, dtype=torch.float32, device=padding.mask.device)
         encoded = Encoded(nothing, nothing)
         rows = len(padding.mask)
         for group in groups:

@@ -38,7 +38,8 @@ def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch can add a product of this type to a float32 matrix: on CUDA, of bf16 and fp16."""
     if device.type != "cuda":
         return False
-    a, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    a = torch.ones(16, 16, device=device, dtype=dtype)
+    total = torch.ones(16, 16, device=device, dtype=torch.float32)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):  # another build, such as for ROCm, or another type

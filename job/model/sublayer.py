@@ -82,7 +82,8 @@ def kernels_serve(device: torch.device) -> bool:
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     try:
-        streams, index = torch.zeros(1, 2, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        streams = torch.zeros(1, 2, 16, dtype=torch.float32, device=device)
+        index = torch.zeros(1, dtype=torch.int64, device=device)
         reading = Reading(streams.new_zeros(4, 16), streams.new_zeros(2, 4), streams.new_zeros(1, 32), 1e-5)
         read_streams(streams, cut(index, 1, 16), reading)
     except Exception as error:  # what is missing shows in many ways: a compiler, Python's headers, a driver too old

@@ -161,7 +161,7 @@ class _Maker:
         Left out, not masked: T2L has only seen clean texts, and a text that is a token shorter is one.
         """
         lengths, places = self.mask.sum(1), torch.arange(words.shape[1], device=words.device)
-        distances = torch.full(words.shape, torch.inf, device=words.device)
+        distances = torch.full(words.shape, torch.inf, dtype=torch.float32, device=words.device)
         shorter = places[:-1] < (lengths - 1).clamp(min=1)[:, None]
         for place in range(int(lengths.max())):
             kept = places[:-1] + (places[:-1] >= place)

@@ -114,4 +114,4 @@ class Inputs:
 
     def timesteps(self, value: float) -> Tensor:
         """One timestep for every row, [B]."""
-        return torch.full((self.tokens.shape[0],), value, device=self.tokens.device)
+        return torch.full((self.tokens.shape[0],), value, dtype=torch.float32, device=self.tokens.device)

@@ -31,7 +31,8 @@ class StepNoise:
 
     def uniform_of_all(self, name: str, *shape: int) -> Tensor:
         """Uniform draws in [0, 1) for the global batch, [global_size, *shape] float32."""
-        return torch.rand(self.global_size, *shape, generator=self._generator(name), device=self.position.device)
+        generator, device = self._generator(name), self.position.device
+        return torch.rand(self.global_size, *shape, generator=generator, dtype=torch.float32, device=device)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """This rank's rows of `uniform_of_all`, [B, *shape]."""
@@ -39,9 +40,9 @@ class StepNoise:
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal draws for this rank's rows, [B, *shape] float32."""
-        return torch.randn(self.global_size, *shape, generator=self._generator(name), device=self.position.device)[
-            self.position
-        ]
+        generator, device = self._generator(name), self.position.device
+        of_all = torch.randn(self.global_size, *shape, generator=generator, dtype=torch.float32, device=device)
+        return of_all[self.position]
 
 
 class RowNoise:
@@ -58,8 +59,8 @@ class RowNoise:
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """Uniform draws in [0, 1), [B, *shape] float32; a longer first dimension of `shape` only adds draws."""
-        return torch.stack([torch.rand(*shape, generator=generator) for generator in self._generators(name)])
+        return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float32) for g in self._generators(name)])
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal draws, [B, *shape] float32."""
-        return torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators(name)])
+        return torch.stack([torch.randn(*shape, generator=g, dtype=torch.float32) for g in self._generators(name)])

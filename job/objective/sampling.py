@@ -50,6 +50,8 @@ def generate(
     A row's noise is drawn by the seed and its number in `numbers` [B]; None counts the rows from 0. The first pass
     depends on no draw where the latent is given: who makes several texts of one latent makes that pass once, and hands
     in what each of them chose, `first` of `first_choices`.
+
+    Where the model's probabilities are not finite the mask token stays, which is never decoded otherwise.
     """
     device, rows = mask.device, len(mask)
     model = objective.model
@@ -62,7 +64,7 @@ def generate(
     heads = tuple(head for head, is_wanted in wanted.items() if is_wanted)
     steps = decoding.steps if wanted["text"] else decoding.latent_steps
     for step in range(steps if heads else 0):
-        now, after = (torch.full((1,), 1 - k / steps, device=device) for k in (step, step + 1))
+        now, after = (torch.full((1,), 1 - k / steps, dtype=torch.float32, device=device) for k in (step, step + 1))
         text_t, latent_t = (now if wanted[head] else torch.zeros_like(now) for head in ("text", "latent"))
         # The timestep of a text is the share of it that is masked, which is less where a part of it was given.
         text_t = text_t if tokens is None else text_t * draft.share
@@ -89,7 +91,7 @@ class Choices(NamedTuple):
     """Tokens that a pass chose for places of a text."""
 
     tokens: Tensor  # [..., B, S] int64
-    confidence: Tensor  # [..., B, S] their log-probabilities
+    confidence: Tensor  # [..., B, S] their log-probabilities; NaN where there are none to choose by
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def first_choices(
     """
     draft = Draft.of(tokens, mask, objective.mask_token_id)
     padding = Padding(mask, keep=False, lengths=mask.sum(1).tolist())
-    clean = torch.zeros(1, device=mask.device)
+    clean = torch.zeros(1, dtype=torch.float32, device=mask.device)
     encoded = objective.model.encode([Group(tokens, latent, draft.share, clean, ("text",))], padding)
     logits = text_logits(objective, encoded.text, padding)
     uniform = torch.stack([RowNoise(seed, numbers).uniform("sample_text_0", mask.shape[1]) for seed in seeds])
@@ -133,7 +135,7 @@ class Draft:
     words: Tensor  # [B, S], the mask token in holes
     holes: Tensor  # [B, S] bool: places that are yet to be filled
     confidence: Tensor  # [B, S] log-probability of each token when it was filled in; inf where nothing is to be done
-    size: Tensor  # [B]: holes at the beginning
+    size: Tensor  # [B] float32: holes at the beginning
     share: Tensor  # [B]: the same as a share of the text
     mask_token_id: int
 
@@ -142,8 +144,8 @@ class Draft:
         """Texts [B, S] whose holes are the mask tokens; mask [B, S] is True on real tokens."""
         holes = (words == mask_token_id) & mask
         size = holes.sum(1)
-        confidence = torch.full(words.shape, torch.inf, device=words.device)
-        return cls(words, holes, confidence, size, size / mask.sum(1), mask_token_id)
+        confidence = torch.full(words.shape, torch.inf, dtype=torch.float32, device=words.device)
+        return cls(words, holes, confidence, size.float(), size.float() / mask.sum(1), mask_token_id)
 
     def filled(self, choices: Choices, left: float, remasking: float) -> Draft:
         """The texts after a pass that made choices [B, S].
@@ -161,7 +163,10 @@ class Draft:
         kept_open = _rank(choices.confidence.masked_fill(~self.holes, torch.inf)) < (remaining - again)[:, None]
         now = self.holes & ~kept_open
         holes = (self.holes & kept_open) | masked_again
-        words = torch.where(now, choices.tokens, self.words).masked_fill(masked_again, self.mask_token_id)
+        # So that whoever reads the texts, which is later than here, sees it without asking the device once more.
+        undecided = now & choices.confidence.isnan()
+        words = torch.where(now, choices.tokens, self.words)
+        words = words.masked_fill(masked_again | undecided, self.mask_token_id)
         sure = torch.where(now, choices.confidence, self.confidence)
         return Draft(words, holes, sure, self.size, self.share, self.mask_token_id)
 
@@ -184,8 +189,12 @@ def choose(logits: Tensor, decoding: DecodingConfig, uniform: Tensor) -> Choices
         tokens = drawn(probability, uniform.to(logits.device))
     else:
         tokens = logits.argmax(-1).expand(uniform.shape)
+    # No sum of probabilities that are not finite exceeds a draw: the place behind the last token, where a GPU would
+    # end the whole process.
+    last = logits.shape[-1] - 1
+    nowhere, tokens = tokens > last, tokens.clamp(max=last)
     by_place = logits.log_softmax(-1).gather(-1, tokens.movedim(0, -1))
-    return Choices(tokens, by_place.movedim(-1, 0))
+    return Choices(tokens, by_place.movedim(-1, 0).masked_fill(nowhere, torch.nan))
 
 
 def nucleus(probability: Tensor, top_p: float) -> Tensor:
@@ -198,7 +207,8 @@ def nucleus(probability: Tensor, top_p: float) -> Tensor:
 def drawn(probability: Tensor, uniform: Tensor) -> Tensor:
     """Tokens [N, ...] drawn from probabilities [..., V], which need not sum to 1, by N draws [N, ...] in [0, 1).
 
-    The token is the first at which the sum of probabilities exceeds the draw, so one of probability 0 is never taken.
+    The token is the first at which the sum of probabilities exceeds the draw, so one of probability 0 is never taken;
+    it is V where a probability is not finite.
     In float64, since rounding in sums over a large vocabulary would favour some tokens.
     """
     sums = probability.double().cumsum(-1)

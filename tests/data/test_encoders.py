@@ -104,6 +104,7 @@ def test_a_model_is_known_by_its_weights_and_its_width(monkeypatch: pytest.Monke
     three = SentenceTransformersEncoder("name", 3, "float32", Resources()).description
     loaded = load_encoder(Path("nowhere"), three)
     assert loaded.encode(["four", "a"]).tolist() == [[4.0] * 3, [1.0] * 3]
+    assert loaded.encode([]).shape == (0, 3)
     assert loaded.description == three
     assert SentenceTransformersEncoder("name", 5, "float32", Resources()).description["sha256"] != three["sha256"]
     monkeypatch.setattr(Model, "scale", 2.0)

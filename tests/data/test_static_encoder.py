@@ -78,6 +78,7 @@ def test_a_latent_is_the_mean_of_its_tokens_and_of_no_other_text(model: Path) ->
         "zebra",
         "the " * 600 + "parser " * 300,
     ]
+    assert encoder.encode([]).shape == (0, encoder.encode(texts[:1]).shape[1])
     latents = encoder.encode(texts)
     assert latents.dtype == np.float32
     for text, latent in zip(texts, latents, strict=True):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from job.config import Config, DecodingConfig, ModelConfig
+from job.model.groups import Padding
 from job.model.plain import PlainMMDiT
 from job.objective.objective import Objective
 from job.objective.sampling import drawn, first_choices, generate, nucleus
@@ -184,6 +187,29 @@ def test_remasking_masks_the_least_sure_tokens_again() -> None:
     assert shown[1] == [True] * 6 + [False] * 2
     assert shown[2] == [True] * 3 + [False] * 3 + [True, False]
     assert [sum(masked) for masked in shown] == [8, 6, 4, 2]
+
+
+@pytest.mark.parametrize("decoding", [{}, {"steps": 3, "remasking": 0.5}, {"temperature": 1.0}, {"temperature": 1e-45}])
+def test_the_mask_token_stays_where_probabilities_are_not_finite(
+    decoding: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, model = objective_of()
+    at_temperature = decoding.get("temperature", 1.0)
+    broken = torch.inf if at_temperature == 1.0 else 1.0  # of finite logits 1 / temperature is not
+    whole = [] if at_temperature != 1.0 else [0, 2]
+
+    def logits(text: Tensor, padding: Padding) -> Tensor:
+        text[1] *= broken
+        return text
+
+    monkeypatch.setattr(model, "logits", logits)
+    words, _ = generate(objective, MASK, latent=TARGET, decoding=DecodingConfig(**decoding))
+    assert (words[1][MASK[1]] == MASK_ID).all()
+    assert not (words[whole] == MASK_ID).any()
+    tokens = torch.where(MASK, MASK_ID, 0)
+    (chosen,) = first_choices(objective, MASK, tokens, TARGET, [DecodingConfig(**decoding)], [0], torch.arange(3))
+    assert chosen.confidence[1].isnan().all()
+    assert chosen.confidence[whole].isfinite().all()
 
 
 def test_one_pass_is_the_likeliest_token_of_every_place() -> None:
