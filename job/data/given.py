@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from job.data.console import say
 from job.data.encoders import GIVEN
 from job.data.options import Options
 from job.data.source_files import Entry, contents
@@ -51,9 +52,11 @@ class GivenLatents:
         self.width = 0  # dimensions
         self._spill = spill
         self._zero: set[int] = set()  # numbers of the texts whose record has a latent of zeros
+        self._first: np.ndarray | None = None  # the first latent within a record
+        self._differ = False  # whether the latents do, as far as they were read
         self._rows: np.ndarray | None = None
         if file is not None:
-            self._rows = _read_file(str(options.latents), file)
+            self._rows, self._differ = _read_file(str(options.latents), file)
             self.width = self._rows.shape[1]
 
     def texts(self) -> Generator[tuple[int, str], None, None]:
@@ -77,6 +80,8 @@ class GivenLatents:
             self.count += 1
             if self._rows is None:
                 latent = self._latent_of(sample)
+                self._first = latent if self._first is None else self._first
+                self._differ = self._differ or not np.array_equal(latent, self._first)
                 if not latent.any():
                     self._zero.add(row)
                 if spill:
@@ -96,6 +101,9 @@ class GivenLatents:
                 f"({self.empty} of them empty), so row {self.count + 1} has none; "
                 "give a row for every text, in reading order"
             )
+        if self.count > 1 and not self._differ:
+            named = f"--latents-key {options.latents_key}" if self._rows is None else f"--latents {options.latents}"
+            say(f"warning: {named}: all latents are equal, so a model can learn nothing from them")
 
     def _latent_of(self, sample: Sample) -> np.ndarray:
         """float32 [D]. UserError that names the record where it is none."""
@@ -133,8 +141,11 @@ def _as_float32(numbers: np.ndarray) -> np.ndarray:
         return np.asarray(numbers, np.float32)
 
 
-def _read_file(name: str, path: Path) -> np.ndarray:
-    """The latents [N, D] of a file, not in memory. UserError when they are none, or not all finite."""
+def _read_file(name: str, path: Path) -> tuple[np.ndarray, bool]:
+    """The latents [N, D] of a file, not in memory, and whether they differ.
+
+    UserError when they are none, or not all finite.
+    """
     try:
         latents: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
     except OSError as error:
@@ -147,14 +158,17 @@ def _read_file(name: str, path: Path) -> np.ndarray:
         raise UserError(
             f"--latents {name}: {latents.dtype} of shape {list(latents.shape)}, not numbers of [rows, dimensions]"
         )
+    differ = False
     for start in range(0, len(latents), CHECKED_ROWS):
-        finite = np.isfinite(_as_float32(latents[start : start + CHECKED_ROWS])).all(1)
+        rows = _as_float32(latents[start : start + CHECKED_ROWS])
+        differ = differ or not bool((rows == _as_float32(latents[0])).all())
+        finite = np.isfinite(rows).all(1)
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise UserError(
                 f"--latents {name}: row {row + 1} (index {row}) holds a number that is not finite in 32 bits"
             )
-    return latents
+    return latents, differ
 
 
 def description(options: Options, files: Sequence[Entry], file: Path | None) -> dict[str, Any]:

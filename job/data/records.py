@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO
 
-from job.data.console import say
 from job.data.remote import RemoteFile
 from job.errors import UserError
 
@@ -45,6 +44,17 @@ def kind_of(path: SourceFile) -> str:
     """The ending that says what is in a file, that of a compressed one left out."""
     name = PurePath(path.name)
     return name.with_suffix("").suffix if name.suffix in COMPRESSED else name.suffix
+
+
+def nested_or_null(record: dict[str, Any], key: str) -> Any:
+    """`nested`, and None where a null stands on the way to what the key names: where a should be for `a.b`."""
+    try:
+        return nested(record, key)
+    except KeyError:
+        head, dot, _ = key.rpartition(".")
+        if dot and nested_or_null(record, head) is None:
+            return None
+        raise
 
 
 def nested(record: dict[str, Any], key: str) -> Any:
@@ -245,33 +255,20 @@ def _table(path: SourceFile, kind: str, keys: Sequence[str]) -> Iterator[Record]
 
 
 def _parquet(path: SourceFile, keys: Sequence[str]) -> Iterator[Record]:
-    """Rows of a Parquet file, {key: value}; a text that is null is an empty one."""
+    """Rows of a Parquet file, with the columns that the keys name."""
     import pyarrow
     import pyarrow.parquet
 
-    row = nulls = 0
+    row = 0
     try:
         file = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb"))
         _refuse_missing_columns(path, file.schema_arrow, keys)
         for batch in file.iter_batches(columns=list(keys), batch_size=READ_AT_ONCE // 16):
             for record in batch.to_pylist():
                 row += 1
-                found = {key: _nested_or_none(record, key) for key in keys}
-                if found[keys[0]] is None:
-                    found[keys[0]], nulls = "", nulls + 1
-                yield found, f"{path} row {row}"
-        if nulls:
-            say(f"{path}: {nulls} of {row} rows have no {keys[0]} (null) and give no text")
+                yield record, f"{path} row {row}"
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
-
-
-def _nested_or_none(record: dict[str, Any], key: str) -> Any:
-    """The value under a key, None where a null stands on the way to it."""
-    try:
-        return nested(record, key)
-    except KeyError:
-        return None
 
 
 def _option(keys: Sequence[str], key: str) -> str:

@@ -11,10 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.data.console import say
 from job.data.optional import import_optional
-from job.data.records import BYTE_ORDER_MARK, PARQUET, SUFFIXES, Record, SourceFile, ending_of, kind_of, nested, records
+from job.data.records import (
+    BYTE_ORDER_MARK,
+    PARQUET,
+    SUFFIXES,
+    Record,
+    SourceFile,
+    ending_of,
+    kind_of,
+    nested_or_null,
+    records,
+)
 from job.data.remote import find_remote
 from job.data.stdlib_text import sentences, stdlib_sentences
+from job.data.tokenizer import refuse_half_of_pair
 from job.data.unicode_names import character_names
 from job.errors import UserError
 from job.files import is_url
@@ -34,13 +46,7 @@ def _checked(text: str, where: str) -> str:
     """The text itself. UserError that says `where` it has something that no tokenizer and no file of text takes."""
     if "\0" in text:
         raise UserError(f"{where}: a NUL character (\\u0000), which no text has; is this a binary file? Remove it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(
-            f"{where}: half of a surrogate pair ({found}), which is no character; mend or remove it"
-        ) from error
+    refuse_half_of_pair(text, where)
     return text
 
 
@@ -48,7 +54,7 @@ def _value_of(record: object, key: str, where: str, option: str) -> Any:
     """What stands in a record under a key, or UserError that says `where` it is missing."""
     if isinstance(record, dict):
         try:
-            return nested(record, key)
+            return nested_or_null(record, key)
         except KeyError:
             found = f"it has {', '.join(map(str, record))}"
     else:
@@ -57,9 +63,11 @@ def _value_of(record: object, key: str, where: str, option: str) -> Any:
     raise UserError(f"{where}: no {what} under the key {key!r}, {found}; name the key with {option}")
 
 
-def _text_of(record: object, key: str, where: str) -> str:
-    """The text in a record, or UserError that says `where` it is missing."""
+def _text_of(record: object, key: str, where: str) -> str | None:
+    """The text in a record, None for a null, or UserError that says `where` it is missing."""
     text = _value_of(record, key, where, "--text-key")
+    if text is None:
+        return None
     if isinstance(text, str):
         return _checked(text, where)
     shown = json.dumps(text, default=str)[:40]
@@ -206,7 +214,10 @@ class Sample:
 def read_samples(
     sources: Sequence[str], *, text_key: str, hf_split: str, latents_key: str | None = None
 ) -> Iterator[Sample]:
-    """Every line or record of the sources in a fixed order, with an empty text too. UserError for a bad one."""
+    """Every line or record of the sources in a fixed order, with an empty text too. UserError for a bad one.
+
+    A text that is null is an empty one. How many a source has of them is told at its end.
+    """
     keys = [text_key] if latents_key is None else [text_key, latents_key]
     for source in sources:
         if source in EMBEDDED:
@@ -219,10 +230,15 @@ def read_samples(
             found = _hugging_face(source.removeprefix(HUGGING_FACE), hf_split, keys)
         else:
             found = (record for path in find_files(source) for record in records(path, keys))
+        count = nulls = 0
         for record, where in found:
-            text = _text_of(record, text_key, where).removeprefix(BYTE_ORDER_MARK).strip()
+            text = _text_of(record, text_key, where)
             latent = None if latents_key is None else _value_of(record, latents_key, where, "--latents-key")
-            yield Sample(text, where, latent)
+            count += 1
+            nulls += text is None
+            yield Sample((text or "").removeprefix(BYTE_ORDER_MARK).strip(), where, latent)
+        if nulls:
+            say(f"{source}: {nulls} of {count} records have no {text_key} (null) and give no text")
 
 
 def read_texts(

@@ -169,6 +169,25 @@ def test_bad_latents_are_named_by_file_and_row(
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+@pytest.mark.parametrize("count", [124, 1])
+def test_equal_latents_are_warned_of(
+    directory: Path, tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents = np.ones((len(TEXTS), 6))
+    latents[count:, 3] = 2  # the last of several thousand rows may be the one that differs
+    np.save(tmp_path / "latents.npy", latents)
+    records = [{"text": text, "v": latent.tolist()} for text, latent in zip(TEXTS, latents, strict=True)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for options in (
+        ("--source", directory / "texts.txt", "--latents", tmp_path / "latents.npy"),
+        ("--source", tmp_path / "records.jsonl", "--latents-key", "v"),
+    ):
+        assert run(*options, "--dry-run") == 0
+        said = capsys.readouterr().err
+        named = f"warning: {' '.join(map(str, options[2:]))}: all latents are equal, so a model can learn nothing"
+        assert (named in said) == (count == 124)
+
+
 @pytest.mark.parametrize("name", ["records.jsonl", "records.parquet", "texts.txt", "table.csv"])
 def test_a_missing_latent_is_asked_for_by_its_own_option(
     directory: Path, name: str, capsys: pytest.CaptureFixture[str]

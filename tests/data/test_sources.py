@@ -60,10 +60,22 @@ def test_a_directory_is_read_behind_links_and_without_what_is_hidden(tmp_path: P
             find_files(str(source))
 
 
-def test_rows_without_a_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == ["one", "two"]
-    assert "a.parquet: 1 of 3 rows have no text (null)" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("key", ["text", "in.text"])
+def test_records_without_a_text_are_counted(
+    tmp_path: Path, name: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = [{"text": text} for text in ("one", None, "two")]
+    if key == "in.text":
+        rows = [*({"in": row} for row in rows), {"in": None}]
+    path = tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in rows))
+    assert read(path, text_key=key) == ["one", "two"]
+    counted = "1 of 3" if key == "text" else "2 of 4"
+    assert f"{name}: {counted} records have no {key} (null)" in capsys.readouterr().err
 
 
 def test_what_can_be_read_but_once_is_refused(tmp_path: Path) -> None:
@@ -84,7 +96,6 @@ BAD = {
     "nul.jsonl": ('{"text": "a\\u0000b"}\n', "nul.jsonl:1: a NUL character"),
     "half.jsonl": ('{"text": "fine"}\n{"text": "a\\ud800b"}\n', r"half.jsonl:2: half of a surrogate pair (\ud800)"),
     "number.jsonl": ('{"text": 5}\n', "number.jsonl:1: the value of 'text' is 5, not a text"),
-    "null.jsonl": ('{"text": null}\n', "null.jsonl:1: the value of 'text' is null, not a text"),
     "item.json": ('[{"text": "x"}, {"txt": "y"}]', "item.json item 2: no text under the key 'text', it has txt"),
     "cut.json": ('[{"text": "x"}, {"text": "y', "cut.json item 2: not JSON, or cut off"),
     "open.json": ('[{"text": "x"}', "open.json item 1: followed by 'the end of the file', not by a comma or ]"),
