@@ -81,6 +81,10 @@ docs: .venv/dev                       ## the documentation, as pages to read off
 test-docs: .venv/dev                  ## the commands of the documentation that are marked to run, also the long ones
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) -m docs tests/test_docs.py
 
+.PHONY: test-slow
+test-slow: .venv/dev                  ## runs that are killed and started many times, and compiled models
+	$(BIN)/python -m pytest -m slow
+
 .PHONY: release
 release: .venv/dev                    ## whether version, changelog, manifests, wheel and image fit together; publishes nothing
 	$(BIN)/python docker/release.py --sources

@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Literal
 
 from job.files import json_lines, write_whole
 from job.metric_names import EVALUATION, LOSS_TERMS, TRAINING_BY_KEY, at_timesteps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LogLine = dict[str, float]
 LOGS = {"training": "training_log.jsonl", "evaluation": "evaluation.jsonl"}  # of a run directory
@@ -59,6 +59,8 @@ def write_curves(run_dir: Path, out: Path | None = None) -> Path:
 
     Returns the file's path. A metric that a log does not hold, and a panel without any, is left out.
     """
+    from matplotlib.figure import Figure  # half a second to load, for rank 0 alone, at its end
+
     out = out or run_dir / "curves.png"
     logs: dict[str, list[LogLine]] = {log: json_lines(run_dir / name) for log, name in LOGS.items()}
     panels = [

@@ -147,6 +147,7 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compiled_blocks_are_few_whole_graphs_for_all_modes_and_lengths(
     compiled_by: Callable[[Any], None], one_rank: None, monkeypatch: pytest.MonkeyPatch
@@ -188,6 +189,7 @@ def test_compiled_blocks_are_few_whole_graphs_for_all_modes_and_lengths(
     assert len(pieces) == counters["stats"]["unique_graphs"]  # an evaluation is not compiled
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compiled_gradients_in_bf16_are_the_eager_ones(compiled_by: Callable[[Any], None]) -> None:
     """By kind of parameter: a wrong gradient of the few conditioning weights would not show in a norm over all."""

@@ -10,13 +10,16 @@ from chaos import CYCLE, TorchrunRun, chaos
 
 from job.runtime.checkpoint import open_checkpoint, read_weights
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # five starts of two ranks: under a minute on two idle cores, minutes on busy ones
+]
 
-@pytest.mark.timeout(900)  # five starts of two ranks: under a minute on two idle cores, minutes on busy ones
+
 def test_a_harmed_run_ends_like_one_left_in_peace(tmp_path: Path) -> None:
     chaos(tmp_path, CYCLE, seed=3, kinds=["one rank", "everything", "torchrun"])
 
 
-@pytest.mark.timeout(900)
 def test_another_number_of_ranks_goes_on_with_the_same_samples_and_noise(tmp_path: Path) -> None:
     """Also when the ranks begin to hold shards of the model, or each begins to hold all of it."""
     overrides = [*CYCLE, "model.dropout=0", "training.gradient_accumulation_steps=1", "training.global_batch_size=8"]

@@ -33,6 +33,8 @@ sys.exit(exit_code_of(main))
 """
 
 
+pytestmark = pytest.mark.slow
+
 # By the kind of torchrun's rendezvous: Kubeflow Trainer uses the first, elastic PyTorchJobs the second.
 OPTIONS = {
     "static": ["--node-rank={node}", "--master-addr=127.0.0.1", "--master-port={port}"],
