@@ -7,6 +7,7 @@ RUN/checkpoints/step_00001234.tmp/                               being written, 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 DIRECTORY = "checkpoints"  # below the run directory
@@ -32,8 +33,16 @@ def step_of(path: Path) -> int | None:
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a directory (RUN/checkpoints), ascending; empty when it does not exist."""
-    found = (step_of(path) for path in directory.glob(f"{_PREFIX}*"))
+    """Steps of the checkpoints in a directory (RUN/checkpoints), ascending; empty when it does not exist.
+
+    OSError where it cannot be listed. `Path.glob` finds nothing in a directory that it may not read: a run would begin
+    anew beside its checkpoints.
+    """
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = (step_of(Path(name)) for name in names)
     return sorted(step for step in found if step is not None)
 
 

@@ -15,6 +15,7 @@ from job.config import from_dict
 from job.errors import UserError
 from job.health.run import objective_checks, room_needed, run_checks
 from job.health.system import disk_checks
+from job.lgdlm.checkpoint import find_checkpoint
 from job.lgdlm.traps import lgdlm_checks
 from job.model.weights import WEIGHTS_FILE, load_weights
 from job.trained import CONFIG_FILE as EXPORTED
@@ -31,7 +32,21 @@ def path_checks(path: Path) -> list[Check]:
         return exported_checks(path)
     if path.suffix == ".safetensors" or (path / WEIGHTS_FILE).is_file():
         return weight_checks(path)
+    refuse_other_directory(path)
     return lgdlm_checks(path)
+
+
+def refuse_other_directory(path: Path) -> None:
+    """UserError for a directory that has none of the files by which we know one."""
+    if not path.is_dir():
+        return
+    try:
+        find_checkpoint(path)
+    except UserError as error:
+        raise UserError(
+            f"{path}: neither a run ({CONFIG_FILE}), nor an exported model ({EXPORTED}, {WEIGHTS_FILE}), nor LGDLM "
+            "checkpoints (checkpoint.pt, latest/checkpoint.pt, step_N.pt); give a directory of these, or a weight file"
+        ) from error
 
 
 def exported_checks(path: Path) -> list[Check]:

@@ -19,7 +19,7 @@ from job import convert
 from job.checks import Check
 from job.config import ModelConfig
 from job.doctor import main
-from job.errors import ExitCode
+from job.errors import ExitCode, UserError
 from job.health.models import path_checks
 from job.health.run import embedding_cosine, room_needed
 from job.model.build import build_model
@@ -143,6 +143,13 @@ def test_only_the_direction_that_is_trained_is_judged(tmp_path: Path) -> None:
     }.items():
         found = verdicts(fake(tmp_path / kind, f"loss.loss_type={kind}", evaluations={100: blind}))
         assert {name for name, check in found.items() if check.state == "trouble"} == expected
+
+
+def test_a_directory_of_nothing_that_is_known_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"neither a run \(config\.yaml\), nor an exported model .*; give a directory of"
+    ):
+        path_checks(tmp_path)
 
 
 def test_progress(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -12,14 +13,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.checkpoint_names import COMMIT_FILE
+from job.checkpoint_names import COMMIT_FILE, steps
 from job.config import Config
 from job.errors import UserError
+from job.files import storage_problem
 from job.runtime.checkpoint import open_checkpoint, read_weights
 from job.runtime.checkpointer import Checkpointer
 from job.runtime.distributed import Process
 from job.runtime.resume import find_checkpoint
 from job.runtime.tensorfile import DTYPES, flatten
+from job.trained import open_saved
 
 ALONE = Process(0, 0, 1, torch.device("cpu"), "here")
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -294,3 +297,25 @@ def test_a_file_in_the_place_of_the_checkpoints_is_refused_before_training(tmp_p
     with pytest.raises(UserError, match="checkpoints: is a file where a directory is needed"):
         checkpointer(tmp_path / "checkpoints").refuse_unwritable()
     checkpointer(tmp_path / "good").refuse_unwritable()
+
+
+def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode that forbids it would not keep root out."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").touch()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(PermissionError) as failed:
+        open_saved(tmp_path)
+    assert storage_problem(failed.value) == f"{tmp_path}/checkpoints: Permission denied"
+
+
+def test_a_directory_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert steps(tmp_path / "none") == steps(tmp_path / "file") == steps(tmp_path / "file" / "none") == []
