@@ -12,10 +12,14 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from job.interrupts import end_quietly_when_interrupted
+
 if TYPE_CHECKING:
     from job.api import load as load
 
 __all__ = ["load"]
+
+end_quietly_when_interrupted()
 
 # A new clone, or a new shell in it: the system's Python finds this package in the working directory and then fails at
 # its first import. `-m` stands in place of the program's name until Python has found the module that it is to run.

@@ -6,6 +6,7 @@ import runpy
 import sys
 
 from job.errors import ExitCode
+from job.output import tolerated_output
 from job.versions import program_version
 
 COMMANDS = {
@@ -33,15 +34,23 @@ def usage() -> str:
     return f"usage: cyclevae COMMAND ...\n\n{commands}\n\n`cyclevae COMMAND --help` tells more; `cyclevae --version`"
 
 
+def answer(text: str) -> ExitCode:
+    """Print what was asked for; returns the exit code. job.command would do the same, and takes longer to load."""
+    with tolerated_output(end_with_reader=False) as output:
+        print(text)
+        output.flush_to_the_end()
+        if output.problem:
+            print(f"error: {output.problem}", file=sys.stderr)
+        return ExitCode.FAILED if output.failure else ExitCode.FINISHED
+
+
 def main() -> None:
     """Run the command that the first argument names; the others are its own."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("-h", "--help"):
-        print(usage())
-        sys.exit(ExitCode.FINISHED)
+        sys.exit(answer(usage()))
     if command == "--version":
-        print(program_version())
-        sys.exit(ExitCode.FINISHED)
+        sys.exit(answer(program_version()))
     if command not in COMMANDS:
         print(usage(), file=sys.stderr)
         sys.exit(ExitCode.USAGE)

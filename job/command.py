@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import shlex
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from job.config import Config, config_dir, default_of, keys
 from job.errors import ExitCode, JobError, LostRankError, UsageError
-from job.files import storage_problem
+from job.files import locale_problem, storage_problem
 from job.lgdlm.keys import LGDLM_KEYS
 from job.output import tolerated_output
 from job.runtime.failures import record_failure
@@ -77,6 +78,8 @@ def explain(error: BaseException) -> str:
     # Hydra and OmegaConf raise a few classes for everything and give the key and the choices only in their English
     # text, over several lines. Where these patterns no longer match, after an upgrade, the first lines are still shown.
     texts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
+    if isinstance(error, OverrideParseException) and "=" not in error.override:
+        return f"{error.override}: not of the form KEY=VALUE, which sets a key of the configuration (--help lists them)"
     if quoted := quoting(error):
         return quoted
     if inside := inside_a_list(texts):
@@ -177,12 +180,18 @@ def guarded(command: Callable[[], object], output_is_result: bool = True) -> int
     """
     let_hydra_raise()
     with tolerated_output(end_with_reader=output_is_result) as output:
-        code = exit_code_of(command)
-        output.flush()
-        if output_is_result and code == ExitCode.FINISHED and output.failure is not None:
-            reason = getattr(output.failure, "strerror", None) or output.failure
-            return end(f"error: standard output: {reason}", f"standard output: {reason}", ExitCode.FAILED)
-        return code
+        try:
+            code = exit_code_of(command)
+        except SystemExit as ended:
+            if ended.code:  # a wrong command line: argparse has said so
+                raise
+            code, output_is_result = ExitCode.FINISHED, True  # --help, which is printed and nothing else
+        output.flush_to_the_end()
+        if code != ExitCode.FINISHED or not output_is_result or output.failure is None:
+            return code
+        if output.problem:
+            return end(f"error: {output.problem}", output.problem, ExitCode.FAILED)
+        return ExitCode.FAILED  # `... | head`
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
@@ -203,7 +212,7 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:  # the usual end of `logs -f`
         return 128 + signal.SIGINT
     except Exception as error:
-        if problem := storage_problem(error):
+        if problem := storage_problem(error) or locale_problem(error):
             return end(f"error: {problem}", problem, ExitCode.FAILED)
         cause = "".join(traceback.format_exception_only(error)).strip()
         if ranks() is None:
@@ -215,7 +224,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
 
 def end(message: str, cause: str, code: ExitCode, consequence: bool = False) -> ExitCode:
     """Print `message`, note `cause` for the launcher and tell the other ranks; returns the exit code without them."""
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     record_failure(cause, code, consequence)
     if distributed := ranks():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
+import locale
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +76,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def storage_problem(error: BaseException) -> str | None:
     """One line for an OSError about a disk or a path, which names the path; None for every other error."""
-    if not isinstance(error, OSError) or error.filename is None or error.errno not in OF_STORAGE:
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    if error.errno not in OF_STORAGE and not _of_mkdir(error):
         return None
     path = Path(str(error.filename)).absolute()
     # The system says only that some directory on the way is none, or that one cannot be made.
@@ -85,6 +90,26 @@ def storage_problem(error: BaseException) -> str | None:
     if error.errno == errno.EISDIR:
         return f"{error.filename}: is a directory where a file is needed; move it away"
     return f"{error.filename}: {error.strerror}"
+
+
+def _of_mkdir(error: OSError) -> bool:
+    """Whether an error was met while a directory was made.
+
+    "No such file" is a mistake of the program's own elsewhere, but the file system's word here for a place where
+    nothing can be made, as in /proc.
+    """
+    return any(frame.f_code.co_name in ("mkdir", "makedirs") for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def locale_problem(error: BaseException) -> str | None:
+    """One line for characters that the locale's encoding lacks, in names and files; None for every other error.
+
+    Python reads and writes by the locale unless it is told otherwise, which is UTF-8 nearly everywhere.
+    """
+    encoding = locale.getpreferredencoding(False)
+    if not isinstance(error, UnicodeError) or codecs.lookup(encoding).name == "utf-8":
+        return None
+    return f"{error}; the encoding of this locale is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
 
 
 def refuse_existing(path: Path) -> None:
@@ -116,8 +141,11 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Write a text, whole or not at all, in UTF-8.
+
+    The locale C reads names of files as "surrogates", which become the bytes again that they were.
+    """
+    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,8 @@ class ToleratedStream:
     """A text stream whose write errors are noted in `failure` and not raised.
 
     Of a reader that has gone (`... | head`) BrokenPipeError is raised where `end_with_reader` says so: a command that
-    prints for ever has to end then. Characters that the stream's encoding lacks are written as escapes.
+    prints for ever has to end then. Characters that the stream's encoding lacks are written as escapes, also in the
+    locale C, where Python lets through the bytes of file names alone ("surrogateescape").
     """
 
     def __init__(self, stream: TextIO | None, end_with_reader: bool = False) -> None:
@@ -40,11 +41,13 @@ class ToleratedStream:
         self._stream: Any = stream
         if stream is None:  # Python makes none for a descriptor that was closed when it started
             self._stream = open(os.devnull, "w")  # noqa: SIM115  # as long as the process
-        elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+        elif getattr(stream, "errors", "") in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         with self._noting_failures():
+            if self.missing:
+                raise ValueError("it is closed")
             self._stream.write(text)
         return len(text)
 
@@ -63,13 +66,24 @@ class ToleratedStream:
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
             self.failure = error
 
+    def flush_to_the_end(self) -> None:
+        """Flush, when all is written: a reader that has gone is noted like any other failure."""
+        self._end_with_reader = False
+        self.flush()
+
+    @property
+    def problem(self) -> str | None:
+        """Why what was written is lost; None where it is not, and where the reader has gone, which wanted no more."""
+        if self.failure is None or isinstance(self.failure, BrokenPipeError):
+            return None
+        return f"standard output: {getattr(self.failure, 'strerror', None) or self.failure}"
+
     def abandon_unwritten(self) -> None:
         """At the end: flush, and where that fails leave nothing for the interpreter to flush once more.
 
         It would print a message of its own about that and change the exit code to 120.
         """
-        self._end_with_reader = False
-        self.flush()
+        self.flush_to_the_end()
         if self.failure is not None:
             with contextlib.suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -76,6 +77,11 @@ def refuse_options(options: argparse.Namespace, overrides: Sequence[str]) -> Non
     """UsageError for options that are out of bounds or not known."""
     if unknown := [word for word in overrides if word.startswith("-")]:
         raise UsageError(f"{unknown[0]}: no such option; `cyclevae plan --help` lists them")
+    if paths := [word for word in overrides if "/" in word.partition("=")[0] and Path(word).exists()]:
+        raise UsageError(
+            f"{paths[0]}: a plan is of a run that is still to be started: give the overrides that start it, KEY=VALUE; "
+            "of one that is there `cyclevae report RUN` and `cyclevae doctor RUN` tell"
+        )
     if options.device and options.device not in BF16_PEAK:
         raise UsageError(f"--device {options.device}: known are {', '.join(BF16_PEAK)}; else give --tokens-per-second")
     for name in ("tokens_per_second", "mfu", "memory_gib"):

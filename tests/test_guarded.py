@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from job.command import explain, guarded
 from job.config import config_dir
 from job.errors import ExitCode, RetryError, UserError
-from job.files import storage_problem, write_whole
+from job.files import storage_problem, write_text, write_whole
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +127,14 @@ def test_what_is_wrong_with_a_disk_or_a_path_is_one_line(
     assert len(printed.splitlines()) == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_place_where_no_directory_can_be_made_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda: Path("/proc/runs/demo").mkdir(parents=True)) == ExitCode.FAILED
+    assert capsys.readouterr().err == "error: /proc/runs: No such file or directory\n"
+    with pytest.raises(FileNotFoundError):  # which is a mistake of the program's
+        guarded(lambda: Path("/proc/runs").read_text())
+
+
 def test_a_file_that_does_not_fit_on_the_disk_is_named(tmp_path: Path) -> None:
     def refuse(_file: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -189,8 +198,11 @@ sys.exit(guarded(command, output_is_result={is_result}))
         (">/dev/full", True, 1, "a warning\nerror: standard output: No space left on device\n"),
         (">/dev/full 2>/dev/full", False, 0, ""),
         (">&-", False, 0, "a warning\n"),
+        (">&-", True, 1, "a warning\nerror: standard output: it is closed\n"),
         (">&- 2>&-", False, 0, ""),
         ("| cat", True, 0, "a warning\n"),
+        ("| true", True, 1, "a warning\n"),
+        ("| true", False, 0, "a warning\n"),
     ],
 )
 def test_output_that_cannot_be_written(redirection: str, is_result: bool, code: int, said: str, tmp_path: Path) -> None:
@@ -198,13 +210,62 @@ def test_output_that_cannot_be_written(redirection: str, is_result: bool, code: 
     script.write_text(PRINTS.format(path=str(tmp_path / "results"), is_result=is_result))
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" "{script}" {redirection}'],
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stderr) == (code, said)
     assert (tmp_path / "results").exists()
     assert done.stdout in ("", "\\xe4 result\n")
+
+
+def test_the_locale_c_ends_nothing(tmp_path: Path) -> None:
+    """Its encoding is ASCII, and Python has the bytes of a name there that are none stand for themselves."""
+    script, results = tmp_path / "command.py", tmp_path / "ä"
+    script.write_text(PRINTS.format(path="X", is_result=True).replace("'X'", "sys.argv[1]"))
+    locale_c = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, results], env=locale_c, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "a warning\n")
+    assert done.stdout == "\\xe4 result\n"
+    assert results.exists()
+
+
+def test_the_bytes_of_a_name_in_the_locale_c_are_written_as_they_are(tmp_path: Path) -> None:
+    write_text(tmp_path / "README.md", "# " + "ä".encode().decode("ascii", "surrogateescape"))
+    assert (tmp_path / "README.md").read_bytes() == "# ä".encode()
+
+
+def test_characters_that_the_locale_lacks_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        "ä".encode("ascii")
+
+    with pytest.raises(UnicodeEncodeError):
+        guarded(command)
+    monkeypatch.setattr("locale.getpreferredencoding", lambda _setlocale: "ANSI_X3.4-1968")
+    assert guarded(command) == ExitCode.FAILED
+    assert "the encoding of this locale is ANSI_X3.4-1968: set PYTHONUTF8=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["job --help", "job --version", "job.convert --help", "job.slurm --help", "job.train --help"]
+)
+@pytest.mark.parametrize(("redirection", "said"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")])
+def test_help_that_nobody_gets_is_one_line(command: str, redirection: str, said: str) -> None:
+    shell = ["bash", "-c", f"{sys.executable} -m {command} {redirection}"]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"error: standard output: {said}\n")
+
+
+@pytest.mark.parametrize("program", [["job.compare", "x"], ["job", "compare", "x"]])
+def test_a_program_that_is_interrupted_while_it_loads_says_nothing(program: list[str], tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-m", *program], env=os.environ | path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    library = [sys.executable, "-c", "import job.command"]
+    assert b"KeyboardInterrupt" in subprocess.run(library, env=os.environ | path, capture_output=True).stderr
 
 
 def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def test_the_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         (["data=synthetic", "--mfu", "2"], "it is a share", 2),
         (["data=synthetic", "--memory-gib", "0"], "--memory-gib 0: give more than 0", 2),
         (["data=synthetic", "--rank", "0"], "--ranks 0: give at least 1", 2),
+        (["data=synthetic", "/tmp"], "/tmp: a plan is of a run that is still to be started", 2),
+        (["demo"], "demo: not of the form KEY=VALUE", 2),
         (["data=synthetic", "--fast"], "--fast: no such option", 2),
         (["data=synthetic", "model.hiden_size=3"], "did you mean model.hidden_size", 2),
         (["data=synthetic", "+model.x=3"], "unknown configuration key model.x", 2),

@@ -64,9 +64,13 @@ def run(
 
     Returns the exit code.
     """
-    options, rest = parser.parse_known_args(arguments)
-    if options.function is submit:
-        return guarded(lambda: submit(rest, options))
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return guarded(lambda: options.function(options))
+
+    def command() -> object:
+        options, rest = parser.parse_known_args(arguments)
+        if options.function is submit:
+            return submit(rest, options)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return options.function(options)
+
+    return guarded(command)
