@@ -36,11 +36,13 @@ class BoundedNumber(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def at_least(low: float) -> type[BoundedNumber]:
-    """Action of an option that takes `low` and anything above it."""
+def at_least(low: float, at_most: float | None = None) -> type[BoundedNumber]:
+    """Action of an option that takes `low` and anything above it, up to `at_most` where that is given."""
 
     class AtLeast(BoundedNumber):
         def problem(self, value: float) -> str | None:
+            if at_most is not None and value > at_most:
+                return f"give at most {at_most}"
             return None if value >= low else f"give at least {low}"
 
     return AtLeast

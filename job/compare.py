@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="run directories, the directory of a sweep, or a .jsonl file that --keep wrote",
+        help="run directories, the directory of a sweep, or a file that --keep wrote",
     )
     p.add_argument(
         "--where", nargs="+", default=[], metavar="KEY=VALUE", help="compare only the runs of which this is so"
@@ -46,16 +46,21 @@ def parser() -> argparse.ArgumentParser:
 
 def of_paths(options: argparse.Namespace) -> Comparison:
     """The comparison that the command line asks for. UserError for fewer than two runs."""
-    kept = [path for path in options.paths if path.suffix == KEPT and not path.is_dir()]
+    kept = [path for path in options.paths if path.is_file() or (path.suffix == KEPT and not path.is_dir())]
     runs, problems = find_runs(path for path in options.paths if path not in kept)
     for problem in problems:
         print(problem, file=sys.stderr)
     known = {run.path.resolve() for run in runs}
     runs += [run for path in kept for run in read_kept(path) if run.path.resolve() not in known]
-    runs = only_where(runs, options.where)
     if len(runs) < 2:
         raise UserError(f"{len(runs)} run found in {', '.join(map(str, options.paths))}; a comparison needs two")
-    return compare(runs, options.by, options.metric, options.baseline, options.step)
+    chosen = only_where(runs, options.where)
+    if len(chosen) < 2:
+        raise UsageError(
+            f"--where {' '.join(options.where)}: 1 of {len(runs)} runs is left, {chosen[0].path}; a comparison needs "
+            "two, so nothing is shown; `cyclevae report` shows one"
+        )
+    return compare(chosen, options.by, options.metric, options.baseline, options.step)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

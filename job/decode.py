@@ -48,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     refuse_output(options.texts, (".txt", ".jsonl"))
     refuse_same([options.latents, *([options.lengths] if options.lengths else [])], [options.texts])
-    latents, lengths = read_latents(options.latents)
+    latents, said_lengths = read_latents(options.latents)
+    lengths = read_lengths(options.lengths) if options.lengths else said_lengths
     model = load(
         options.path, device=options.device, average=options.ema, data=options.data, cache_dir=options.cache_dir
     )
     texts = model.decode(
         latents,
-        read_lengths(options.lengths) if options.lengths else lengths,
+        lengths,
         seed=options.seed,
         batch_size=options.batch_size,
         progress=sys.stderr.isatty(),

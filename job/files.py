@@ -164,6 +164,17 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with a file's text, in words that go on after its name, and what to do."""
+    if error.start == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "not UTF-8 text, it begins as UTF-16 does; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+    before = error.object[max(0, error.start - 20) : error.start].decode(errors="ignore")
+    wrong = error.object[error.start]
+    return (
+        f"not UTF-8 text ({error.reason} {wrong:#x} after {before!r}); convert it: iconv -f ENCODING -t UTF-8 OLD > NEW"
+    )
+
+
 def is_url(name: str) -> bool:
     """Whether a name is one of a store (s3://...) and not of a file here."""
     return SCHEME in name

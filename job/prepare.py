@@ -55,7 +55,8 @@ def add_option(group: argparse._ActionsContainer, option: dataclasses.Field[Any]
         group.add_argument(name, nargs="?", const=alone, default=default, metavar=metavar, help=text)
     elif low is not None:
         kind, metavar = declared["number"], declared["metavar"]
-        group.add_argument(name, type=kind, action=at_least(low), default=default, metavar=metavar, help=text)
+        action = at_least(low, declared["high"])
+        group.add_argument(name, type=kind, action=action, default=default, metavar=metavar, help=text)
     elif declared["fraction"]:
         group.add_argument(name, type=float, action=Fraction, default=default, help=text)
     else:

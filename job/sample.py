@@ -24,6 +24,7 @@ from job.round_trips import RoundTrip, as_paragraphs, as_texts, length_mask, rou
 from job.runtime.precision import autocast
 from job.trained import choose_device, load_trained
 
+COUNT = 8  # samples, where --count does not say it
 TRAINED_ON_NOISE = ("unconditional", "random", "sequential")  # values of loss.loss_type
 FROM_NOISE = {"steps": 32, "temperature": 1.0}  # in one pass every token would be drawn without knowing of the others
 
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="texts from noise, for models trained with loss=unconditional, random or sequential",
     )
-    p.add_argument("--count", type=int, action=at_least(1), default=8, help="number of samples (8)")
+    p.add_argument("--count", type=int, action=at_least(1), help=f"number of samples ({COUNT})")
     p.add_argument("--seed", type=int, action=at_least(0), default=0, help="seed of the noise (0)")
     add_decoding_options(p)
     add_model_options(p)
@@ -88,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = given_decoding(options)
     if options.unconditional and options.text:
         raise UsageError("--unconditional makes texts from noise and takes no --text; leave one of them out")
+    if options.text and options.count:
+        raise UsageError(f"--count {options.count} has no effect with --text: each text is one sample; leave it out")
+    count = options.count or COUNT
     if options.unconditional and (cycle := {"candidates", "corrections"} & given.keys()):
         raise UsageError(f"--{min(cycle)} compares a text with a latent that is wanted; --unconditional has none")
     trained = load_trained(options.path, options.data, options.ema, options.cache_dir)
@@ -100,11 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     warnings.simplefilter("ignore", DecodingWarning)  # the model's own words for the same
     if options.unconditional:
-        print("\n".join(texts_from_noise(model, options.count, options.seed, decoding)))
+        print("\n".join(texts_from_noise(model, count, options.seed, decoding)))
     elif options.text:
         print(as_paragraphs(given_texts(model, options.text, options.seed, given)))
     else:
-        print(as_paragraphs(held_out_texts(model, options.count, options.seed, decoding)))
+        print(as_paragraphs(held_out_texts(model, count, options.seed, decoding)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from job.errors import UserError
-from job.files import write_whole
+from job.errors import UsageError, UserError
+from job.files import not_utf8, write_whole
 
 STANDARD = "-"
 NO_LINES = (".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # job.prepare reads them, as what they are
@@ -103,7 +104,7 @@ def _lines(name: str, content: bytes) -> list[str]:
         # Not splitlines: it also splits at characters, such as U+2028, that may stand inside a text.
         text = content.decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{_shown(name)}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise UserError(f"{_shown(name)}: {not_utf8(error)}") from error
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
@@ -182,8 +183,13 @@ def write_latents(name: str, latents: np.ndarray, lengths: Sequence[int]) -> Non
 
 
 def read_lengths(name: str) -> int | np.ndarray:
-    """Token counts: a number for all texts, or a file with one a line (.txt) or as an array (.npy)."""
-    if name.isdecimal():
+    """Token counts: a number for all texts, or a file with one a line (.txt) or as an array (.npy).
+
+    UsageError for a number that no text has.
+    """
+    if re.fullmatch(r"[+-]?\d+", name):
+        if int(name) < 1:
+            raise UsageError(f"--lengths {name}: give at least 1, or a file")
         return int(name)
     content = _content(name)
     if content.startswith(NPY_MAGIC):

@@ -285,6 +285,13 @@ def test_standard_input_and_output(run: Path, elsewhere: Path, model: Model) -> 
         (encode, ["in.txt", "out.txt"], b"text\n", "out.txt: give a name that ends with .npy or .jsonl"),
         (encode, ["in.txt", "out.npy"], b"", "in.txt: no texts"),
         (encode, ["in.txt", "out.npy"], b"\xff\n", "in.txt: not UTF-8"),
+        (encode, ["in.txt", "out.npy"], "text\n".encode("utf-16"), "in.txt: not UTF-8 text, it begins as UTF-16 does"),
+        (
+            decode,
+            ["in.jsonl", "out.txt", "--lengths=-1"],
+            b'{"latent": [1]}\n',
+            "--lengths -1: give at least 1, or a file",
+        ),
         (encode, ["absent.txt", "out.npy"], b"", "absent.txt: No such file"),
         (encode, ["in.jsonl", "out.npy"], b'{"a": 1}\n', 'in.jsonl: line 1 is no JSON object with "text"'),
         (encode, ["in.jsonl", "out.npy"], b'{"text": 5}\n', 'in.jsonl: "text" of line 1 is no text'),

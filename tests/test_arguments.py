@@ -13,6 +13,7 @@ from job.errors import ExitCode, UsageError
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser()
     p.add_argument("--count", "-c", type=int, action=at_least(2), default=1)
+    p.add_argument("--seed", type=int, action=at_least(0, at_most=9))
     p.add_argument("--share", type=float, action=Fraction)
     return p
 
@@ -35,6 +36,8 @@ def test_a_share_may_be_its_default() -> None:
         (["--count", "1"], "--count 1: give at least 2"),
         (["-c", "1"], "--count 1: give at least 2"),
         (["--coun", "1"], "--count 1: give at least 2"),
+        (["--seed", "-1"], "--seed -1: give at least 0"),
+        (["--seed", "10"], "--seed 10: give at most 9"),
         (["--share", "0"], "--share 0.0: give a value between 0 and 1"),
         (["--share", "1"], "--share 1.0: give a value between 0 and 1"),
         (["--share", "nan"], "--share nan: give a value between 0 and 1"),

@@ -255,6 +255,11 @@ def test_lgdlm_data_to_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(tokens.tolist() == [latent[0] + 2] * 3 for tokens, latent in samples)
 
 
+def test_a_number_of_samples_and_texts_of_ones_own_are_not_given_together(run: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--count 3 has no effect with --text"):
+        sample.main([str(run), "--text", "a text", "--count", "3"])
+
+
 def test_a_bad_command_line_exits_2() -> None:
     for command in (convert, evaluate, sample):
         with pytest.raises(SystemExit) as caught:

@@ -21,6 +21,8 @@ WITH_LSA = ("encoder", LSA)
 WITH_SENTENCE_TRANSFORMERS = ("encoder", SENTENCE_TRANSFORMERS)
 WITH_A_MODEL = ("encoder", (SENTENCE_TRANSFORMERS, MODEL2VEC))
 
+LARGEST_SEED = 2**32 - 1  # that NumPy's RandomState takes
+
 
 def option(
     default: Any,
@@ -30,6 +32,7 @@ def option(
     metavar: str | None = None,
     choices: tuple[str, ...] | None = None,
     low: int | None = None,
+    high: int | None = None,
     fraction: bool = False,
     read_if: tuple[str, str | tuple[str, ...]] | None = None,
     from_like: bool = False,
@@ -38,14 +41,14 @@ def option(
 ) -> Any:
     """An option: its default, its help, the group of the help it stands in, and what it may be.
 
-    A value lies in `choices` where there are any; it is at least `low`, or between 0 and 1 for a `fraction`. `read_if`
-    names the option, and its value, without which nothing reads this one: it is then None, and giving it is refused.
-    So it is with --like for an option that is `from_like`: the model or dataset named there settles it. An option that
-    may stand without a value has the value `alone` then. `number` is what a `low` one is.
+    A value lies in `choices` where there are any; it is at least `low` and at most `high`, or between 0 and 1 for a
+    `fraction`. `read_if` names the option, and its value, without which nothing reads this one: it is then None, and
+    giving it is refused. So it is with --like for an option that is `from_like`: the model or dataset named there
+    settles it. An option that may stand without a value has the value `alone` then. `number` is what a `low` one is.
     """
     shown = {"default": default, "help": help, "group": group, "metavar": metavar}
-    limits = {"choices": choices, "low": low, "fraction": fraction, "read_if": read_if, "from_like": from_like}
-    return dataclasses.field(metadata={**shown, **limits, "alone": alone, "number": number})
+    limits = {"choices": choices, "low": low, "high": high, "fraction": fraction, "read_if": read_if}
+    return dataclasses.field(metadata={**shown, **limits, "from_like": from_like, "alone": alone, "number": number})
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Options:
     )
     max_length: int = option(48, "tokens of a row; longer texts are dropped and counted", group="texts", low=1)
     shard_size: int = option(100_000, "texts of a shard", group="texts", low=1)
-    seed: int = option(0, "seed of the encoder's fit", group="texts", low=0)
+    seed: int = option(0, "seed of the encoder's fit", group="texts", low=0, high=LARGEST_SEED)
     tokenizer: str | None = option(
         "train",
         "tokenizer.json, its directory, a hub name, or train: byte-level BPE",

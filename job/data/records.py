@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TextIO
 
 from job.data.remote import RemoteFile
 from job.errors import UserError
+from job.files import not_utf8
 
 LINES = (".txt", ".text", ".md")
 JSON = (".jsonl", ".ndjson", ".json")
@@ -132,7 +133,7 @@ class _Text:
 
     def _problem(self, error: Exception) -> UserError:
         if isinstance(error, UnicodeDecodeError):
-            return UserError(f"{self.path}: not UTF-8 text ({error.reason} at byte {error.start} of a block)")
+            return UserError(f"{self.path}: {not_utf8(error)}")
         if isinstance(error, OSError) and error.strerror:
             return UserError(f"{self.path}: cannot be read ({error.strerror})")
         return UserError(f"{self.path}: cannot be decompressed, damaged or cut off ({error})")

@@ -128,11 +128,13 @@ def write_info(
         of_split[record.split].append(record)
     counts = {split: sum(record.rows for record in of_split[split]) for split in of_split}
     paired_counts = {split: sum(record.rows for record in of_split[split] if record.kind == PAIRED) for split in SPLITS}
+    # Only options of the command that writes: `job.convert` has no --encode-fraction.
+    larger = [f"a larger --{name.replace('_', '-')}" for name in ("max_length", "encode_fraction") if name in options]
     for split, count in paired_counts.items():
         if count < LEAST_ROWS[split]:
             raise UserError(
                 f"too few samples are left for the {split} split ({count}; it needs at least {LEAST_ROWS[split]}); "
-                "give more texts, another --validation-fraction, or a larger --max-length or --encode-fraction"
+                f"give {', '.join(['more texts', *larger])} or another --validation-fraction"
             )
     train = of_split["train"]
     paired, texts, latents = ([record for record in train if record.kind == kind] for kind in (PAIRED, TEXT, LATENT))

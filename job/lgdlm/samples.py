@@ -94,9 +94,19 @@ def stems(directory: Path, endings: Sequence[str]) -> list[list[str]]:
 
 
 def find_pairs(reading: Reading, problems: Problems) -> tuple[int, Iterator[Pair]]:
-    """How many latents there are, and the token and latent files that belong together, by stem; others are noted."""
+    """How many latents there are, and the token and latent files that belong together, by stem; others are noted.
+
+    UserError for a directory without any: most likely the two were given in the other order.
+    """
     suffixed, plain = stems(reading.token_dir, (f"{TOKENS_SUFFIX}.npz", ".npz"))
+    if not suffixed and not plain:
+        raise UserError(
+            f"{reading.token_dir}: no tokens here (NAME{TOKENS_SUFFIX}.npz or NAME.npz); give their directory first, "
+            "then that of the latents"
+        )
     (latents,) = stems(reading.latent_dir, (".npy",))
+    if not latents:
+        raise UserError(f"{reading.latent_dir}: no latents here (NAME.npy); give their directory after the tokens'")
     return len(latents), _pairs(reading, problems, suffixed, plain, latents)
 
 

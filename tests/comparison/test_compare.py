@@ -134,6 +134,12 @@ def test_runs_are_kept_in_a_file_and_compared_without_their_directories(
         main([str(kept)])
 
 
+def test_a_file_of_runs_may_have_any_name(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kept.txt"
+    before = compared(capsys, str(swept), "--keep", str(kept))
+    assert len(compared(capsys, str(kept))["runs"]) == len(before["runs"])
+
+
 def test_a_part_of_the_runs_is_compared(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = compared(capsys, str(swept), "--where", "loss.cycle_text_weight=0.2")
     assert [len(figures["by_seed"]) for figures in found["metrics"][METRIC]] == [3]
@@ -145,6 +151,10 @@ def test_a_part_of_the_runs_is_compared(swept: Path, capsys: pytest.CaptureFixtu
         (["--where", "loss.cycle_text_weight"], "give KEY=VALUE"),
         (["--where", "loss.cycle_weight=1"], "did you mean"),
         (["--where", "loss.cycle_text_weight=3"], "no run has it; they have loss.cycle_text_weight=0.05, 0.1, 0.2"),
+        (
+            ["--where", "loss.cycle_text_weight=0.1", "training.seed=3"],
+            "--where loss.cycle_text_weight=0.1 training.seed=3: 1 of 17 runs is left, ",
+        ),
         (["--by", "optimizer.lr"], "--by optimizer.lr: it is the same in all runs"),
         (["--by", "training.seed"], "runs that differ in their seed are taken together"),
         (["--by", "optimizer.rl"], "did you mean optimizer.lr"),

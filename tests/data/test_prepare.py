@@ -283,7 +283,11 @@ def test_a_given_tokenizer_keeps_its_own_special_tokens(prepared: Path, corpus: 
 BAD_FILES = {
     "key.jsonl": (b'{"body": "x"}\n', "key.jsonl:1: no text under the key 'text', it has body"),
     "json.jsonl": (b'{"text": "x"}\n{"te', "json.jsonl:2: not JSON"),
-    "utf.txt": (b"\xff\xfe", "not UTF-8"),
+    "utf.txt": ("in UTF-16\n".encode("utf-16"), "utf.txt: not UTF-8 text, it begins as UTF-16 does; convert it: iconv"),
+    "latin.txt": (
+        b"one\ncaf\xe9 noir\n",
+        r"latin.txt: not UTF-8 text (invalid continuation byte 0xe9 after 'one\ncaf')",
+    ),
     "damaged.parquet": (b"PAR1 no", "cannot be read as parquet"),
     "empty.txt": (b"\n", "no text for the train split"),
     "same.txt": (b"Hello, world.\n" * 500, "all 500 texts are the same"),
@@ -311,6 +315,7 @@ BAD_COMMANDS = {
     "--validation-fraction 1": "between 0 and 1",
     "--vocab-size 10": "give at least 260",
     "--max-length 0": "give at least 1",
+    "--source nowhere.txt --seed 4294967296": "--seed 4294967296: give at most 4294967295",
     "--out s3://bucket/data": "--out s3://bucket/data: datasets are written to a directory",
     "--out=": "--out is empty: give a directory",
     "--ray-actors 2": "--ray-actors has no effect without --ray",

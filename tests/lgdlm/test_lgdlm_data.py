@@ -100,6 +100,22 @@ def test_bad_files_are_named_counted_and_fatal(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latents", "out.bad.jsonl", "tokens"]
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_swapped_directories_are_named(directories: tuple[Path, Path], tmp_path: Path, skip_bad: bool) -> None:
+    tokens, latents = directories
+    options = replace(OPTIONS, skip_bad=skip_bad)
+    with pytest.raises(UserError, match=r"latents: no tokens here .* give their directory first, then that of the lat"):
+        convert(latents, tokens, tmp_path / "out", options)
+    with pytest.raises(UserError, match=r"tokens: no latents here"):
+        convert(tokens, tokens, tmp_path / "out", options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents", "tokens"]
+
+
+def test_only_options_of_this_command_are_recommended(directories: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"give more texts or another --validation-fraction$"):
+        convert(*directories, tmp_path / "out", replace(OPTIONS, validation_fraction=1e-6))
+
+
 def list_of_bad(path: Path) -> set[str]:
     """The names that a list of bad files has, each with a reason."""
     entries = [json.loads(line) for line in path.read_text().splitlines()]
