@@ -46,6 +46,7 @@ for package in component-base/version client-go/pkg/version; do
     flags+=" -X k8s.io/kubernetes/vendor/k8s.io/$package.gitVersion=v1.20.2 -X k8s.io/kubernetes/vendor/k8s.io/$package.gitMajor=1"
     flags+=" -X k8s.io/kubernetes/vendor/k8s.io/$package.gitMinor=20"
 done
-go build -ldflags "$flags" -o "$dir/kubernetes" ./cmd/hyperkube
+# Without the code for the clouds of Amazon, Google, Microsoft and VMware, which takes half of the time.
+go build -tags providerless -ldflags "$flags" -o "$dir/kubernetes" ./cmd/hyperkube
 "$dir/kubernetes" kube-apiserver --version
 echo "$stamp" >"$dir/stamp"
