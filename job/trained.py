@@ -118,7 +118,8 @@ def load_trained(
 
     `data` replaces the data directory of the run, as a path or as the URL of a store, and `cache` is where data of a
     URL is copied to (None: where the run did); `average` takes the moving average of the weights (None: where there is
-    one). Raises UserError, in one line, when there is no valid checkpoint, no average, or data of another kind.
+    one). Weights that are not finite are a warning on standard error. Raises UserError, in one line, when there is no
+    valid checkpoint, no average, or data of another kind.
     """
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a run directory like runs/demo or a checkpoint in it")
@@ -131,6 +132,12 @@ def load_trained(
         )
     else:
         trained = _load_checkpoint(path, data, average, cache)
+    if broken := [name for name, tensor in trained.weights.items() if not tensor.sum().isfinite()]:
+        print(
+            f"warning: {path}: {len(broken)} of {len(trained.weights)} tensors of weights hold NaN or infinity, such "
+            f"as {broken[0]}: what this model gives means nothing; take an earlier checkpoint",
+            file=sys.stderr,
+        )
     if data is not None:
         _ = trained.held_out  # whoever names data is told at once what is wrong with it
     return trained

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import tiny_run
 
 from job import convert, decode, encode, evaluate, load, sample
@@ -24,7 +25,7 @@ from job.api import DecodingWarning, Model
 from job.data.shards import ShardDataset
 from job.errors import UserError
 from job.text_files import refuse_same
-from job.trained import load_trained
+from job.trained import WEIGHTS_KEY, load_trained
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["The parser returns the first line.", "A thread opens an empty list.", "Every test checks each value."]
@@ -421,6 +422,21 @@ def test_what_is_not_finite_is_no_result(run: Path) -> None:
     for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "candidates": 2}, {"corrections": 1}):
         with pytest.raises(UserError, match="latent 1 cannot be decoded: the probabilities of its tokens are not fin"):
             broken.decode(np.zeros((2, 8)), 5, **options)
+
+
+def test_weights_that_are_not_finite_are_told(run: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert.main(["export", str(run), "exported"])
+    weights = load_file("exported/model.safetensors")
+    weights["text_head.weight"][3, 5] = float("inf")
+    save_file(weights, "exported/model.safetensors")
+    values = json.loads(Path("exported/config.json").read_text())
+    del values[WEIGHTS_KEY]  # one from before exports had a digest
+    Path("exported/config.json").write_text(json.dumps(values))
+    capsys.readouterr()
+    load("exported", device="cpu")
+    assert f"warning: exported: 1 of {len(weights)} tensors of weights hold NaN or infinity" in capsys.readouterr().err
+    load(run, device="cpu")
+    assert not capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
