@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import einx  # noqa: F401  # before torch: job.model.backbone says why
 import numpy as np
 import torch
 from numpy.typing import ArrayLike

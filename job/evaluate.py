@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import einx  # noqa: F401  # before torch: job.model.backbone says why
 import torch
 from torch import Tensor
 

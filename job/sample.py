@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import einx  # noqa: F401  # before torch: job.model.backbone says why
 import numpy as np
 import torch
 

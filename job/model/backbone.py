@@ -10,6 +10,11 @@ from torch import nn
 from job.config import ModelConfig
 from job.errors import UserError
 
+# x-transformers, which mmdit needs, loads einx. Where PyTorch is there already, einx at once tells PyTorch's compiler
+# of functions that these blocks never call, and for that the whole compiler is loaded: a second of every start.
+# So programs that use a model import einx before torch: then it waits until one of the functions is used. Training
+# does not, as PyTorch's optimizers load the compiler as well.
+
 # The parameters of the residual streams changed names and shapes between releases, so weights belong to one of them.
 NEEDED = {"mmdit": "0.3.0", "hyper-connections": "0.4.11", "x-transformers": "2.31.10"}
 
