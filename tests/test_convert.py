@@ -163,21 +163,6 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        ("model.safetensors", r"not a whole exported model \(model\.safetensors"),
-        ("config.json", r"config\.json: damaged"),
-    ],
-)
-def test_a_damaged_export_is_refused(damage: str, words: str, run: Path, tmp_path: Path) -> None:
-    convert.main(["export", str(run), str(tmp_path / "out")])
-    path = tmp_path / "out" / damage
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=words):
-        load_trained(tmp_path / "out")
-
-
 def test_what_is_not_there_is_named(run: Path, tmp_path: Path, config: Config) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such directory"):
         load_trained(tmp_path / "nowhere")
